@@ -1,0 +1,85 @@
+"""Routed experts and the shared expert (model.md sections 5.2 and 5.3)."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from reference import linear
+from reference.rounding import FP32, Rounding
+
+
+def swiglu(a: jax.Array, b: jax.Array, limit: float) -> jax.Array:
+    """`silu(min(a, limit)) * clamp(b, -limit, limit)`: the gate `a` is clamped above only."""
+    return jax.nn.silu(jnp.minimum(a, limit)) * jnp.clip(b, -limit, limit)
+
+
+def shared_expert(
+    x: jax.Array,
+    w1: jax.Array,
+    w2: jax.Array,
+    w3: jax.Array,
+    limit: float,
+    rounding: Rounding = FP32,
+) -> jax.Array:
+    """One FP8 expert with weight 1: `lin8(bf(swiglu(lin8(x; w1), lin8(x; w3))); w2)`.
+
+    `x [t, dim]`, `w1, w3 [i, dim]`, `w2 [dim, i]` -> `[t, dim]`.
+    """
+    h = swiglu(linear.lin8(x, w1, rounding), linear.lin8(x, w3, rounding), limit)
+    return linear.lin8(rounding.bf(h), w2, rounding)
+
+
+def routed_experts(
+    x: jax.Array,
+    expert_idx: jax.Array,
+    expert_weight: jax.Array,
+    w1: jax.Array,
+    w2: jax.Array,
+    w3: jax.Array,
+    limit: float,
+    rounding: Rounding = FP32,
+) -> jax.Array:
+    """`sum_i y_i` in FP32 with `y_i = lin4(bf(weight_i * swiglu(lin4(x; w1), lin4(x; w3))); w2)`.
+
+    The routing weight enters before the activation of `w2` is quantised. Every expert is run on
+    every token; where it was not picked its weight is 0 and so is its output.
+
+    Args:
+        x: `[t, dim]`.
+        expert_idx: `[t, k]`, distinct in each row.
+        expert_weight: `[t, k]`.
+        w1: Gate, `[e, i, dim]`.
+        w2: Down, `[e, dim, i]`.
+        w3: Up, `[e, i, dim]`.
+        limit: `swiglu_limit`.
+        rounding: Rounding points.
+    """
+    experts = jnp.arange(w1.shape[0])
+    dense = jnp.sum(
+        jnp.where(expert_idx[:, :, None] == experts, expert_weight[:, :, None], 0), axis=1
+    )  # [t, e]
+
+    def add_expert(total: jax.Array, expert: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        weight, w1, w2, w3 = expert
+        h = swiglu(linear.lin4(x, w1, rounding), linear.lin4(x, w3, rounding), limit)
+        return total + linear.lin4(rounding.bf(weight[:, None] * h), w2, rounding), None
+
+    return lax.scan(add_expert, jnp.zeros_like(x), (dense.T, w1, w2, w3))[0]
+
+
+def moe(
+    x: jax.Array,
+    expert_idx: jax.Array,
+    expert_weight: jax.Array,
+    w1: jax.Array,
+    w2: jax.Array,
+    w3: jax.Array,
+    shared_w1: jax.Array,
+    shared_w2: jax.Array,
+    shared_w3: jax.Array,
+    limit: float,
+    rounding: Rounding = FP32,
+) -> jax.Array:
+    """`bf(routed_experts(x) + shared_expert(x))`, the sum in FP32; `[t, dim]` -> `[t, dim]`."""
+    routed = routed_experts(x, expert_idx, expert_weight, w1, w2, w3, limit, rounding)
+    return rounding.bf(routed + shared_expert(x, shared_w1, shared_w2, shared_w3, limit, rounding))
