@@ -1,0 +1,174 @@
+"""Which number format each part of the model is stored and multiplied in.
+
+A linear's format names its weight storage and its activation in one word:
+
+=================  =======================================  ====================================
+word               weight                                   activation
+=================  =======================================  ====================================
+``float32``        FP32                                     FP32
+``bfloat16``       BF16                                     BF16
+``fp8_w8a8``       E4M3, UE8M0 per 128x128                  E4M3, UE8M0 per token and 128 inputs
+``fp8_w8a16``      E4M3, UE8M0 per 128x128                  BF16
+``mxfp4_w4a8``     E2M1, UE8M0 per 32 inputs                E4M3, UE8M0 per token and 128 inputs
+``mxfp4_w4a16``    E2M1, UE8M0 per 32 inputs                BF16
+``nvfp4_w4a4``     E2M1, E4M3 per 16 inputs, FP32 global    E2M1, E4M3 per 16, FP32 per token
+``nvfp4_w4a8``     E2M1, E4M3 per 16 inputs, FP32 global    E4M3, UE8M0 per token and 128 inputs
+``nvfp4_w4a16``    E2M1, E4M3 per 16 inputs, FP32 global    BF16
+=================  =======================================  ====================================
+
+Sources: model.md sections 4.5, 4.6 and 9 (formats), 3.6 (``wo_a`` keeps BF16 activations).
+"""
+
+import dataclasses
+from typing import Final, Literal, cast
+
+__all__ = ["LINEAR_FORMATS", "PRESETS", "LinearFormat", "Precision", "weight_format"]
+
+LinearFormat = Literal[
+    "float32",
+    "bfloat16",
+    "fp8_w8a8",
+    "fp8_w8a16",
+    "mxfp4_w4a8",
+    "mxfp4_w4a16",
+    "nvfp4_w4a4",
+    "nvfp4_w4a8",
+    "nvfp4_w4a16",
+]
+WeightFormat = Literal["float32", "bfloat16", "fp8", "mxfp4", "nvfp4"]
+
+LINEAR_FORMATS: Final[tuple[str, ...]] = (
+    "float32",
+    "bfloat16",
+    "fp8_w8a8",
+    "fp8_w8a16",
+    "mxfp4_w4a8",
+    "mxfp4_w4a16",
+    "nvfp4_w4a4",
+    "nvfp4_w4a8",
+    "nvfp4_w4a16",
+)
+_CHOICES: Final[dict[str, tuple[str, ...]]] = {
+    "kv": ("fp8", "bfloat16", "float32"),
+    "index_keys": ("mxfp4", "fp8", "bfloat16", "float32"),
+    "dense": ("bfloat16", "float32"),
+    "index_scores": ("float32", "bfloat16"),
+    "q_norm": ("bfloat16", "float32"),
+    "streams": ("bfloat16", "float32"),
+}
+
+
+def weight_format(linear: LinearFormat) -> WeightFormat:
+    """The storage half of a linear's format: ``"fp8_w8a16"`` -> ``"fp8"``."""
+    return cast(WeightFormat, linear.split("_")[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """One named field per choice of number format; hashable, so usable as a static argument.
+
+    Attributes:
+        experts: routed experts ``w1``, ``w2``, ``w3`` (main layers).
+        shared_expert: the shared expert.
+        wq_a, wq_b, wkv, wo_a, wo_b, indexer_wq_b: the attention linears.
+        mtp_experts: routed experts of the multi-token-prediction module.
+        mtp_proj: ``e_proj`` and ``h_proj`` of that module.
+        dense: the linears that the release keeps unquantised (embedding, head, router,
+            compressor projections, ``weights_proj``, norm weights): ``bfloat16`` | ``float32``.
+        kv: window and compressed entries: ``fp8`` (448 E4M3 + UE8M0 per 64 + 64 BF16) |
+            ``bfloat16`` | ``float32``.
+        index_keys: indexer queries and keys: ``mxfp4`` (per 32, after a Hadamard transform) |
+            ``fp8`` (one power-of-two scale per 128) | ``bfloat16`` | ``float32``.
+        index_scores: ``float32``, or ``bfloat16`` to round the indexer's products, terms and sums
+            as the official code does (for comparison with it; makes ties common).
+        q_norm: ``bfloat16`` rounds every step of the per-head query norm as the official code
+            does, ``float32`` rounds once.
+        streams: residual streams and every activation between ops: ``bfloat16`` | ``float32``.
+        regime: pins the kernel regime of every op (``None``: chosen by the number of tokens).
+            The ``jnp`` ops of this version have a single regime, ``"any"``.
+
+    Raises:
+        ValueError: a field holds a word that is not among its choices.
+    """
+
+    experts: LinearFormat = "mxfp4_w4a8"
+    shared_expert: LinearFormat = "fp8_w8a8"
+    wq_a: LinearFormat = "fp8_w8a8"
+    wq_b: LinearFormat = "fp8_w8a8"
+    wkv: LinearFormat = "fp8_w8a8"
+    wo_a: LinearFormat = "fp8_w8a16"
+    wo_b: LinearFormat = "fp8_w8a8"
+    indexer_wq_b: LinearFormat = "fp8_w8a8"
+    mtp_experts: LinearFormat = "mxfp4_w4a8"
+    mtp_proj: LinearFormat = "fp8_w8a8"
+    dense: Literal["bfloat16", "float32"] = "bfloat16"
+    kv: Literal["fp8", "bfloat16", "float32"] = "fp8"
+    index_keys: Literal["mxfp4", "fp8", "bfloat16", "float32"] = "mxfp4"
+    index_scores: Literal["float32", "bfloat16"] = "float32"
+    q_norm: Literal["bfloat16", "float32"] = "bfloat16"
+    streams: Literal["bfloat16", "float32"] = "bfloat16"
+    regime: Literal["any"] | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "regime":
+                choices: tuple[str | None, ...] = (None, "any")
+            else:
+                choices = _CHOICES.get(field.name, LINEAR_FORMATS)
+            if value not in choices:
+                raise ValueError(
+                    f"Precision: {field.name} must be one of {list(choices)}, got {value!r}"
+                )
+
+    @classmethod
+    def preset(cls, name: str) -> "Precision":
+        """The preset called ``name``.
+
+        ``official``: as trained. ``nvfp4``: NVFP4 weights and activations in the experts and the
+        attention linears. ``bfloat16``: unquantised BF16 checkpoints. ``float32``: everything in
+        FP32, no quantisation simulated.
+
+        Raises:
+            ValueError: no such preset.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"Precision: preset must be one of {list(PRESETS)}, got {name!r}")
+        return PRESETS[name]
+
+
+def _uniform(dtype: Literal["bfloat16", "float32"]) -> Precision:
+    return Precision(
+        experts=dtype,
+        shared_expert=dtype,
+        wq_a=dtype,
+        wq_b=dtype,
+        wkv=dtype,
+        wo_a=dtype,
+        wo_b=dtype,
+        indexer_wq_b=dtype,
+        mtp_experts=dtype,
+        mtp_proj=dtype,
+        dense=dtype,
+        kv=dtype,
+        index_keys=dtype,
+        q_norm=dtype,
+        streams=dtype,
+    )
+
+
+PRESETS: Final[dict[str, Precision]] = {
+    "official": Precision(),
+    "nvfp4": Precision(
+        experts="nvfp4_w4a4",
+        shared_expert="nvfp4_w4a4",
+        wq_a="nvfp4_w4a4",
+        wq_b="nvfp4_w4a4",
+        wkv="nvfp4_w4a4",
+        wo_a="nvfp4_w4a4",
+        wo_b="nvfp4_w4a4",
+        indexer_wq_b="nvfp4_w4a4",
+    ),
+    "bfloat16": _uniform("bfloat16"),
+    "float32": _uniform("float32"),
+}
