@@ -1,0 +1,98 @@
+"""Attention module of all three layer kinds (model.md 3)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dsv4_jax.cache import LayerCache
+from dsv4_jax.config import LayerKind, ModelConfig
+from dsv4_jax.model.compressor import Compressor
+from dsv4_jax.model.indexer import Indexer
+from dsv4_jax.model.linear import Linear, RMSNorm
+from dsv4_jax.model.step import Step
+from dsv4_jax.ops._blocks import gather_rows, view_rows
+from dsv4_jax.ops.cache_write import cache_write
+from dsv4_jax.ops.head_norm import head_norm
+from dsv4_jax.ops.rope import rope, rope_frequencies
+from dsv4_jax.ops.sparse_attention import sparse_attention
+from dsv4_jax.precision import Precision
+from dsv4_jax.quant.kv import KvRows, kv_dequant, kv_quant
+from dsv4_jax.typing import Array, Float, Int32
+
+__all__ = ["Attention"]
+
+
+class Attention(nn.Module):
+    """Low-rank queries, one shared key = value head, window + compressed keys, grouped output."""
+
+    config: ModelConfig
+    precision: Precision
+    kind: LayerKind
+
+    def setup(self) -> None:
+        c, p = self.config, self.precision
+        heads, dim = c.num_attention_heads, c.head_dim
+        self.attn_sink = self.param("attn_sink", nn.initializers.zeros, (heads,), jnp.float32)
+        self.wq_a = Linear(c.q_lora_rank, c.hidden_size, p.wq_a)
+        self.q_norm = RMSNorm(c.q_lora_rank, p.dense, c.rms_norm_eps)
+        self.wq_b = Linear(heads * dim, c.q_lora_rank, p.wq_b)
+        self.wkv = Linear(dim, c.hidden_size, p.wkv)
+        self.kv_norm = RMSNorm(dim, p.dense, c.rms_norm_eps)
+        self.wo_a = Linear(c.o_groups * c.o_lora_rank, heads * dim // c.o_groups, p.wo_a)
+        self.wo_b = Linear(c.hidden_size, c.o_groups * c.o_lora_rank, p.wo_b)
+        if self.kind is not LayerKind.SWA:
+            self.compressor = Compressor(c, p, self.kind, dim)
+        if self.kind is LayerKind.CSA:
+            self.indexer = Indexer(c, p)
+
+    def __call__(
+        self, x: Float[Array, "n dim"], cache: LayerCache, step: Step
+    ) -> tuple[Float[Array, "n dim"], LayerCache]:
+        """Branch output for the chunk's tokens (flattened rows) and the layer's new state."""
+        c, p = self.config, self.precision
+        b, t = step.tokens.shape
+        frequencies = rope_frequencies(c, self.kind)
+
+        qr = self.q_norm(self.wq_a(x))
+        q = self.wq_b(qr).reshape(b, t, c.num_attention_heads, c.head_dim)
+        q = rope(head_norm(q, c.rms_norm_eps, rounding=p.q_norm), step.positions, frequencies)
+
+        kv = self.kv_norm(self.wkv(x)).reshape(b, t, c.head_dim)
+        rows = kv_quant(rope(kv, step.positions, frequencies), c.qk_rope_head_dim, p.kv)
+        before = self._window_before(cache.window, step, x.dtype)
+        keys = jnp.concatenate([before, kv_dequant(rows, x.dtype)], axis=1)
+        window = _write(cache.window, rows, step.ring_slots(cache.window.nope.shape[1]))
+        cache = dataclasses.replace(cache, window=window)
+
+        pool, n_visible, topk_idx = None, None, None
+        if cache.pool is not None and cache.state is not None:
+            entry, slots, state = self.compressor(x, cache.state, step, frequencies)
+            pool = _write(cache.pool, kv_quant(entry, c.qk_rope_head_dim, p.kv), slots)
+            n_visible = step.n_closed(self.kind.value)
+            cache = dataclasses.replace(cache, pool=pool, state=state)
+        if cache.index is not None and cache.index_state is not None:
+            topk_idx, index, index_state = self.indexer(
+                x, qr, cache.index, cache.index_state, step, frequencies
+            )
+            cache = dataclasses.replace(cache, index=index, index_state=index_state)
+
+        o = sparse_attention(q, keys, step.positions, self.attn_sink, pool, n_visible, topk_idx)
+        o = rope(o, step.positions, frequencies, inverse=True)
+        grouped = o.reshape(b * t, c.o_groups, -1)
+        u = self.wo_a(grouped).reshape(b * t, -1)
+        return self.wo_b(u), cache
+
+    def _window_before(self, ring: KvRows, step: Step, dtype: jnp.dtype) -> Float[Array, "b w d"]:
+        """The ``window - 1`` keys before the chunk in position order; zeros before position 0."""
+        span = self.config.sliding_window - 1
+        position = step.start[:, None] - span + jnp.arange(span)
+        slots = position % ring.nope.shape[1]
+        rows = gather_rows(view_rows(ring), ring, slots[:, None])
+        keys = kv_dequant(rows, dtype)[:, 0]
+        return jnp.where((position >= 0)[..., None], keys, 0)
+
+
+def _write(store: KvRows, rows: KvRows, slots: Int32[Array, "b t"]) -> KvRows:
+    return jax.tree.map(lambda part, new: cache_write(part, new, slots), store, rows)

@@ -1,0 +1,75 @@
+"""Lightning indexer module: which compressed entries a CSA layer attends to (model.md 3.5)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from dsv4_jax.cache import CompressorState
+from dsv4_jax.config import LayerKind, ModelConfig
+from dsv4_jax.model.compressor import Compressor
+from dsv4_jax.model.linear import Linear, Weight
+from dsv4_jax.model.step import Step
+from dsv4_jax.ops._round import round_to
+from dsv4_jax.ops.cache_write import cache_write
+from dsv4_jax.ops.dense_linear import dense_linear
+from dsv4_jax.ops.hadamard import hadamard
+from dsv4_jax.ops.index_topk import index_topk
+from dsv4_jax.ops.rope import rope
+from dsv4_jax.precision import Precision
+from dsv4_jax.quant.kv import IndexRows, index_dequant, index_quant
+from dsv4_jax.typing import Array, Float, Int32
+
+__all__ = ["Indexer"]
+
+
+class Indexer(nn.Module):
+    """Scores the layer's closed windows by its own small keys and keeps the best ``index_topk``."""
+
+    config: ModelConfig
+    precision: Precision
+
+    def setup(self) -> None:
+        c, p = self.config, self.precision
+        heads, dim = c.index_n_heads, c.index_head_dim
+        self.wq_b = Linear(heads * dim, c.q_lora_rank, p.indexer_wq_b)
+        self.weights_proj = Weight((heads, c.hidden_size), p.dense)
+        self.compressor = Compressor(c, p, LayerKind.CSA, dim)
+
+    def _stored(self, x: Float[Array, "*lead d"]) -> IndexRows:
+        """Storage format; the Hadamard transform only serves its rounding and cancels without."""
+        form = self.precision.index_keys
+        if form in ("mxfp4", "fp8"):
+            x = hadamard(x)
+        return index_quant(x, form)
+
+    def __call__(
+        self,
+        x: Float[Array, "n dim"],
+        qr: Float[Array, "n rank"],
+        index: IndexRows,
+        state: CompressorState,
+        step: Step,
+        frequencies: np.ndarray,
+    ) -> tuple[Int32[Array, "b t k"] | None, IndexRows, CompressorState]:
+        """Selected entries per query (``None``: every visible one), new index keys and state."""
+        b, t = step.tokens.shape
+        heads, dim = self.config.index_n_heads, self.config.index_head_dim
+        entry, slots, state = self.compressor(x, state, step, frequencies)
+        rows = self._stored(entry)
+        index = jax.tree.map(lambda part, new: cache_write(part, new, slots), index, rows)
+        query = rope(self.wq_b(qr).reshape(b, t, heads, dim), step.positions, frequencies)
+        query = index_dequant(self._stored(query))
+        weight = round_to(dense_linear(x, self.weights_proj()), x.dtype).astype(jnp.float32)
+        weight = round_to(weight * jnp.float32(dim**-0.5 * heads**-0.5), x.dtype)
+        if index.key.shape[1] <= self.config.index_topk:
+            return None, index, state  # the pool can never hold more than top-k entries
+        idx = index_topk(
+            query,
+            weight.reshape(b, t, heads),
+            index,
+            step.n_closed(LayerKind.CSA.value),
+            topk=self.config.index_topk,
+            rounding=self.precision.index_scores,
+        )
+        return idx, index, state

@@ -1,0 +1,125 @@
+"""Linear, norm and embedding modules: they declare parameters and call an op, nothing else."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dsv4_jax.ops._round import round_to
+from dsv4_jax.ops.dense_linear import dense_linear
+from dsv4_jax.ops.fp8_linear import fp8_linear
+from dsv4_jax.ops.moe import act_format
+from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
+from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
+from dsv4_jax.ops.rmsnorm import rmsnorm
+from dsv4_jax.precision import LinearFormat, weight_format
+from dsv4_jax.quant import fp8, mxfp4, nvfp4
+from dsv4_jax.typing import Array, Float, Float32
+
+__all__ = ["Linear", "RMSNorm", "Weight", "linear", "linear_leaves"]
+
+INIT_STD = 0.02
+
+
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    return (jax.random.normal(key, shape, jnp.float32) * INIT_STD).astype(dtype)
+
+
+def _quantized(key: jax.Array, shape: tuple[int, ...], form: str) -> dict[str, Array]:
+    """Random weights of standard deviation 0.02 in a storage format."""
+    w = jax.random.normal(key, shape, jnp.float32) * INIT_STD
+    if form == "fp8":
+        code, scale = fp8.quantize_weight(w)
+        return {"weight": code, "scale": scale}
+    if form == "mxfp4":
+        code, scale = mxfp4.quantize(w)
+        return {"weight": code, "scale": scale}
+    lead = w.reshape(*shape[:-2], -1)
+    global_scale = nvfp4.token_global_scale(lead)
+    q = nvfp4.quantize(w, global_scale[..., None])
+    return {"weight": q.code, "block_scale": q.block_scale, "global_scale": global_scale}
+
+
+def linear_leaves(
+    module: nn.Module, shape: tuple[int, ...], form: LinearFormat
+) -> dict[str, Array]:
+    """Declares the leaves of one (stacked) linear ``[*e, out, in]`` on ``module``.
+
+    ``weight`` for unquantised formats; ``weight`` + ``scale`` for FP8 and MXFP4; ``weight`` +
+    ``block_scale`` + ``global_scale`` for NVFP4.
+    """
+    stored = weight_format(form)
+    if stored in ("float32", "bfloat16"):
+        return {"weight": module.param("weight", _normal, shape, jnp.dtype(stored))}
+    parts = jax.eval_shape(lambda: _quantized(jax.random.key(0), shape, stored))
+
+    def init(name: str) -> Callable[[jax.Array], Array]:
+        # Every leaf of a weight is drawn from the same key, so that codes and scales belong
+        # together; only the module's path distinguishes one weight from another.
+        return lambda _: _quantized(key, shape, stored)[name]
+
+    key = module.make_rng("params") if module.is_initializing() else jax.random.key(0)
+    return {name: module.param(name, init(name)) for name in parts}
+
+
+def linear(
+    x: Float[Array, "t *g k"], leaves: Mapping[str, Array], form: LinearFormat
+) -> Float32[Array, "t *g n"]:
+    """The op that serves a linear format; FP32 result, not rounded."""
+    stored = weight_format(form)
+    act: Any = act_format(form)
+    if stored == "fp8":
+        return fp8_linear(x, leaves["weight"], leaves["scale"], act=act)
+    if stored == "mxfp4":
+        return mxfp4_linear(x, leaves["weight"], leaves["scale"], act=act)
+    if stored == "nvfp4":
+        scales = leaves["block_scale"], leaves["global_scale"]
+        return nvfp4_linear(x, leaves["weight"], *scales, act=act)
+    return dense_linear(x, leaves["weight"])
+
+
+class Linear(nn.Module):
+    """``round(x . W^T)`` in a given format, rounded to ``x``'s dtype."""
+
+    features: int
+    inputs: int
+    form: LinearFormat
+
+    def setup(self) -> None:
+        self.leaves = linear_leaves(self, (self.features, self.inputs), self.form)
+
+    def __call__(self, x: Float[Array, "t *g k"]) -> Float[Array, "t *g n"]:
+        return round_to(linear(x, self.leaves, self.form), x.dtype)
+
+
+class Weight(nn.Module):
+    """A bare ``weight`` parameter (norms, embedding, and linears whose result stays FP32)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    ones: bool = False
+
+    def setup(self) -> None:
+        init = nn.initializers.ones if self.ones else _normal
+        self.weight = self.param("weight", init, self.shape, jnp.dtype(self.dtype))
+
+    def __call__(self) -> Array:
+        return self.weight
+
+
+class RMSNorm(nn.Module):
+    """`rmsnorm` with its own weight."""
+
+    features: int
+    dtype: str
+    eps: float
+
+    def setup(self) -> None:
+        self.weight = self.param(
+            "weight", nn.initializers.ones, (self.features,), jnp.dtype(self.dtype)
+        )
+
+    def __call__(self, x: Float[Array, "*lead d"]) -> Float[Array, "*lead d"]:
+        return rmsnorm(x, self.weight, self.eps)

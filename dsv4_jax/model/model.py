@@ -1,0 +1,217 @@
+"""The whole model as one functional Linen module over an explicit cache."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dsv4_jax import cache as cache_lib
+from dsv4_jax.cache import Cache, LayerCache, MtpCache
+from dsv4_jax.config import LayerKind, ModelConfig
+from dsv4_jax.model.block import Block
+from dsv4_jax.model.hc import HcHead
+from dsv4_jax.model.linear import RMSNorm, Weight
+from dsv4_jax.model.mtp import MtpModule
+from dsv4_jax.model.step import Step, check_tokens, make_step
+from dsv4_jax.ops.dense_linear import dense_linear
+from dsv4_jax.precision import Precision
+from dsv4_jax.typing import Array, Float, Float32, Int32
+
+__all__ = ["DeepseekV4"]
+
+
+class DeepseekV4(nn.Module):
+    """DeepSeek-V4 over a cache that is passed in and returned.
+
+    Every call *appends*: row ``i`` takes its first ``num_tokens[i]`` tokens (right padding, 0
+    allowed) at its own length, which the cache holds, so prefill, chunked prefill and decode are
+    one function. Pure; nothing but shapes causes a recompilation. Layers are unrolled.
+
+    Attributes:
+        config: the architecture.
+        precision: the number formats; parameters are declared in them.
+        mtp: whether the multi-token-prediction module belongs to the parameters.
+    """
+
+    config: ModelConfig
+    precision: Precision = Precision()
+    mtp: bool = False
+
+    def setup(self) -> None:
+        c, p = self.config, self.precision
+        self.embed = Weight((c.vocab_size, c.hidden_size), p.dense)
+        self.layers = [
+            Block(c, p, c.layer_kind(i), c.is_hash_layer(i), p.experts)
+            for i in range(c.num_hidden_layers)
+        ]
+        self.hc_head = HcHead(c)
+        self.norm = RMSNorm(c.hidden_size, p.dense, c.rms_norm_eps)
+        self.head = Weight((c.vocab_size, c.hidden_size), p.dense)
+        if self.mtp:
+            self.mtp_0 = MtpModule(c, p, LayerKind.SWA, False, p.mtp_experts)
+
+    def init_cache(self, batch_size: int, max_len: int, *, draft_tokens: int = 0) -> Cache:
+        """An empty cache for ``batch_size`` rows of up to ``max_len`` tokens each.
+
+        Args:
+            draft_tokens: tokens that `rewind` can take back later (longer rings).
+
+        Raises:
+            ValueError: a size is out of range.
+        """
+        return cache_lib.init_cache(
+            self.config,
+            self.precision,
+            batch_size,
+            max_len,
+            draft_tokens=draft_tokens,
+            mtp=self.mtp,
+        )
+
+    def __call__(
+        self,
+        tokens: Int32[Array, "b t"],
+        cache: Cache,
+        *,
+        num_tokens: Int32[Array, "b"] | None = None,
+        logits: Literal["all", "last"] = "all",
+    ) -> tuple[Float32[Array, "b *t v"], Cache]:
+        """Appends tokens and predicts the next ones.
+
+        Args:
+            tokens: ids, right-padded.
+            num_tokens: how many of them each row takes; all when ``None``.
+            logits: ``"all"``: ``[b, t, vocab]``, zeros at padding; ``"last"``: ``[b, vocab]`` at
+                each row's last taken token, zeros for a row that took none.
+
+        Returns:
+            FP32 logits and the new cache. A token past ``max_len`` is dropped like padding and
+            sets the row's ``overflow`` flag; other rows are untouched.
+
+        Raises:
+            ValueError: shapes disagree or ``logits`` is not one of the two words.
+            TypeError: ids or counts are not integers.
+        """
+        if logits not in ("all", "last"):
+            raise ValueError(f"logits must be 'all' or 'last', got {logits!r}")
+        streams, step, cache = self._advance(tokens, cache, num_tokens)
+        if self.is_initializing() and self.mtp:
+            self.draft(streams, tokens, cache)
+        b, t = step.tokens.shape
+        if logits == "last":
+            last = jnp.maximum(step.taken - 1, 0)
+            streams = jnp.take_along_axis(streams, last[:, None, None, None], axis=1)
+            out = self._head(streams.reshape(b, *streams.shape[2:]))
+            return jnp.where((step.taken > 0)[:, None], out, 0), cache
+        out = self._head(streams.reshape(b * t, *streams.shape[2:])).reshape(b, t, -1)
+        return jnp.where(step.valid[..., None], out, 0), cache
+
+    def streams(
+        self,
+        tokens: Int32[Array, "b t"],
+        cache: Cache,
+        *,
+        num_tokens: Int32[Array, "b"] | None = None,
+    ) -> tuple[Float[Array, "b t hc d"], Cache]:
+        """Like ``__call__``, but returns the streams after the last layer (what `draft` takes)."""
+        streams, _, cache = self._advance(tokens, cache, num_tokens)
+        return streams, cache
+
+    def layer(
+        self,
+        streams: Float[Array, "b t hc d"],
+        tokens: Int32[Array, "b t"],
+        cache: Cache,
+        *,
+        layer: int,
+        num_tokens: Int32[Array, "b"] | None = None,
+    ) -> tuple[Float[Array, "b t hc d"], Cache]:
+        """One layer on given streams; writes that layer's state only and advances no lengths.
+
+        Raises:
+            ValueError: no such layer, or shapes disagree.
+        """
+        if not 0 <= layer < self.config.num_hidden_layers:
+            raise ValueError(f"layer must be 0..{self.config.num_hidden_layers - 1}, got {layer}")
+        step, _ = self._step(tokens, cache, num_tokens, cache.lengths)
+        self._check_streams(streams, tokens)
+        streams, state = self.layers[layer](streams, cache.layers[layer], step)
+        layers = (*cache.layers[:layer], state, *cache.layers[layer + 1 :])
+        return streams, dataclasses.replace(cache, layers=layers)
+
+    def draft(
+        self,
+        streams: Float[Array, "b t hc d"],
+        next_tokens: Int32[Array, "b t"],
+        cache: Cache,
+        *,
+        num_tokens: Int32[Array, "b"] | None = None,
+    ) -> tuple[Float32[Array, "b t v"], Float[Array, "b t hc d"], Cache]:
+        """The MTP module on positions it has not seen yet (model.md 6.2).
+
+        Args:
+            streams: main streams after the last layer at those positions.
+            next_tokens: the token *after* each position.
+
+        Returns:
+            Logits of the token after ``next_tokens``, the module's streams (feed them back as
+            ``streams`` for a further draft), and the cache with ``cache.mtp`` advanced.
+
+        Raises:
+            ValueError: the model or the cache has no MTP module, or shapes disagree.
+        """
+        if not self.mtp or cache.mtp is None:
+            raise ValueError("draft: the model and the cache must be made with mtp=True")
+        step, _ = self._step(next_tokens, cache, num_tokens, cache.mtp.lengths)
+        self._check_streams(streams, next_tokens)
+        embedded = self._embed(step.tokens)
+        state = LayerCache(window=cache.mtp.window)
+        streams, hidden, state = self.mtp_0.predict(streams, embedded, state, step)
+        out = dense_linear(hidden, self.head()).reshape(*next_tokens.shape, -1)
+        mtp = MtpCache(state.window, cache.mtp.lengths + step.taken)
+        out = jnp.where(step.valid[..., None], out, 0)
+        return out, streams, dataclasses.replace(cache, mtp=mtp)
+
+    def _step(
+        self, tokens: Array, cache: Cache, num_tokens: Array | None, start: Array
+    ) -> tuple[Step, Array]:
+        tokens = jnp.asarray(tokens)
+        num_tokens = check_tokens(tokens, cache, num_tokens)
+        return make_step(tokens.astype(jnp.int32), start, num_tokens, cache.max_len)
+
+    def _check_streams(self, streams: Array, tokens: Array) -> None:
+        want = (*tokens.shape, self.config.hc_mult, self.config.hidden_size)
+        if streams.shape != want:
+            raise ValueError(f"streams must be {list(want)}, got {list(streams.shape)}")
+        if streams.dtype != jnp.dtype(self.precision.streams):
+            raise TypeError(f"streams must be {self.precision.streams}, got {streams.dtype}")
+
+    def _embed(self, tokens: Int32[Array, "b t"]) -> Float[Array, "n d"]:
+        rows = jnp.take(self.embed(), tokens.reshape(-1), axis=0, mode="clip")
+        return rows.astype(jnp.dtype(self.precision.streams))
+
+    def _advance(
+        self, tokens: Array, cache: Cache, num_tokens: Array | None
+    ) -> tuple[Array, Step, Cache]:
+        step, overflow = self._step(tokens, cache, num_tokens, cache.lengths)
+        b, t = step.tokens.shape
+        rows = self._embed(step.tokens).reshape(b, t, 1, -1)
+        streams = jnp.broadcast_to(rows, (b, t, self.config.hc_mult, rows.shape[-1]))
+        states: list[LayerCache] = []
+        for i, block in enumerate(self.layers):
+            with jax.named_scope(f"layer_{i}"):
+                streams, state = block(streams, cache.layers[i], step)
+            states.append(state)
+            self.sow("intermediates", f"streams_{i}", streams)
+        cache = dataclasses.replace(
+            cache,
+            layers=tuple(states),
+            lengths=cache.lengths + step.taken,
+            overflow=cache.overflow | overflow,
+        )
+        return streams, step, cache
+
+    def _head(self, streams: Float[Array, "n hc d"]) -> Float32[Array, "n v"]:
+        return dense_linear(self.norm(self.hc_head(streams)), self.head())

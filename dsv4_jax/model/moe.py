@@ -1,0 +1,137 @@
+"""Mixture-of-experts module: router, routed experts, shared expert (model.md 5)."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.model.linear import Linear, linear_leaves
+from dsv4_jax.ops._round import round_to
+from dsv4_jax.ops.moe import moe
+from dsv4_jax.ops.router import router
+from dsv4_jax.ops.swiglu import swiglu
+from dsv4_jax.precision import LinearFormat, Precision
+from dsv4_jax.typing import Array, Bool, Float, Float32, Int32
+
+__all__ = ["MoE"]
+
+
+class Experts(nn.Module):
+    """Stacked routed experts ``w1``, ``w3 [e, i, d]`` and ``w2 [e, d, i]``."""
+
+    config: ModelConfig
+    form: LinearFormat
+
+    def setup(self) -> None:
+        c = self.config
+        up = (c.n_routed_experts, c.moe_intermediate_size, c.hidden_size)
+        down = (c.n_routed_experts, c.hidden_size, c.moe_intermediate_size)
+        self.w1 = Leaves(up, self.form)
+        self.w2 = Leaves(down, self.form)
+        self.w3 = Leaves(up, self.form)
+
+    def __call__(
+        self, x: Array, idx: Array, weight: Array, valid: Bool[Array, "t"]
+    ) -> Float32[Array, "t d"]:
+        return moe(
+            x,
+            idx,
+            weight,
+            valid,
+            self.w1(),
+            self.w2(),
+            self.w3(),
+            linear=self.form,
+            limit=self.config.swiglu_limit,
+        )
+
+
+class Leaves(nn.Module):
+    """The leaves of one stacked weight."""
+
+    shape: tuple[int, ...]
+    form: LinearFormat
+
+    def setup(self) -> None:
+        self.leaves = linear_leaves(self, self.shape, self.form)
+
+    def __call__(self) -> dict[str, Array]:
+        return dict(self.leaves)
+
+
+class SharedExpert(nn.Module):
+    """One more expert that every token takes, with weight 1 and the same clamp."""
+
+    config: ModelConfig
+    form: LinearFormat
+
+    def setup(self) -> None:
+        c = self.config
+        self.w1 = Linear(c.moe_intermediate_size, c.hidden_size, self.form)
+        self.w2 = Linear(c.hidden_size, c.moe_intermediate_size, self.form)
+        self.w3 = Linear(c.moe_intermediate_size, c.hidden_size, self.form)
+
+    def __call__(self, x: Float[Array, "t d"]) -> Float[Array, "t d"]:
+        return self.w2(swiglu(self.w1(x), self.w3(x), limit=self.config.swiglu_limit))
+
+
+class Gate(nn.Module):
+    """Router parameters: a bias for selection, or the table of experts by token id."""
+
+    config: ModelConfig
+    dtype: str
+    hashed: bool
+
+    def setup(self) -> None:
+        c = self.config
+        normal = nn.initializers.normal(0.02)
+        shape = (c.n_routed_experts, c.hidden_size)
+        self.weight = self.param("weight", normal, shape, jnp.dtype(self.dtype))
+        if self.hashed:
+            self.tid2eid = self.param(
+                "tid2eid", _random_experts, (c.vocab_size, c.num_experts_per_tok), shape[0]
+            )
+        else:
+            zeros = nn.initializers.zeros
+            self.bias = self.param("bias", zeros, (c.n_routed_experts,), jnp.float32)
+
+    def __call__(
+        self, x: Float[Array, "t d"], tokens: Int32[Array, "t"]
+    ) -> tuple[Int32[Array, "t k"], Float32[Array, "t k"]]:
+        c = self.config
+        return router(
+            x,
+            self.weight,
+            None if self.hashed else self.bias,
+            jnp.take(self.tid2eid, tokens, axis=0, mode="clip") if self.hashed else None,
+            k=c.num_experts_per_tok,
+            scale=c.routed_scaling_factor,
+        )
+
+
+def _random_experts(key: jax.Array, shape: tuple[int, int], experts: int) -> Int32[Array, "v k"]:
+    """Distinct experts per token: a random first one and its successors."""
+    first = jax.random.randint(key, (shape[0], 1), 0, experts, jnp.int32)
+    return (first + jnp.arange(shape[1], dtype=jnp.int32)) % experts
+
+
+class MoE(nn.Module):
+    """``round(sum of routed experts + shared expert)``."""
+
+    config: ModelConfig
+    precision: Precision
+    experts_form: LinearFormat
+    hashed: bool
+
+    def setup(self) -> None:
+        c, p = self.config, self.precision
+        self.gate = Gate(c, p.dense, self.hashed)
+        self.experts = Experts(c, self.experts_form)
+        self.shared_experts = SharedExpert(c, p.shared_expert)
+
+    def __call__(
+        self, x: Float[Array, "t d"], tokens: Int32[Array, "t"], valid: Bool[Array, "t"]
+    ) -> Float[Array, "t d"]:
+        idx, weight = self.gate(x, tokens)
+        routed = self.experts(x, idx, weight, valid)
+        return round_to(routed + self.shared_experts(x).astype(jnp.float32), x.dtype)
