@@ -1,0 +1,74 @@
+"""Checkpoints: names, files, checks, conversions, placement.
+
+The submodules are imported where they are used: ``config.py`` needs only the exception, and they
+need ``config.py``.
+"""
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from dsv4_jax.checkpoint.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from dsv4_jax.checkpoint.load import Progress
+    from dsv4_jax.model import DeepseekV4
+    from dsv4_jax.precision import Precision
+    from dsv4_jax.typing import Params
+
+__all__ = ["CheckpointError", "from_checkpoint"]
+
+
+def from_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    precision: "Precision | str | None" = None,
+    sharding: Any = None,
+    mtp: bool = False,
+    progress: "Progress" = None,
+) -> "tuple[DeepseekV4, Params]":
+    """Model and params of a checkpoint directory (model.md section 7).
+
+    Prints to stderr which preset was chosen when ``precision`` is ``None``, and what conversions
+    did to the weights.
+
+    Args:
+        path: directory with ``config.json`` and safetensors, official or from transformers.
+        precision: number formats, a preset's name, or ``None`` for the one that fits the files.
+        sharding: only ``None`` works for now.
+        mtp: also load the multi-token-prediction module.
+        progress: progress bar on stderr: ``True``, ``False``, ``None`` (on a terminal), or a
+            callable taking (bytes done, bytes in total).
+
+    Raises:
+        CheckpointError: the checkpoint is malformed, unsupported, or does not fit its config.
+        ValueError: ``sharding`` is not ``None``; no such preset; a width does not fit a format.
+    """
+    from dsv4_jax.checkpoint.load import load_params_from
+    from dsv4_jax.checkpoint.read import Reader, read_config
+    from dsv4_jax.checkpoint.validate import detect_precision
+    from dsv4_jax.config import ModelConfig
+    from dsv4_jax.precision import Precision
+
+    if sharding is not None:
+        raise ValueError(f"from_checkpoint: sharding: only None works for now, got {sharding!r}")
+    if isinstance(precision, str):
+        precision = Precision.preset(precision)
+    source = os.fspath(path)
+    config = ModelConfig.from_hf(read_config(path), source=os.path.join(source, "config.json"))
+    with Reader(path) as reader:
+        if precision is None:
+            preset = detect_precision(reader.tensors, source=source)
+            why = {
+                "official": "FP8 linears and MXFP4 experts",
+                "bfloat16": "unquantised BF16 weights",
+                "float32": "unquantised FP32 weights",
+            }[preset]
+            print(f'dsv4: precision "{preset}": {source} holds {why}', file=sys.stderr)
+            precision = Precision.preset(preset)
+        params = load_params_from(
+            reader, config, precision, mtp=mtp, progress=progress, source=source
+        )
+    from dsv4_jax.model import DeepseekV4
+
+    return DeepseekV4(config=config, precision=precision, mtp=mtp), params

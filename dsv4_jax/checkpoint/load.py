@@ -1,0 +1,289 @@
+"""From the files of a checkpoint to the params tree (model.md sections 7 and 9)."""
+
+import contextlib
+import math
+import os
+import sys
+from collections.abc import Callable, Generator
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv4_jax.checkpoint.convert import EXACT, Report, convert, mxfp4_to_nvfp4, typed
+from dsv4_jax.checkpoint.names import Parameter, leaves, set_path, target_format
+from dsv4_jax.checkpoint.place import SLAB_BYTES, Placer, write_slice
+from dsv4_jax.checkpoint.read import Reader, TensorInfo
+from dsv4_jax.checkpoint.validate import Resolved, resolve
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.precision import Precision
+from dsv4_jax.typing import Array, Params
+
+__all__ = ["Progress", "load_params", "load_params_from"]
+
+Progress = Callable[[int, int], None] | bool | None
+"""``True`` or a callable taking (bytes done, bytes in total); ``None``: on when stderr is a tty."""
+
+_DECODED_BYTES: Final = 4 * SLAB_BYTES
+"""Most bytes of FP32 values at a time when experts are converted."""
+
+Sums = dict[tuple[str, str, str], list[tuple[float, float]]]
+
+
+class _Loader:
+    def __init__(
+        self,
+        placer: Placer,
+        resolved: Resolved,
+        config: ModelConfig,
+        precision: Precision,
+        report: Report,
+    ) -> None:
+        self._placer = placer
+        self._tensors = resolved.tensors
+        self._stored = resolved.stored
+        self._config = config
+        self._precision = precision
+        self._report = report
+
+    def _linear(self, parameter: Parameter, name: str) -> dict[str, TensorInfo]:
+        """Leaf -> tensor of the file; one leaf ``weight`` for what is not a linear."""
+        if not parameter.is_linear:
+            return {"weight": self._tensors[name]}
+        found = {"weight": self._tensors[f"{name}.weight"]}
+        scale = self._tensors.get(f"{name}.scale")
+        return found if scale is None else found | {"scale": scale}
+
+    def job_start(self, job: dict[str, Parameter]) -> tuple[str, int]:
+        """Place of a job's first byte."""
+        first = [
+            (t.file, t.offset) for p in job.values() for t in self._linear(p, p.names()[0]).values()
+        ]
+        return min(first)
+
+    def run(self, job: dict[str, Parameter], tree: Params) -> None:
+        """Loads parameters that belong together and stores their leaves."""
+        some = next(iter(job.values()))
+        stored, target = self._stored[some.name], target_format(some, self._precision)
+        if stored == "int64":
+            table, experts = self._tensors[some.name], self._config.n_routed_experts
+            set_path(tree, some.path, self._placer.hash_table(table, experts))
+            return
+        if some.experts:
+            groups = self._experts(job, stored, target)
+        else:
+            raw = {
+                key: {
+                    leaf: self._placer.tensor(tensor)
+                    for leaf, tensor in self._linear(parameter, parameter.name).items()
+                }
+                for key, parameter in job.items()
+            }
+            sums: Sums = {}
+            groups = self._convert(job, raw, stored, target, sums, "")
+            self._account(job, sums)
+        for key in list(groups):
+            parameter, found = job[key], groups.pop(key)
+            for leaf in list(found):
+                path = (*parameter.path, leaf) if parameter.is_linear else parameter.path
+                set_path(tree, path, typed(leaf, found.pop(leaf), target))
+
+    def _account(self, job: dict[str, Parameter], sums: Sums) -> None:
+        for (key, stored, target), pairs in sums.items():
+            parameter = job[key]
+            if (stored, target) in EXACT or not pairs:
+                if stored != target:
+                    self._report.add_exact(parameter.kind, stored, target)
+            else:
+                error, value = (math.fsum(column) for column in zip(*pairs, strict=True))
+                module = parameter.module
+                self._report.add_error(parameter.kind, module, stored, target, error, value)
+
+    def _convert(
+        self,
+        job: dict[str, Parameter],
+        raw: dict[str, dict[str, Array]],
+        stored: str,
+        target: str,
+        sums: Sums,
+        where: str,
+    ) -> dict[str, dict[str, Array]]:
+        """Leaves of a group; adds to ``sums`` what got lost (an empty list: nothing)."""
+        experts = bool(next(iter(job.values())).experts)
+        for key in raw:
+            sums.setdefault((key, stored, target), [])
+        if (stored, target) != ("mxfp4", "nvfp4"):
+            out, errors = convert(raw, stored=stored, target=target, experts=experts)
+            for key, found in errors.items():
+                error, value = np.asarray(found.error), np.asarray(found.value)
+                sums[key, stored, target].append((float(error.sum()), float(value.sum())))
+            return out
+        out, flags = mxfp4_to_nvfp4(raw, experts=experts)
+        exact = {key: np.atleast_1d(np.asarray(flag)) for key, flag in flags.items()}
+        if all(flag.all() for flag in exact.values()):
+            return out
+        # w1 and w3 share their global scale, so they leave the exact route together.
+        if "w1" in exact and "w3" in exact:
+            exact["w1"] = exact["w3"] = exact["w1"] & exact["w3"]
+        other, errors = convert(raw, stored=stored, target=target, experts=experts)
+        for key, flag in exact.items():
+            lost = np.flatnonzero(~flag)
+            if not lost.size:
+                continue
+            error, value = np.asarray(errors[key].error), np.asarray(errors[key].value)
+            error, value = np.atleast_1d(error)[lost], np.atleast_1d(value)[lost]
+            sums[key, stored, target].append((float(error.sum()), float(value.sum())))
+            what = f" of {lost.size} of {flag.size} experts{where}" if experts else ""
+            self._report.notes.append(
+                f"{job[key].module} {job[key].kind}{what}: block exponents span more than 17 "
+                "binades, requantised"
+            )
+            keep = jnp.asarray(flag) if experts else jnp.asarray(flag[0])
+            for leaf, x in out[key].items():
+                mask = keep.reshape(keep.shape + (1,) * (x.ndim - keep.ndim))
+                out[key][leaf] = jnp.where(mask, x, other[key][leaf])
+        return out
+
+    def _experts(
+        self, job: dict[str, Parameter], stored: str, target: str
+    ) -> dict[str, dict[str, Array]]:
+        """Stacks the experts of a layer on the device, several per write."""
+        names = {key: parameter.names() for key, parameter in job.items()}
+        count = next(iter(job.values())).experts
+        one = sum(
+            tensor.nbytes
+            for key, parameter in job.items()
+            for tensor in self._linear(parameter, names[key][0]).values()
+        )
+        step = SLAB_BYTES // one
+        if stored != target:
+            step = min(step, _DECODED_BYTES // sum(4 * math.prod(p.shape) for p in job.values()))
+        step = max(d for d in range(1, max(1, min(step, count)) + 1) if count % d == 0)
+        buffers: Any = None
+        sums: Sums = {}
+        for start in range(0, count, step):
+            stacks: dict[tuple[str, str], list[TensorInfo]] = {}
+            for key, parameter in job.items():
+                for name in names[key][start : start + step]:
+                    for leaf, tensor in self._linear(parameter, name).items():
+                        stacks.setdefault((key, leaf), []).append(tensor)
+            raw: dict[str, dict[str, Array]] = {}
+            for (key, leaf), array in self._placer.stacks(stacks).items():
+                raw.setdefault(key, {})[leaf] = array
+            where = f" from {start}" if step < count else ""
+            part = self._convert(job, raw, stored, target, sums, where)
+            if buffers is None:
+                buffers = jax.tree.map(lambda x: jnp.zeros((count, *x.shape[1:]), x.dtype), part)
+            buffers = write_slice(buffers, part, start)
+        self._account(job, sums)
+        return buffers
+
+
+def _jobs(parameters: list[Parameter]) -> list[dict[str, Parameter]]:
+    """Groups ``w1``, ``w2``, ``w3`` of the same experts; everything else is on its own."""
+    jobs: dict[tuple[str, ...], dict[str, Parameter]] = {}
+    for parameter in parameters:
+        grouped = parameter.path[-1] in ("w1", "w2", "w3")
+        group = parameter.path[:-1] if grouped else parameter.path
+        jobs.setdefault(group, {})[parameter.path[-1]] = parameter
+    return list(jobs.values())
+
+
+@contextlib.contextmanager
+def _bar(progress: Progress, total: int) -> Generator[Callable[[int], None], None, None]:
+    """A function that takes the bytes just read."""
+    if progress is None:
+        progress = sys.stderr.isatty()
+    if callable(progress):
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(done, total)
+
+        yield advance
+    elif not progress:
+        yield lambda count: None
+    else:
+        from rich import progress as rich_progress
+        from rich.console import Console
+
+        with rich_progress.Progress(
+            rich_progress.TextColumn("loading"),
+            rich_progress.BarColumn(),
+            rich_progress.DownloadColumn(),
+            rich_progress.TransferSpeedColumn(),
+            rich_progress.TimeRemainingColumn(),
+            console=Console(stderr=True),
+        ) as bar:
+            task = bar.add_task("loading", total=total)
+            yield lambda count: bar.advance(task, count)
+
+
+def load_params(
+    path: str | os.PathLike[str],
+    config: ModelConfig,
+    precision: Precision,
+    *,
+    mtp: bool = False,
+    progress: Progress = None,
+    report: Report | None = None,
+) -> Params:
+    """Loads the params tree of a checkpoint directory in the formats of ``precision``.
+
+    Everything is checked before the first array is put on a device. At most 512 MiB are staged
+    on the host at a time.
+
+    Args:
+        path: checkpoint directory.
+        config: its architecture.
+        precision: the number formats of the tree.
+        mtp: load the module ``mtp.0`` into ``mtp_0`` as well.
+        progress: see ``Progress``.
+        report: filled with what conversions did; without it the lines are printed to stderr.
+
+    Raises:
+        CheckpointError: the checkpoint is malformed or does not fit ``config``.
+        ValueError: a width does not fit a format of ``precision``.
+    """
+    with Reader(path) as reader:
+        return load_params_from(
+            reader,
+            config,
+            precision,
+            mtp=mtp,
+            progress=progress,
+            report=report,
+            source=str(path),
+        )
+
+
+def load_params_from(
+    reader: Reader,
+    config: ModelConfig,
+    precision: Precision,
+    *,
+    mtp: bool = False,
+    progress: Progress = None,
+    report: Report | None = None,
+    source: str = "checkpoint",
+) -> Params:
+    """``load_params`` of an open reader; ``source`` names it in messages."""
+    resolved = resolve(reader, config, mtp=mtp, source=source)
+    for parameter in resolved.parameters:
+        leaves(parameter, precision)  # widths against formats, before anything is placed
+    found = Report() if report is None else report
+    tree: Params = {}
+    total = sum(tensor.nbytes for tensor in resolved.tensors.values())
+    with _bar(progress, total) as advance:
+        placer = Placer(reader, advance)
+        loader = _Loader(placer, resolved, config, precision, found)
+        for job in sorted(_jobs(resolved.parameters), key=loader.job_start):
+            loader.run(job, tree)
+            placer.finish()
+    if report is None:
+        for line in found.lines():
+            print(f"dsv4: {line}", file=sys.stderr)
+    return tree

@@ -1,0 +1,375 @@
+"""Broken checkpoints, one test per row of the acceptance list, section C.
+
+Every case must fail before an array is put on a device, but for the values of scales and tables.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dsv4_jax.checkpoint import CheckpointError, from_checkpoint, place
+from dsv4_jax.checkpoint.names import official_name
+from dsv4_jax.checkpoint.read import Reader
+from dsv4_jax.checkpoint.validate import resolve
+from dsv4_jax.config import ModelConfig
+from tests.support import tiny
+
+CONFIG, TENSORS = tiny.official()
+WQ_A = "layers.0.attn.wq_a"
+EXPERT = "layers.2.ffn.experts.3.w2"
+
+Break = Callable[[Path], None]
+
+
+@pytest.fixture
+def nothing_placed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise AssertionError("an array was placed")
+
+    monkeypatch.setattr(place.Placer, "_put", refuse)
+
+
+def _fails(path: Path, *parts: str) -> str:
+    with pytest.raises(CheckpointError) as error:
+        from_checkpoint(path, progress=False)
+    for part in parts:
+        assert part in str(error.value), str(error.value)
+    return str(error.value)
+
+
+def _write(path: Path, **changes: tiny.Raw | None) -> Path:
+    """The tiny checkpoint with tensors replaced, added, or (None) dropped."""
+    tensors = TENSORS | {k: v for k, v in changes.items() if v is not None}
+    return tiny.write(path, CONFIG, tiny.drop(tensors, [k for k, v in changes.items() if not v]))
+
+
+def _config(text: str | bytes) -> Break:
+    def change(path: Path) -> None:
+        (path / "config.json").write_bytes(text.encode() if isinstance(text, str) else text)
+
+    return change
+
+
+def _json(**fields: Any) -> Break:
+    return _config(json.dumps(CONFIG | fields))
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        pytest.param(os.rmdir, ["no such directory"], id="C1-missing"),
+        pytest.param(
+            lambda p: (p.rmdir(), p.write_text("x")), ["must be a checkpoint dir"], id="C1-file"
+        ),
+        pytest.param(lambda p: None, ["config.json: no such file"], id="C2-no-config"),
+        pytest.param(
+            _config('{\n "a": 1,\n "b" 2}'), ["invalid JSON at line 3 column 6"], id="C2-invalid"
+        ),
+        pytest.param(_config("[1]"), ["must be a JSON object", "list"], id="C2-not-an-object"),
+        pytest.param(_config(b"\xff\xfe{}"), ["config.json: invalid JSON"], id="C2-not-utf8"),
+        pytest.param(_config('{"a": NaN}'), ["NaN is not JSON"], id="C2-nan"),
+        pytest.param(_config("[" * 100000), ["config.json: invalid JSON"], id="C2-deep"),
+        pytest.param(
+            _json(architectures=["DeepseekV41ForCausalLM"], model_type="deepseek_v41"),
+            ["unsupported architecture DeepseekV41ForCausalLM; this package loads deepseek_v4"],
+            id="C3-v41",
+        ),
+        pytest.param(
+            _json(architectures=["DeepseekV3ForCausalLM"], model_type="deepseek_v3"),
+            ["unsupported architecture DeepseekV3ForCausalLM"],
+            id="C3-v3",
+        ),
+        pytest.param(
+            _json(architectures=None, model_type="llama"),
+            ["unsupported architecture llama"],
+            id="C3-by-type",
+        ),
+        pytest.param(_json(q_lora_rank="128"), ["config.json: q_lora_rank"], id="C4-type"),
+        pytest.param(_json(compress_ratios=[0, 4]), ["compress_ratios"], id="C4-ratios"),
+        pytest.param(
+            _json(rope_scaling={"type": "dynamic"}), ["rope_scaling.type", "dynamic"], id="C5-rope"
+        ),
+    ],
+)
+def test_config(tmp_path: Path, change: Break, parts: list[str]) -> None:
+    path = tmp_path / "model"
+    path.mkdir()
+    change(path)
+    _fails(path, *parts)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_C1_unreadable(tmp_path: Path) -> None:
+    tmp_path.chmod(0)
+    try:
+        _fails(tmp_path, "cannot be read")
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_C4_missing_field(tmp_path: Path) -> None:
+    tiny.write(tmp_path, {k: v for k, v in CONFIG.items() if k != "index_topk"}, TENSORS)
+    _fails(tmp_path, str(tmp_path), "config.json: index_topk is missing")
+
+
+@pytest.mark.usefixtures("nothing_placed")
+class TestFiles:
+    """Rows about shards and the index."""
+
+    def test_no_weights(self, tmp_path: Path) -> None:
+        _config(json.dumps(CONFIG))(tmp_path)
+        _fails(tmp_path, "neither model.safetensors nor model.safetensors.index.json")
+
+    def test_C6_missing_shards(self, tmp_path: Path) -> None:
+        tiny.write(tmp_path, CONFIG, TENSORS, shards=4)
+        for i in (1, 3):
+            (tmp_path / tiny.shard_name(i, 4)).unlink()
+        _fails(tmp_path, "2 of 4 shards", tiny.shard_name(1, 4), tiny.shard_name(3, 4))
+
+    @pytest.mark.parametrize("keep", ["one-byte-less", "empty", "header-only", "half-header"])
+    def test_C7_truncated(self, tmp_path: Path, keep: str) -> None:
+        tiny.write(tmp_path, CONFIG, TENSORS, shards=3)
+        shard = tmp_path / tiny.shard_name(1, 3)
+        blob = shard.read_bytes()
+        header = 8 + int.from_bytes(blob[:8], "little")
+        size = {"one-byte-less": -1, "empty": 0, "header-only": header, "half-header": header // 2}
+        shard.write_bytes(blob[: size[keep]])
+        _fails(tmp_path, shard.name)
+
+    def test_C8_trailing_bytes(self, tmp_path: Path) -> None:
+        shard = _write(tmp_path) / tiny.SINGLE
+        with shard.open("ab") as stream:
+            stream.write(b"\0")
+        _fails(tmp_path, "model.safetensors: ")
+
+    @pytest.mark.parametrize("length", [2**63 - 1, 2**64 - 1, 100_000_001])
+    def test_C9_huge_header(self, tmp_path: Path, length: int) -> None:
+        shard = _write(tmp_path) / tiny.SINGLE
+        with shard.open("r+b") as stream:
+            stream.write(length.to_bytes(8, "little"))
+            stream.truncate(200_000_000)  # sparse
+        _fails(tmp_path, "model.safetensors", f"header of {length} bytes", "limit 100000000")
+
+    def test_C10_duplicate_key(self, tmp_path: Path) -> None:
+        _config(json.dumps(CONFIG))(tmp_path)
+        entry = '{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
+        header = f'{{"a":{entry},"a":{entry}}}'.encode()
+        blob = len(header).to_bytes(8, "little") + header + b"\0"
+        (tmp_path / tiny.SINGLE).write_bytes(blob)
+        _fails(tmp_path, "model.safetensors: header: duplicate key 'a'")
+
+    @pytest.mark.parametrize(
+        "entry",
+        [
+            {"dtype": "U8", "shape": [2], "data_offsets": [0, 1]},
+            {"dtype": "U8", "shape": [-1], "data_offsets": [0, 1]},
+            {"dtype": "U8", "shape": [True], "data_offsets": [0, 1]},
+            {"dtype": "Q7", "shape": [1], "data_offsets": [0, 1]},
+            {"dtype": "U8", "shape": [1], "data_offsets": [0, 1], "x": 1},
+            {"dtype": "U8", "shape": [2**40, 2**40], "data_offsets": [0, 1]},
+            {"dtype": "U8", "shape": [0], "data_offsets": [1, 1]},
+            [],
+        ],
+    )
+    def test_malformed_entry(self, tmp_path: Path, entry: Any) -> None:
+        _config(json.dumps(CONFIG))(tmp_path)
+        header = json.dumps({"a": entry}).encode()
+        blob = len(header).to_bytes(8, "little") + header + b"\0"
+        (tmp_path / tiny.SINGLE).write_bytes(blob)
+        _fails(tmp_path, "model.safetensors: ")
+
+    def test_C11_tensor_in_two_shards(self, tmp_path: Path) -> None:
+        tiny.write(tmp_path, CONFIG, TENSORS, shards=2)
+        second = tmp_path / tiny.shard_name(1, 2)
+        first_name = next(iter(TENSORS))
+        tiny.write_shard(second, tiny.read_shard(second) | {first_name: TENSORS[first_name]})
+        _fails(tmp_path, first_name, tiny.shard_name(0, 2), tiny.shard_name(1, 2))
+
+    def test_C12_index_and_shards_disagree(self, tmp_path: Path) -> None:
+        tiny.write(tmp_path, CONFIG, TENSORS, shards=2)
+        index = json.loads((tmp_path / tiny.INDEX).read_text())["weight_map"]
+        del index["embed.weight"]
+        index["ghost.weight"] = tiny.shard_name(0, 2)
+        tiny.write_index(tmp_path, index)
+        message = _fails(tmp_path, "in the index, not in its shard: ghost.weight")
+        assert "not so in the index: embed.weight" in message
+
+    @pytest.mark.parametrize(
+        "value",
+        [
+            "../../etc/x",
+            "/etc/x.safetensors",
+            "a\\b.safetensors",
+            "a\0.safetensors",
+            "sub/x.safetensors",
+            "x.bin",
+            "..",
+            "",
+            None,
+            3,
+        ],
+    )
+    def test_C20_shard_names(
+        self, tmp_path: Path, value: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tiny.write(tmp_path, CONFIG, TENSORS, shards=2)
+        index = json.loads((tmp_path / tiny.INDEX).read_text())["weight_map"]
+        tiny.write_index(tmp_path, index | {"norm.weight": value})
+        from dsv4_jax.checkpoint import read
+
+        monkeypatch.setattr(read, "_parse_shard", lambda *args: pytest.fail("a shard was opened"))
+        _fails(tmp_path, "weight_map['norm.weight'] must be the plain name", repr(value))
+
+    def test_C22_fifo_does_not_block(self, tmp_path: Path) -> None:
+        _config(json.dumps(CONFIG))(tmp_path)
+        os.mkfifo(tmp_path / tiny.SINGLE)
+        _fails(tmp_path, "model.safetensors: must be a regular file")
+
+    def test_C23_lfs_pointer(self, tmp_path: Path) -> None:
+        _config(json.dumps(CONFIG))(tmp_path)
+        (tmp_path / tiny.SINGLE).write_text("version https://git-lfs.github.com/spec/v1\n")
+        _fails(tmp_path, "Git LFS pointer", "git lfs pull")
+
+
+@pytest.mark.usefixtures("nothing_placed")
+class TestTensors:
+    """Rows about names, shapes and dtypes."""
+
+    def test_C13_missing_and_unexpected(self, tmp_path: Path) -> None:
+        name = "layers.1.attn.wq_b.weight"
+        path = _write(tmp_path, **{name: None, "layers.1.attn.wqb.weight": TENSORS[name]})
+        message = _fails(path, "2 problems", "missing (1)", "unexpected (1)", tiny.SINGLE)
+        assert f"{name} (closest: layers.1.attn.wqb.weight)" in message
+        assert f"layers.1.attn.wqb.weight in {tiny.SINGLE} (closest: {name})" in message
+
+    def test_C13_many_are_cut_at_20(self, tmp_path: Path) -> None:
+        gone = [name for name in TENSORS if ".experts.1." in name and name.startswith("layers")]
+        tiny.write(tmp_path, CONFIG, tiny.drop(TENSORS, gone))
+        message = _fails(tmp_path, "missing (15)", "scale (15)")  # 5 layers of w1, w2, w3
+        assert all(name in message for name in gone)
+        gone = [name for name in TENSORS if ".experts." in name and name.startswith("layers")]
+        tiny.write(tmp_path, CONFIG, tiny.drop(TENSORS, gone[8:]))
+        message = _fails(tmp_path)
+        assert message.count("... and ") == 2  # missing, scale
+        assert len(message.splitlines()) == 1 + 2 * (1 + 20 + 1)
+
+    def test_C13_mtp_rule(self, tmp_path: Path) -> None:
+        stray = TENSORS["mtp.0.norm.weight"]
+        tensors = TENSORS | {"mtp.1.norm.weight": stray, "mtp.2.markov.weight": stray}
+        table = [
+            place.TensorInfo(name, "f", raw.dtype, raw.shape, 0, len(raw.data))
+            for name, raw in tensors.items()
+        ]
+        config = ModelConfig.from_hf(CONFIG)
+        resolve(table, config)
+        with pytest.raises(CheckpointError, match=r"mtp\.0, mtp\.1, mtp\.2"):
+            resolve(table, config, mtp=True)
+        with pytest.raises(CheckpointError, match=r"no mtp\.\* tensors"):
+            resolve([t for t in table if "mtp" not in t.raw], config, mtp=True)
+
+    def test_C13_one_parameter_under_two_names(self, tmp_path: Path) -> None:
+        name = "layers.0.attn.kv_norm.weight"
+        path = _write(tmp_path, **{"model.layers.0.attn.norm.weight": TENSORS[name]})
+        _fails(path, "same parameter twice", name, "model.layers.0.attn.norm.weight")
+
+    def test_C14_shape(self, tmp_path: Path) -> None:
+        raw = TENSORS["embed.weight"]
+        wrong = raw._replace(shape=raw.shape[::-1])
+        path = _write(tmp_path, **{"embed.weight": wrong})
+        _fails(path, f"embed.weight: expected [256, 128], found [128, 256] in {tiny.SINGLE}")
+
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [
+            (f"{WQ_A}.weight", "F8_E4M3"),
+            ("norm.weight", "BF16"),
+            ("hc_head_fn", "F32"),
+            (f"{EXPERT}.weight", "I8"),
+        ],
+    )
+    def test_C15_dtype(self, tmp_path: Path, name: str, expected: str) -> None:
+        shape = TENSORS[name].shape
+        wrong = tiny.raw("F16", np.zeros(shape, np.float16))
+        path = _write(tmp_path, **{name: wrong})
+        _fails(path, f"{name}: expected {expected}, found F16 in {tiny.SINGLE}")
+
+    @pytest.mark.parametrize("name", [WQ_A, EXPERT])
+    def test_C16_scale_missing(self, tmp_path: Path, name: str) -> None:
+        path = _write(tmp_path, **{f"{name}.scale": None})
+        _fails(path, "scale (1)", f"{name}.scale must be F8_E8M0", f"{name}.weight", "found none")
+
+    @pytest.mark.parametrize("name", [WQ_A, EXPERT])
+    def test_C16_group_size(self, tmp_path: Path, name: str) -> None:
+        wrong = tiny.raw("F8_E8M0", np.full((2, 2), 127, np.uint8))
+        path = _write(tmp_path, **{f"{name}.scale": wrong})
+        _fails(path, f"{name}.scale must be F8_E8M0", f"{name}.weight", "found F8_E8M0 [2, 2]")
+
+    def test_C17_other_formats_are_named(self, tmp_path: Path) -> None:
+        scale = tiny.raw("F32", np.ones((), np.float32))
+        path = _write(tmp_path, **{f"{EXPERT}.weight_scale_2": scale})
+        _fails(path, f"{EXPERT}.weight_scale_2", "NVFP4 checkpoints cannot be loaded yet")
+
+    def test_C19_table_of_another_vocabulary(self, tmp_path: Path) -> None:
+        wrong = tiny.raw("I64", np.zeros((255, 2), np.int64))
+        path = _write(tmp_path, **{"layers.1.ffn.gate.tid2eid": wrong})
+        _fails(path, "layers.1.ffn.gate.tid2eid: expected [256, 2], found [255, 2]")
+
+
+@pytest.mark.parametrize("entry", [4, -1, 2**32])
+def test_C19_table_entry_is_no_expert(tmp_path: Path, entry: int) -> None:
+    table = TENSORS["layers.1.ffn.gate.tid2eid"].array(np.int64).copy()
+    table[7, 1] = entry
+    path = _write(tmp_path, **{"layers.1.ffn.gate.tid2eid": tiny.raw("I64", table)})
+    _fails(path, "layers.1.ffn.gate.tid2eid", "[0, 4)", f"got {entry} at [7, 1]")
+
+
+@pytest.mark.parametrize("name", [f"{WQ_A}.scale", f"{EXPERT}.scale"])
+def test_C18_scale_nan(tmp_path: Path, name: str) -> None:
+    scale = TENSORS[name].array(np.uint8).copy()
+    scale[-1, -1] = 255
+    path = _write(tmp_path, **{name: tiny.raw("F8_E8M0", scale)})
+    _fails(path, f"{tiny.SINGLE}: {name}", "byte 255", str([n - 1 for n in scale.shape]))
+
+
+def test_C24_file_shrinks_while_it_is_read(tmp_path: Path) -> None:
+    path = _write(tmp_path)
+    with Reader(path) as reader:
+        tensor = max(reader, key=lambda t: t.offset)
+        with (path / tiny.SINGLE).open("r+b") as stream:
+            stream.truncate(tensor.offset + tensor.nbytes - 1)
+        with pytest.raises(CheckpointError, match="the file ends at byte"):
+            reader.read_into(tensor, np.empty(tensor.nbytes, np.uint8))
+
+
+def test_unquantised_linears_of_one_kind_share_a_dtype(tmp_path: Path) -> None:
+    tensors = tiny.unquantised(TENSORS, "F32")
+    name = "layers.3.attn.wo_a.weight"
+    tensors[name] = tiny.unquantised(TENSORS, "BF16")[name]
+    config = {k: v for k, v in CONFIG.items() if k != "quantization_config"}
+    path = tiny.write(tmp_path, config, tensors)
+    _fails(path, f"{name}: expected F32, found BF16")
+
+
+def test_formats_without_a_preset(tmp_path: Path) -> None:
+    tensors = tiny.unquantised(TENSORS, "F32")
+    half = {
+        name: tiny.raw("F16", raw.array(np.float32).astype(np.float16))
+        for name, raw in tensors.items()
+        if raw.dtype == "F32"
+    }
+    config = {k: v for k, v in CONFIG.items() if k != "quantization_config"}
+    path = tiny.write(tmp_path, config, tensors | half)
+    _fails(path, "no precision preset for attention weights stored as F16 and experts as F16")
+    _, params = from_checkpoint(path, precision="float32")
+    name = "layers.3.attn.wo_a.weight"
+    found = params["layers_3"]["attn"]["wo_a"]["weight"]
+    assert np.array_equal(found, half[name].array(np.float16).astype(np.float32))
+
+
+def test_names_of_the_fixture_are_official() -> None:
+    assert all(official_name(name) == name for name in TENSORS)
