@@ -1,0 +1,302 @@
+"""The ``dsv4`` command. Generated text goes to stdout, everything else to stderr."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import jax
+import typer
+from rich.console import Console
+from tokenizers import Tokenizer
+
+from dsv4_jax import __version__
+from dsv4_jax.cache import write_cost_note
+from dsv4_jax.generate import TokenEvent, check_lengths, stream
+from dsv4_jax.precision import Precision
+from dsv4_jax.sampling import SamplingParams
+from dsv4_jax.text import IncrementalDetokenizer, StopMatcher, encode, load_tokenizer
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="dsv4",
+    help="DeepSeek-V4 inference in JAX.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+_INTERRUPTED = 130
+
+
+class _UserError(Exception):
+    """Something the user can put right; shown as one line, exit code 2."""
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"dsv4_jax {__version__} (jax {jax.__version__})")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(  # pyright: ignore[reportUnusedFunction]
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show versions.")
+    ] = False,
+) -> None:
+    """DeepSeek-V4 inference in JAX."""
+
+
+def _load(checkpoint: Path, precision: str | None) -> tuple[Any, Any]:
+    """The model and its parameters."""
+    from dsv4_jax.checkpoint import from_checkpoint
+
+    chosen = None if precision is None else Precision.preset(precision)
+    return from_checkpoint(checkpoint, precision=chosen)
+
+
+def _note_write_cost(console: Console, model: Any, max_len: int) -> None:
+    """Says what this version's cache writes cost."""
+    shapes = jax.eval_shape(partial(model.init_cache, batch_size=1, max_len=max_len))
+    _say(console, write_cost_note(shapes))
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _compile_clock() -> Generator[Callable[[], float]]:
+    """Gives a function that returns the seconds JAX has spent tracing and compiling."""
+    spans: list[tuple[float, float]] = []
+
+    def listen(event: str, start_time: float, end_time: float, **_: str | int) -> None:
+        if event.startswith("/jax/core/compile/"):
+            while spans and spans[-1][0] >= start_time:  # work inside this span: count it once
+                spans.pop()
+            spans.append((start_time, end_time))
+
+    jax.monitoring.register_event_time_span_listener(listen)
+    try:
+        yield lambda: sum(end - start for start, end in spans)
+    finally:
+        jax.monitoring.unregister_event_time_span_listener(listen)
+
+
+@contextmanager
+def _readable_errors(console: Console) -> Generator[None]:
+    """Turns user errors into one line and exit code 2, Ctrl-C into 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _say(console, "interrupted")
+        raise typer.Exit(_INTERRUPTED) from None
+    except BrokenPipeError:
+        # The reader of stdout left; point it elsewhere so that the exit flush cannot fail too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+    except (_UserError, ValueError, OSError, NotImplementedError) as error:
+        _say(console, "error: " + " ".join(str(error).split()))
+        raise typer.Exit(2) from None
+
+
+def _parse_ids(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.replace(",", " ").split()]
+    except ValueError:
+        raise _UserError(f"--ids must be integers such as '1 2 3', got {text!r}") from None
+
+
+def _prompt_ids(
+    tokenizer: Tokenizer | None,
+    checkpoint: Path,
+    prompt: str | None,
+    prompt_file: Path | None,
+    ids: str | None,
+) -> list[int]:
+    if sum(option is not None for option in (prompt, prompt_file, ids)) != 1:
+        raise _UserError("give exactly one of --prompt, --prompt-file and --ids")
+    if ids is not None:
+        found = _parse_ids(ids)
+    else:
+        if tokenizer is None:
+            raise _UserError(f"{checkpoint} has no tokenizer.json: give token ids with --ids")
+        if prompt_file is not None:
+            try:
+                prompt = prompt_file.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise _UserError(f"{prompt_file}: not UTF-8 text: {error}") from None
+        found = encode(tokenizer, prompt or "")
+    if not found:
+        raise _UserError("the prompt is empty")
+    return found
+
+
+def _sampling(
+    checkpoint: Path, temperature: float | None, top_p: float | None, top_k: int
+) -> tuple[SamplingParams, str]:
+    """The settings, and where those that the user did not give come from."""
+    path = checkpoint / "generation_config.json"
+    defaults: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            read = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise _UserError(f"{path}: not valid JSON: {error}") from None
+        if not isinstance(read, dict):
+            raise _UserError(f"{path}: must hold a JSON object, got {type(read).__name__}")
+        defaults = cast("dict[str, Any]", read)
+    if temperature is None:
+        sampled = defaults.get("do_sample", "temperature" in defaults)
+        temperature = defaults.get("temperature", 1.0) if sampled else 0.0
+    if top_p is None:
+        top_p = defaults.get("top_p", 1.0)
+    source = path.name if defaults else "greedy unless told otherwise"
+    return SamplingParams(cast(float, temperature), cast(float, top_p), top_k), source
+
+
+class _Output:
+    """Writes tokens to stdout: text with a tokenizer, else ids separated by spaces."""
+
+    def __init__(self, tokenizer: Tokenizer | None, stops: list[str]) -> None:
+        if tokenizer is None and stops:
+            raise _UserError("--stop needs a tokenizer.json in the checkpoint")
+        self._text = None if tokenizer is None else IncrementalDetokenizer(tokenizer)
+        self._stops = StopMatcher(stops)
+        self._separator = ""
+
+    @staticmethod
+    def _write(text: str) -> None:
+        if text:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    def token(self, _sequence: int, token: int) -> bool:
+        """Shows a token; true when a stop string ended the text."""
+        if self._text is None:
+            self._write(f"{self._separator}{token}")
+            self._separator = " "
+        else:
+            self._write(self._stops.push(self._text.push(token)))
+        return self._stops.stopped
+
+    def close(self) -> None:
+        """Shows what was held back, and ends the line."""
+        if self._text is not None:
+            self._write(self._stops.push(self._text.flush()))
+            self._write(self._stops.flush())
+        self._write("\n")
+
+
+def _rate(tokens: int, seconds: float) -> str:
+    seconds = max(seconds, 0.0)
+    rate = f"{tokens / seconds:.1f} tokens/s" if seconds > 0 else "-"
+    return f"{tokens} tokens in {seconds:.2f} s ({rate})"
+
+
+def _run(
+    console: Console, prompt_tokens: int, events: Iterator[TokenEvent], output: _Output
+) -> TokenEvent | None:
+    """Reads the events to their end; prints the speeds, also after Ctrl-C."""
+    steps, last = 0, None
+    with _compile_clock() as compiled:
+        start = time.perf_counter()
+        first = first_compiled = 0.0
+        try:
+            with console.status(f"prefill of {prompt_tokens} tokens"):
+                last = next(events, None)
+                first, first_compiled = time.perf_counter() - start, compiled()
+            while last is not None and last.finish_reason is None:
+                last = next(events, None)
+                steps += 1
+        finally:
+            output.close()
+            total, total_compiled = time.perf_counter() - start, compiled()
+            if first:
+                decode = total - first - (total_compiled - first_compiled)
+                _say(
+                    console,
+                    f"prefill {_rate(prompt_tokens, first - first_compiled)}, "
+                    f"decode {_rate(steps, decode)}, "
+                    f"compilation {total_compiled:.1f} s",
+                )
+    return last
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Option(help="Directory of the checkpoint.")],
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Prompt, tokenised as it is: write special tokens such as BOS yourself."),
+    ] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="UTF-8 file with the prompt.")] = None,
+    ids: Annotated[str | None, typer.Option(help="Prompt as token ids: '1 2 3'.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="0 is greedy. Default: generation_config.json of the checkpoint, else 0."
+        ),
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Default: generation_config.json, else 1 (off).")
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    max_len: Annotated[
+        int | None, typer.Option(help="Positions of the cache. Default: what is needed.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends the output; repeatable.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Precision preset. Default: the checkpoint's format.")
+    ] = None,
+) -> None:
+    """Continue a prompt; the text streams to stdout.
+
+    Without a tokenizer.json the prompt is given with --ids and token ids are printed.
+    """
+    console = Console(stderr=True)
+    with _readable_errors(console):
+        if not checkpoint.is_dir():
+            raise _UserError(f"--checkpoint {checkpoint} is not a directory")
+        if precision is not None:
+            Precision.preset(precision)
+        settings, source = _sampling(checkpoint, temperature, top_p, top_k)
+        tokenizer = load_tokenizer(checkpoint)
+        output = _Output(tokenizer, stop or [])
+        tokens = _prompt_ids(tokenizer, checkpoint, prompt, prompt_file, ids)
+        needed = check_lengths([len(tokens)], max_new_tokens, max_len)
+
+        model, params = _load(checkpoint, precision)
+        _say(
+            console,
+            f"sampling: temperature {settings.temperature}, top_p {settings.top_p}, "
+            f"top_k {settings.top_k}, seed {seed} ({source})",
+        )
+        _note_write_cost(console, model, needed)
+        events = stream(
+            model,
+            params,
+            [tokens],
+            max_new_tokens=max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            seed=seed,
+            max_len=needed,
+            on_token=output.token,
+        )
+        last = _run(console, len(tokens), events, output)
+        if last is not None and last.error is not None:
+            raise _UserError(last.error)

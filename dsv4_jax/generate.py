@@ -1,0 +1,474 @@
+"""Prefill, decode step and generation on top of ``model.apply``.
+
+The jitted functions take the model as a static argument and the cache donated: a cache that was
+passed in is gone afterwards (JAX raises ``Array has been deleted`` on use), take the returned one.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv4_jax.cache import Cache
+from dsv4_jax.sampling import Sampled, SamplingParams, sample, step_keys
+from dsv4_jax.typing import Array, Float32, Params
+
+__all__ = [
+    "Completion",
+    "FinishReason",
+    "TokenEvent",
+    "check_lengths",
+    "decode_step",
+    "generate",
+    "prefill",
+    "stream",
+]
+
+FinishReason = Literal["eos", "length", "stop", "invalid_logits"]
+"""``eos``: the end token; ``length``: max_new_tokens reached; ``stop``: another stop token, or
+``on_token`` asked for it; ``invalid_logits``: NaN, +Inf or only -Inf."""
+
+OnToken = Callable[[int, int], object]
+
+_SMALLEST_BUCKET = 8
+
+
+class Model(Protocol):
+    """What generation needs of a model; hashable, as a static argument of ``jax.jit``."""
+
+    @property
+    def config(self) -> Any: ...
+    def init_cache(self, *, batch_size: int, max_len: int) -> Any: ...
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames=("cache", "last"))
+def _prefill_chunk(
+    model: Model, params: Params, tokens: Array, cache: Cache, num_tokens: Array, last: Array
+) -> tuple[Array, Cache]:
+    logits, cache = model.apply(
+        {"params": params}, tokens, cache, num_tokens=num_tokens, logits="last"
+    )
+    return jnp.where((num_tokens > 0)[:, None], logits, last), cache
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+def _decode(
+    model: Model, params: Params, tokens: Array, cache: Cache, active: Array
+) -> tuple[Array, Cache]:
+    return model.apply(
+        {"params": params},
+        tokens[:, None],
+        cache,
+        num_tokens=active.astype(jnp.int32),
+        logits="last",
+    )
+
+
+class _Settings(NamedTuple):
+    """The traced sampling settings; changing them does not recompile."""
+
+    seeds: Array
+    temperature: np.float32
+    top_p: np.float32
+    top_k: np.int32
+
+
+@jax.jit
+def _sample_next(logits: Array, lengths: Array, settings: _Settings) -> Sampled:
+    return sample(
+        logits,
+        step_keys(settings.seeds, lengths),
+        temperature=cast(Any, settings.temperature),
+        top_p=cast(Any, settings.top_p),
+        top_k=cast(Any, settings.top_k),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+def _decode_and_sample(
+    model: Model,
+    params: Params,
+    tokens: Array,
+    cache: Cache,
+    active: Array,
+    settings: _Settings,
+) -> tuple[Sampled, Cache]:
+    logits, cache = _decode(model, params, tokens, cache, active)
+    return _sample_next(logits, cache.lengths, settings), cache
+
+
+def _check_ids(where: str, ids: np.ndarray, vocab: int) -> None:
+    if ids.dtype.kind not in "iu":
+        raise ValueError(f"{where}: token ids must be integers, got dtype {ids.dtype}")
+    bad = ids[(ids < 0) | (ids >= vocab)]
+    if bad.size:
+        raise ValueError(f"{where}: token ids must be in [0, {vocab}), got {bad.flat[0]}")
+
+
+def _check_room(where: str, lengths: np.ndarray, counts: np.ndarray, max_len: int) -> None:
+    over = np.flatnonzero((lengths + counts > max_len) & (counts > 0))
+    if over.size:
+        row = over[0]
+        raise ValueError(
+            f"{where}: row {row} holds {lengths[row]} tokens and would take {counts[row]} more, "
+            f"{lengths[row] + counts[row]} in all, but the cache has max_len {max_len}"
+        )
+
+
+def prefill(
+    model: Model,
+    params: Params,
+    tokens: Array | np.ndarray | Sequence[Sequence[int]],
+    cache: Cache,
+    *,
+    num_tokens: Array | np.ndarray | Sequence[int] | None = None,
+    chunk_size: int = 256,
+) -> tuple[Float32[Array, "b v"], Cache]:
+    """Appends a prompt, or more of one, to every row of the cache.
+
+    Runs in chunks of ``chunk_size`` tokens; the rest is padded to a power of two, so that few
+    shapes are ever compiled. Waits once for the lengths of the cache.
+
+    Args:
+        model: the Flax module.
+        params: its parameters.
+        tokens: int [b, t], rows padded on the right.
+        cache: donated.
+        num_tokens: real tokens of each row, int [b] in [0, t]; ``None``: all t.
+        chunk_size: most tokens of a row per call of the model.
+
+    Returns:
+        The logits of each row's last real token (zeros for a row without any), and the cache.
+
+    Raises:
+        ValueError: wrong shape, a token id outside the vocabulary, or a row that would pass
+            ``max_len``. The cache is untouched then.
+    """
+    ids = np.asarray(tokens)
+    b = cache.lengths.shape[0]
+    if ids.ndim != 2 or ids.shape[0] != b:
+        raise ValueError(f"prefill: tokens must be [{b}, t], as the cache, got {list(ids.shape)}")
+    if chunk_size < 1:
+        raise ValueError(f"prefill: chunk_size must be >= 1, got {chunk_size}")
+    t = ids.shape[1]
+    counts = np.full(b, t, np.int64) if num_tokens is None else np.asarray(num_tokens)
+    if counts.shape != (b,) or counts.dtype.kind not in "iu":
+        raise ValueError(
+            f"prefill: num_tokens must be int [{b}], got {counts.dtype} {list(counts.shape)}"
+        )
+    counts = counts.astype(np.int64)
+    if ((counts < 0) | (counts > t)).any():
+        raise ValueError(f"prefill: num_tokens must be in [0, {t}], got {counts.tolist()}")
+    real = np.arange(t)[None, :] < counts[:, None]
+    if real.any():
+        _check_ids("prefill", ids[real], model.config.vocab_size)
+    _check_room("prefill", np.asarray(cache.lengths, np.int64), counts, cache.max_len)
+
+    ids = np.where(real, ids, 0).astype(np.int32)
+    logits = jnp.zeros((b, model.config.vocab_size), jnp.float32)
+    total = int(counts.max(initial=0))
+    for start in range(0, total, chunk_size):
+        rest = total - start
+        width = min(chunk_size, max(_SMALLEST_BUCKET, 1 << (rest - 1).bit_length()))
+        chunk = np.zeros((b, width), np.int32)
+        part = ids[:, start : start + width]
+        chunk[:, : part.shape[1]] = part
+        here = np.clip(counts - start, 0, width).astype(np.int32)
+        logits, cache = _prefill_chunk(
+            model=model, params=params, tokens=chunk, cache=cache, num_tokens=here, last=logits
+        )
+    return logits, cache
+
+
+def decode_step(
+    model: Model,
+    params: Params,
+    next_tokens: Array | np.ndarray | Sequence[int],
+    cache: Cache,
+    *,
+    active: Array | np.ndarray | Sequence[bool] | None = None,
+) -> tuple[Float32[Array, "b v"], Cache]:
+    """Appends one token to every active row.
+
+    Never waits for the device, so it does not know the lengths: a row that is full drops the
+    token and sets ``cache.overflow``; ``generate`` checks before it starts.
+
+    Args:
+        model: the Flax module.
+        params: its parameters.
+        next_tokens: int [b]. Host values are checked against the vocabulary, device arrays not.
+        cache: donated.
+        active: bool [b]; other rows are left as they are and their logits mean nothing.
+
+    Returns:
+        The logits after the token, and the cache.
+
+    Raises:
+        ValueError: wrong shape, or a host token id of an active row outside the vocabulary.
+    """
+    b = cache.lengths.shape[0]
+    if active is None:
+        active = np.ones(b, np.bool_)
+    elif not isinstance(active, jax.Array):
+        active = np.asarray(active)
+    if active.shape != (b,) or active.dtype != np.bool_:
+        raise ValueError(
+            f"decode_step: active must be bool [{b}], got {active.dtype} {list(active.shape)}"
+        )
+    if not isinstance(next_tokens, jax.Array):
+        next_tokens = np.asarray(next_tokens)
+        if next_tokens.shape == (b,) and isinstance(active, np.ndarray):
+            _check_ids("decode_step", next_tokens[active], model.config.vocab_size)
+    if next_tokens.shape != (b,):
+        raise ValueError(
+            f"decode_step: next_tokens must be [{b}], as the cache, got {list(next_tokens.shape)}"
+        )
+    if not jnp.issubdtype(next_tokens.dtype, jnp.integer):
+        raise ValueError(f"decode_step: token ids must be integers, got {next_tokens.dtype}")
+    return _decode(
+        model=model,
+        params=params,
+        tokens=next_tokens.astype(np.int32),
+        cache=cache,
+        active=active,
+    )
+
+
+class Completion(list[int]):
+    """The generated ids of one prompt, without prompt and stop token.
+
+    Attributes:
+        finish_reason: why it ended.
+        error: what went wrong, for ``invalid_logits``; else ``None``.
+    """
+
+    def __init__(
+        self, ids: Sequence[int], finish_reason: FinishReason, error: str | None = None
+    ) -> None:
+        super().__init__(ids)
+        self.finish_reason: FinishReason = finish_reason
+        self.error = error
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenEvent:
+    """One thing that happened to one sequence.
+
+    Attributes:
+        sequence: index of the prompt.
+        token: the new id; ``None`` when the sequence ended without one.
+        finish_reason: set on the last event of a sequence.
+        error: as in ``Completion``.
+    """
+
+    sequence: int
+    token: int | None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+def check_lengths(lengths: Sequence[int], max_new_tokens: int, max_len: int | None) -> int:
+    """The cache length for prompts of these lengths: ``max_len``, or the least that suffices.
+
+    Raises:
+        ValueError: max_new_tokens < 1, or a prompt and its completion do not fit ``max_len``.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"generate: max_new_tokens must be >= 1, got {max_new_tokens}")
+    longest = max(lengths)
+    if max_len is None:
+        return longest + max_new_tokens
+    if longest > max_len:
+        raise ValueError(f"generate: a prompt has {longest} tokens, max_len is {max_len}")
+    # The last new token is never fed back.
+    if longest + max_new_tokens - 1 > max_len:
+        raise ValueError(
+            f"generate: a prompt of {longest} tokens and max_new_tokens {max_new_tokens} need "
+            f"{longest + max_new_tokens - 1} positions, max_len is {max_len}"
+        )
+    return max_len
+
+
+def _check_prompts(prompts: Sequence[Any], vocab: int) -> list[np.ndarray]:
+    if len(prompts) == 0:
+        raise ValueError("generate: prompts must not be an empty list")
+    rows: list[np.ndarray] = []
+    for i, prompt in enumerate(prompts):
+        ids = np.asarray(prompt)
+        if ids.ndim != 1:
+            raise ValueError(
+                f"generate: prompts must be a list of lists of token ids, prompt {i} is {prompt!r}"
+            )
+        if ids.size == 0:
+            raise ValueError(f"generate: prompt {i} is empty")
+        _check_ids(f"generate: prompt {i}", ids, vocab)
+        rows.append(ids)
+    return rows
+
+
+def _check_seeds(seed: int | Sequence[int], b: int) -> Array:
+    seeds = [seed] * b if isinstance(seed, int | np.integer) else list(seed)
+    if len(seeds) != b:
+        raise ValueError(f"generate: need one seed or one per prompt ({b}), got {len(seeds)}")
+    for value in seeds:
+        if not 0 <= value < 2**32:
+            raise ValueError(f"generate: seed must be in [0, 2**32), got {value}")
+    return jnp.asarray(np.array(seeds, np.uint32))
+
+
+def stream(
+    model: Model,
+    params: Params,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | Sequence[int] = 0,
+    max_len: int | None = None,
+    stop_token_ids: Sequence[int] | None = None,
+    on_token: OnToken | None = None,
+) -> Iterator[TokenEvent]:
+    """Like ``generate``, as events while they happen.
+
+    The arguments are checked in the call itself; the model runs as the iterator is read, one
+    decode step between two readings of the same sequence. Closing the iterator, or an exception
+    in ``on_token``, ends the work; model and params are never touched and can be used again.
+
+    Returns:
+        An iterator; every sequence ends with exactly one event that has a ``finish_reason``.
+
+    Raises:
+        ValueError: as ``generate``.
+    """
+    config = model.config
+    rows = _check_prompts(prompts, config.vocab_size)
+    checked = SamplingParams(temperature, top_p, top_k)
+    settings = _Settings(
+        _check_seeds(seed, len(rows)),
+        np.float32(checked.temperature),
+        np.float32(checked.top_p),
+        np.int32(checked.top_k),
+    )
+    max_len = check_lengths([row.size for row in rows], max_new_tokens, max_len)
+    eos = int(config.eos_token_id)
+    stops = frozenset((eos,) if stop_token_ids is None else map(int, stop_token_ids))
+
+    def next_event(row: int, count: int, token: int, valid: bool) -> TokenEvent:
+        """What becomes of a sampled token; ``count`` tokens of the row came before it."""
+        if not valid:
+            position = rows[row].size + count
+            return TokenEvent(
+                row,
+                None,
+                "invalid_logits",
+                f"generate: the logits of sequence {row} for position {position} hold NaN or "
+                "+Inf, or are all -Inf",
+            )
+        if token in stops:
+            return TokenEvent(row, None, "eos" if token == eos else "stop")
+        if on_token is not None and on_token(row, token):
+            return TokenEvent(row, token, "stop")
+        return TokenEvent(row, token, "length" if count + 1 == max_new_tokens else None)
+
+    def events() -> Iterator[TokenEvent]:
+        b = len(rows)
+        padded = np.zeros((b, max(row.size for row in rows)), np.int32)
+        for i, row in enumerate(rows):
+            padded[i, : row.size] = row
+        cache = model.init_cache(batch_size=b, max_len=max_len)
+        logits, cache = prefill(model, params, padded, cache, num_tokens=[row.size for row in rows])
+        sampled = _sample_next(logits, cache.lengths, settings)
+        del logits
+        active = np.ones(b, np.bool_)
+        for count in range(max_new_tokens):
+            tokens, valid = jax.device_get(tuple(sampled))
+            for row in np.flatnonzero(active).tolist():
+                event = next_event(row, count, int(tokens[row]), bool(valid[row]))
+                active[row] = event.finish_reason is None
+                yield event
+            if not active.any():
+                return
+            sampled, cache = _decode_and_sample(
+                model=model,
+                params=params,
+                tokens=sampled.tokens,
+                cache=cache,
+                active=active.copy(),
+                settings=settings,
+            )
+
+    return events()
+
+
+def generate(
+    model: Model,
+    params: Params,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | Sequence[int] = 0,
+    max_len: int | None = None,
+    stop_token_ids: Sequence[int] | None = None,
+    on_token: OnToken | None = None,
+) -> list[Completion]:
+    """Continues every prompt; one jitted decode-and-sample step per token of the batch.
+
+    A sequence's tokens depend on its prompt and its seed only, not on its neighbours or its
+    place in the batch. Equal prompts with equal seeds give equal tokens: pass one seed per
+    prompt for different ones.
+
+    Args:
+        model: the Flax module.
+        params: its parameters.
+        prompts: lists of token ids, of any lengths.
+        max_new_tokens: most new tokens per prompt.
+        temperature: 0 is greedy; see ``SamplingParams``.
+        top_p: see ``SamplingParams``.
+        top_k: see ``SamplingParams``.
+        seed: one for all, or one per prompt, in [0, 2**32).
+        max_len: positions of the cache; default: longest prompt + max_new_tokens.
+        stop_token_ids: ids that end a sequence and are not part of it; default: the
+            configuration's EOS. Empty: none.
+        on_token: called with (index of the prompt, new id) for each new token; a true return
+            value ends that sequence after this token.
+
+    Returns:
+        One ``Completion`` per prompt, in order.
+
+    Raises:
+        ValueError: no prompt, an empty one, an id outside the vocabulary, a sampling setting out
+            of range, or a prompt that does not fit ``max_len``; before anything runs.
+    """
+    made: list[list[int]] = [[] for _ in prompts]
+    ends: dict[int, TokenEvent] = {}
+    for event in stream(
+        model,
+        params,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        max_len=max_len,
+        stop_token_ids=stop_token_ids,
+        on_token=on_token,
+    ):
+        if event.token is not None:
+            made[event.sequence].append(event.token)
+        if event.finish_reason is not None:
+            ends[event.sequence] = event
+    return [
+        Completion(ids, cast(FinishReason, ends[i].finish_reason), ends[i].error)
+        for i, ids in enumerate(made)
+    ]

@@ -1,0 +1,281 @@
+"""Every op as a function of independent rows, for what all of them promise alike.
+
+`OpCase.fn` treats the leading axis of all its arguments row by row (a row of an attention op is
+one sequence); weights are closed over. `OpCase.rows(n)` are the first ``n`` of fixed random rows.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv4_jax.ops.cache_write import cache_write
+from dsv4_jax.ops.compressor import compressor
+from dsv4_jax.ops.dense_linear import dense_linear
+from dsv4_jax.ops.fp8_linear import fp8_linear
+from dsv4_jax.ops.hadamard import hadamard
+from dsv4_jax.ops.head_norm import head_norm
+from dsv4_jax.ops.index_topk import index_topk
+from dsv4_jax.ops.mhc_head import mhc_head
+from dsv4_jax.ops.mhc_post import mhc_post
+from dsv4_jax.ops.mhc_pre import mhc_pre
+from dsv4_jax.ops.moe import moe
+from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
+from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
+from dsv4_jax.ops.rmsnorm import rmsnorm
+from dsv4_jax.ops.rope import rope
+from dsv4_jax.ops.router import router
+from dsv4_jax.ops.sparse_attention import sparse_attention
+from dsv4_jax.ops.swiglu import swiglu
+from dsv4_jax.quant import fp8, mxfp4, nvfp4
+from dsv4_jax.quant.kv import index_quant, kv_quant
+
+__all__ = ["CASES", "MAX_ROWS", "OpCase", "expert_leaves", "normal"]
+
+MAX_ROWS = 17
+EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class OpCase:
+    """One op on independent rows; `poisoned` is the argument that takes a NaN row."""
+
+    fn: Callable[..., Any]
+    arguments: tuple[jax.Array, ...]
+    poisoned: int = 0
+
+    def rows(self, start: int, stop: int) -> tuple[jax.Array, ...]:
+        """Rows ``start .. stop - 1`` of every argument."""
+        return tuple(x[start:stop] for x in self.arguments)
+
+
+def normal(seed: int, *shape: int, scale: float = 1.0, dtype: Any = jnp.float32) -> jax.Array:
+    """Standard normal values, a function of the seed alone."""
+    x = np.random.default_rng(seed).standard_normal(shape) * scale
+    return jnp.asarray(x.astype(np.float32)).astype(dtype)
+
+
+def expert_leaves(seed: int, shape: tuple[int, int, int], form: str) -> dict[str, jax.Array]:
+    """A stacked weight ``[e, out, in]`` in a storage format, with leaves as the model names them."""
+    w = normal(seed, *shape, scale=shape[-1] ** -0.5)
+    if form == "mxfp4":
+        return dict(zip(("weight", "scale"), mxfp4.quantize(w), strict=True))
+    if form == "fp8":
+        return dict(zip(("weight", "scale"), fp8.quantize_weight(w), strict=True))
+    if form == "nvfp4":
+        scale = nvfp4.token_global_scale(w.reshape(shape[0], -1))
+        q = nvfp4.quantize(w, scale[:, None])
+        return {"weight": q.code, "block_scale": q.block_scale, "global_scale": scale}
+    return {"weight": w.astype(jnp.dtype(form))}
+
+
+def _rmsnorm() -> OpCase:
+    weight = normal(1, 96, dtype=jnp.bfloat16)
+    return OpCase(lambda x: rmsnorm(x, weight, EPS), (normal(0, MAX_ROWS, 96, dtype=jnp.bfloat16),))
+
+
+def _head_norm(rounding: Any) -> OpCase:
+    x = normal(0, MAX_ROWS, 3, 64, dtype=jnp.bfloat16)
+    return OpCase(lambda x: head_norm(x, EPS, rounding=rounding), (x,))
+
+
+def _rope() -> OpCase:
+    frequencies = (10000.0 ** -(np.arange(0, 16, 2) / 16)).astype(np.float32)
+    positions = jnp.asarray(np.random.default_rng(1).integers(0, 1 << 20, (MAX_ROWS, 2)), jnp.int32)
+    x = normal(0, MAX_ROWS, 2, 3, 24, dtype=jnp.bfloat16)
+    return OpCase(lambda x, p: rope(x, p, frequencies), (x, positions))
+
+
+def _mhc_pre() -> OpCase:
+    fn, base = normal(1, 24, 4 * 48, scale=0.2), normal(2, 24)
+    scale = jnp.array([0.7, 1.1, 0.9], jnp.float32)
+    return OpCase(
+        lambda s: mhc_pre(s, fn, base, scale, iters=20, hc_eps=EPS, rms_eps=EPS),
+        (normal(0, MAX_ROWS, 4, 48, dtype=jnp.bfloat16),),
+    )
+
+
+def _mhc_post() -> OpCase:
+    rows = (
+        normal(0, MAX_ROWS, 48, dtype=jnp.bfloat16),
+        normal(1, MAX_ROWS, 4, 48, dtype=jnp.bfloat16),
+        normal(2, MAX_ROWS, 4),
+        normal(3, MAX_ROWS, 4, 4),
+    )
+    return OpCase(mhc_post, rows)
+
+
+def _mhc_head() -> OpCase:
+    fn, base, scale = normal(1, 4, 4 * 48, scale=0.2), normal(2, 4), normal(3, 1)
+    return OpCase(
+        lambda s: mhc_head(s, fn, base, scale, hc_eps=EPS, rms_eps=EPS),
+        (normal(0, MAX_ROWS, 4, 48, dtype=jnp.bfloat16),),
+    )
+
+
+def _hadamard() -> OpCase:
+    return OpCase(hadamard, (normal(0, MAX_ROWS, 128, dtype=jnp.bfloat16),))
+
+
+def _router(hashed: bool) -> OpCase:
+    weight, bias = normal(1, 32, 96, scale=0.1, dtype=jnp.bfloat16), normal(2, 32, scale=0.1)
+    x = normal(0, MAX_ROWS, 96, dtype=jnp.bfloat16)
+    settings: dict[str, Any] = {"k": 6, "scale": 1.5}
+    if not hashed:
+        return OpCase(lambda x: router(x, weight, bias, None, **settings), (x,))
+    rng = np.random.default_rng(3)
+    idx = jnp.asarray([rng.permutation(32)[:6] for _ in range(MAX_ROWS)], jnp.int32)
+    return OpCase(lambda x, idx: router(x, weight, None, idx, **settings), (x, idx))
+
+
+def _dense_linear(dtype: Any, groups: int = 0) -> OpCase:
+    weight = normal(1, 40, 96, dtype=dtype)
+    shape = (MAX_ROWS, groups, 96) if groups else (MAX_ROWS, 96)
+    return OpCase(lambda x: dense_linear(x, weight), (normal(0, *shape, dtype=dtype),))
+
+
+def _fp8_linear(act: Any, groups: int = 0) -> OpCase:
+    code, scale = fp8.quantize_weight(normal(1, 160, 192))
+    shape = (MAX_ROWS, groups, 192) if groups else (MAX_ROWS, 192)
+    x = normal(0, *shape, dtype=jnp.bfloat16)
+    return OpCase(lambda x: fp8_linear(x, code, scale, act=act), (x,))
+
+
+def _mxfp4_linear(act: Any) -> OpCase:
+    code, scale = mxfp4.quantize(normal(1, 40, 192))
+    x = normal(0, MAX_ROWS, 192, dtype=jnp.bfloat16)
+    return OpCase(lambda x: mxfp4_linear(x, code, scale, act=act), (x,))
+
+
+def _nvfp4_linear(act: Any) -> OpCase:
+    w = normal(1, 40, 192)
+    q = nvfp4.quantize(w, nvfp4.tensor_global_scale(w))
+    x = normal(0, MAX_ROWS, 192, dtype=jnp.bfloat16)
+    return OpCase(lambda x: nvfp4_linear(x, *q, act=act), (x,))
+
+
+def _swiglu() -> OpCase:
+    gate = normal(0, MAX_ROWS, 48, scale=8.0, dtype=jnp.bfloat16)
+    up = normal(1, MAX_ROWS, 48, scale=8.0, dtype=jnp.bfloat16)
+    return OpCase(functools.partial(swiglu, limit=10.0), (gate, up))
+
+
+def _moe(linear: Any) -> OpCase:
+    form = linear.split("_")[0]
+    w1, w3 = (expert_leaves(seed, (5, 64, 96), form) for seed in (1, 3))
+    w2 = expert_leaves(2, (5, 96, 64), form)
+    rng = np.random.default_rng(4)
+    idx = jnp.asarray([np.sort(rng.permutation(5)[:3]) for _ in range(MAX_ROWS)], jnp.int32)
+    weight = jnp.asarray(rng.uniform(0.1, 1, (MAX_ROWS, 3)), jnp.float32)
+    dtype = jnp.float32 if linear == "float32" else jnp.bfloat16
+    x = normal(0, MAX_ROWS, 96, dtype=dtype)
+    valid = jnp.arange(MAX_ROWS) != 2
+    return OpCase(
+        lambda *rows: moe(*rows, w1, w2, w3, linear=linear, limit=10.0), (x, idx, weight, valid)
+    )
+
+
+def _compressor(ratio: int) -> OpCase:
+    halves = 2 if ratio == 4 else 1
+    t, ring, width = ratio + 3, halves * ratio, halves * 16
+    count = np.random.default_rng(5).integers(0, t + 1, MAX_ROWS)
+    start = np.random.default_rng(6).integers(0, 3 * ratio, MAX_ROWS)
+
+    def fn(*rows: jax.Array) -> Any:
+        entry, window, closed = compressor(*rows, ratio=ratio)
+        return jnp.where(closed[..., None], entry, 0), window, closed
+
+    return OpCase(
+        fn,
+        (
+            normal(0, MAX_ROWS, t, width),
+            normal(1, MAX_ROWS, t, width),
+            normal(2, MAX_ROWS, ring, width),
+            normal(3, MAX_ROWS, ring, width),
+            jnp.asarray(start, jnp.int32),
+            jnp.asarray(count, jnp.int32),
+        ),
+    )
+
+
+def _index_topk(form: Any) -> OpCase:
+    q, weight = normal(0, MAX_ROWS, 2, 4, 32), normal(1, MAX_ROWS, 2, 4)
+    keys = index_quant(normal(2, MAX_ROWS, 256, 32), form)
+    n_visible = jnp.asarray(np.random.default_rng(3).integers(0, 257, (MAX_ROWS, 2)), jnp.int32)
+    parts = [part for part in keys if part is not None]
+
+    def fn(q: jax.Array, weight: jax.Array, n_visible: jax.Array, *parts: jax.Array) -> Any:
+        rows = type(keys)(parts[0], parts[1] if len(parts) > 1 else None)
+        return index_topk(q, weight, rows, n_visible, topk=24)
+
+    return OpCase(fn, (q, weight, n_visible, *parts))
+
+
+def _sparse_attention(kind: str) -> OpCase:
+    t, heads, dim, window, slots = 2, 3, 96, 8, 256
+    rng = np.random.default_rng(7)
+    start = rng.integers(0, 1000, MAX_ROWS)
+    positions = jnp.asarray(start[:, None] + np.arange(t), jnp.int32)
+    q = normal(0, MAX_ROWS, t, heads, dim, dtype=jnp.bfloat16)
+    keys = normal(1, MAX_ROWS, window - 1 + t, dim, dtype=jnp.bfloat16)
+    sink = normal(2, heads)
+    if kind == "window":
+        return OpCase(lambda q, k, p: sparse_attention(q, k, p, sink), (q, keys, positions))
+    pool = kv_quant(normal(3, MAX_ROWS, slots, dim), 32, "fp8")
+    n_visible = jnp.asarray(rng.integers(0, slots + 1, (MAX_ROWS, t)), jnp.int32)
+    idx = jnp.asarray(rng.integers(-1, slots, (MAX_ROWS, t, 140)), jnp.int32)
+
+    def fn(
+        q: jax.Array, keys: jax.Array, positions: jax.Array, n: jax.Array, *rest: jax.Array
+    ) -> Any:
+        rows = type(pool)(*rest[:3])
+        return sparse_attention(q, keys, positions, sink, rows, n, *rest[3:])
+
+    rows = (q, keys, positions, n_visible, *pool)
+    return OpCase(fn, (*rows, idx) if kind == "topk" else rows)
+
+
+def _cache_write() -> OpCase:
+    cache = normal(0, MAX_ROWS, 8, 16).astype(jnp.float8_e4m3fn)
+    rows = normal(1, MAX_ROWS, 3, 16).astype(jnp.float8_e4m3fn)
+    slots = np.array([np.random.default_rng(i).permutation(11)[:3] - 1 for i in range(MAX_ROWS)])
+    return OpCase(cache_write, (cache, rows, jnp.asarray(slots, jnp.int32)), poisoned=1)
+
+
+CASES: dict[str, Callable[[], OpCase]] = {
+    name: functools.cache(make)
+    for name, make in {
+        "rmsnorm": _rmsnorm,
+        "head_norm-float32": lambda: _head_norm("float32"),
+        "head_norm-bfloat16": lambda: _head_norm("bfloat16"),
+        "rope": _rope,
+        "mhc_pre": _mhc_pre,
+        "mhc_post": _mhc_post,
+        "mhc_head": _mhc_head,
+        "hadamard": _hadamard,
+        "router-score": lambda: _router(False),
+        "router-hash": lambda: _router(True),
+        "dense_linear-bfloat16": lambda: _dense_linear(jnp.bfloat16),
+        "dense_linear-float32": lambda: _dense_linear(jnp.float32),
+        "dense_linear-groups": lambda: _dense_linear(jnp.bfloat16, 2),
+        "fp8_linear-w8a8": lambda: _fp8_linear("fp8"),
+        "fp8_linear-w8a16-groups": lambda: _fp8_linear("bfloat16", 2),
+        "mxfp4_linear-w4a8": lambda: _mxfp4_linear("fp8"),
+        "nvfp4_linear-w4a4": lambda: _nvfp4_linear("nvfp4"),
+        "swiglu": _swiglu,
+        "moe-mxfp4_w4a8": lambda: _moe("mxfp4_w4a8"),
+        "moe-nvfp4_w4a4": lambda: _moe("nvfp4_w4a4"),
+        "moe-float32": lambda: _moe("float32"),
+        "compressor-4": lambda: _compressor(4),
+        "compressor-128": lambda: _compressor(128),
+        "index_topk-mxfp4": lambda: _index_topk("mxfp4"),
+        "sparse_attention-window": lambda: _sparse_attention("window"),
+        "sparse_attention-all": lambda: _sparse_attention("all"),
+        "sparse_attention-topk": lambda: _sparse_attention("topk"),
+        "cache_write": _cache_write,
+    }.items()
+}
