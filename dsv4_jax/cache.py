@@ -7,7 +7,6 @@ sequence may read is decided by its length alone.
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Sequence
 
 import jax
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.typing import DTypeLike
 
 from dsv4_jax.config import LayerKind, ModelConfig
 from dsv4_jax.ops._blocks import KEY_BLOCK
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 
-@functools.partial(jax.tree_util.register_dataclass)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CompressorState:
     """Projections of the last positions, FP32 ``[b, ring, c * d]``; ``gate`` includes ``ape``."""
@@ -43,7 +43,7 @@ class CompressorState:
     gate: Float32[Array, "b r cd"]
 
 
-@functools.partial(jax.tree_util.register_dataclass)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
     """State of one layer; what its kind does not have is ``None``.
@@ -59,7 +59,7 @@ class LayerCache:
     index_state: CompressorState | None = None
 
 
-@functools.partial(jax.tree_util.register_dataclass)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MtpCache:
     """The MTP module's own window ring and its own lengths (it lags the main model by one)."""
@@ -162,7 +162,7 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _zeros(shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+def _zeros(shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     """Zero *bytes*: a zero of dtype UE8M0 would be NaN."""
     if dtype == UE8M0:
         return lax.bitcast_convert_type(jnp.zeros(shape, jnp.uint8), UE8M0)
@@ -198,18 +198,25 @@ def _state(b: int, ring: int, width: int) -> CompressorState:
 
 
 def rewind(cache: Cache, lengths: Int32[Array, "b"] | Sequence[int] | np.ndarray) -> Cache:
-    """Takes tokens back: sets each row's length to ``lengths`` and clears its overflow flag.
+    """Takes tokens back: sets each row's length to ``lengths``.
+
+    A row that gives tokens back loses its overflow flag.
 
     A row can lose up to ``draft_tokens`` tokens (rejected drafts), or all of them (0: the slot
     takes a new sequence). Only lengths change; entries of windows that reopen become invisible
     and are overwritten when the windows close again. The MTP module's length follows when it is
-    longer.
+    longer; rows it computed from its own drafts go by ``rewind(cache, cache.lengths)`` before the
+    true streams of those positions are appended.
 
     Raises:
+        TypeError: lengths are not integers.
         ValueError: the shape is wrong or, when both sides are known on the host, a length grows
             or loses more than ``draft_tokens``. Inside `jax.jit` lengths that grow are clamped.
     """
-    new = jnp.asarray(lengths, jnp.int32)
+    new = jnp.asarray(lengths)
+    if not jnp.issubdtype(new.dtype, jnp.integer):
+        raise TypeError(f"rewind: lengths must be integers, got {new.dtype}")
+    new = new.astype(jnp.int32)
     if new.shape != cache.lengths.shape:
         raise ValueError(
             f"rewind: lengths must be {list(cache.lengths.shape)}, got {list(new.shape)}"
@@ -245,7 +252,7 @@ def write_cost_note(cache: Cache) -> str:
         for leaf in jax.tree.leaves((cache.layers, cache.mtp))
         if leaf.dtype.itemsize == 1 or leaf.dtype == E2M1
     ]
-    rewritten = functools.reduce(operator.add, (_bytes(leaf) for leaf in stored), 0)
+    rewritten = sum(_bytes(leaf) for leaf in stored)
     return (
         f"cache writes are XLA scatters: every step rewrites {rewritten / 1e6:.1f} MB of FP8/FP4 "
         f"cache (max_len={cache.max_len}, batch {cache.batch_size})"

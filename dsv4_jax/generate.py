@@ -215,7 +215,7 @@ def decode_step(
     if active is None:
         active = np.ones(b, np.bool_)
     elif not isinstance(active, jax.Array):
-        active = np.asarray(active)
+        active = np.array(active)  # a copy: dispatch is asynchronous
     if active.shape != (b,) or active.dtype != np.bool_:
         raise ValueError(
             f"decode_step: active must be bool [{b}], got {active.dtype} {list(active.shape)}"
@@ -282,7 +282,7 @@ def check_lengths(lengths: Sequence[int], max_new_tokens: int, max_len: int | No
         raise ValueError(f"generate: max_new_tokens must be >= 1, got {max_new_tokens}")
     longest = max(lengths)
     if max_len is None:
-        return longest + max_new_tokens
+        return longest + max_new_tokens - 1  # the last new token is never fed back
     if longest > max_len:
         raise ValueError(f"generate: a prompt has {longest} tokens, max_len is {max_len}")
     # The last new token is never fed back.
@@ -357,6 +357,11 @@ def stream(
         np.int32(checked.top_k),
     )
     max_len = check_lengths([row.size for row in rows], max_new_tokens, max_len)
+    if max_len > config.max_position_embeddings:
+        raise ValueError(
+            f"generate: max_len {max_len} exceeds the model's max_position_embeddings "
+            f"{config.max_position_embeddings}"
+        )
     eos = int(config.eos_token_id)
     stops = frozenset((eos,) if stop_token_ids is None else map(int, stop_token_ids))
 
@@ -436,7 +441,7 @@ def generate(
         top_p: see ``SamplingParams``.
         top_k: see ``SamplingParams``.
         seed: one for all, or one per prompt, in [0, 2**32).
-        max_len: positions of the cache; default: longest prompt + max_new_tokens.
+        max_len: positions of the cache; default: what the longest prompt needs.
         stop_token_ids: ids that end a sequence and are not part of it; default: the
             configuration's EOS. Empty: none.
         on_token: called with (index of the prompt, new id) for each new token; a true return

@@ -22,7 +22,15 @@ Sources: model.md sections 4.5, 4.6 and 9 (formats), 3.6 (``wo_a`` keeps BF16 ac
 import dataclasses
 from typing import Final, Literal, cast
 
-__all__ = ["LINEAR_FORMATS", "PRESETS", "LinearFormat", "Precision", "weight_format"]
+__all__ = [
+    "LINEAR_FORMATS",
+    "PRESETS",
+    "ActFormat",
+    "LinearFormat",
+    "Precision",
+    "act_format",
+    "weight_format",
+]
 
 LinearFormat = Literal[
     "float32",
@@ -35,6 +43,7 @@ LinearFormat = Literal[
     "nvfp4_w4a8",
     "nvfp4_w4a16",
 ]
+ActFormat = Literal["nvfp4", "fp8", "bfloat16"]
 WeightFormat = Literal["float32", "bfloat16", "fp8", "mxfp4", "nvfp4"]
 
 LINEAR_FORMATS: Final[tuple[str, ...]] = (
@@ -63,6 +72,12 @@ def weight_format(linear: LinearFormat) -> WeightFormat:
     return cast(WeightFormat, linear.split("_")[0])
 
 
+def act_format(linear: LinearFormat) -> ActFormat:
+    """The activation half: ``"nvfp4_w4a4"`` -> ``"nvfp4"``; unquantised formats: ``bfloat16``."""
+    formats: dict[str, ActFormat] = {"a4": "nvfp4", "a8": "fp8"}
+    return formats.get(linear[-2:], "bfloat16")
+
+
 @dataclasses.dataclass(frozen=True)
 class Precision:
     """One named field per choice of number format; hashable, so usable as a static argument.
@@ -85,7 +100,8 @@ class Precision:
             does, ``float32`` rounds once.
         streams: residual streams and every activation between ops: ``bfloat16`` | ``float32``.
         regime: pins the kernel regime of every op (``None``: chosen by the number of tokens).
-            The ``jnp`` ops of this version have a single regime, ``"any"``.
+            The ``jnp`` ops of this version know only ``"any"``: bitwise independent of the call's
+            shape on the CPU; on a GPU, XLA picks its kernels by shape.
 
     Raises:
         ValueError: a field holds a word that is not among its choices.

@@ -24,6 +24,7 @@ __all__ = [
     "Float32",
     "Int32",
     "Params",
+    "StoredFloat",
 ]
 
 Array = jax.Array
@@ -40,6 +41,7 @@ if TYPE_CHECKING:  # as jaxtyping does for its own names
     from typing import Annotated as Float4e2m1fn
     from typing import Annotated as Float8e4m3fn
     from typing import Annotated as Float8e8m0fnu
+    from typing import Annotated as StoredFloat
 else:
 
     class Float4e2m1fn(AbstractDtype):
@@ -56,3 +58,14 @@ else:
         """Power-of-two scale, exponent bias 127, byte 255 = NaN."""
 
         dtypes = ["float8_e8m0fnu"]  # noqa: RUF012
+
+    class StoredFloat(AbstractDtype):
+        """Any dtype of a cache array."""
+
+        dtypes = [  # noqa: RUF012
+            "bfloat16",
+            "float32",
+            "float4_e2m1fn",
+            "float8_e4m3fn",
+            "float8_e8m0fnu",
+        ]

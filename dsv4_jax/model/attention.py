@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from dsv4_jax.cache import LayerCache
 from dsv4_jax.config import LayerKind, ModelConfig
@@ -84,10 +85,10 @@ class Attention(nn.Module):
         u = self.wo_a(grouped).reshape(b * t, -1)
         return self.wo_b(u), cache
 
-    def _window_before(self, ring: KvRows, step: Step, dtype: jnp.dtype) -> Float[Array, "b w d"]:
+    def _window_before(self, ring: KvRows, step: Step, dtype: DTypeLike) -> Float[Array, "b w d"]:
         """The ``window - 1`` keys before the chunk in position order; zeros before position 0."""
         span = self.config.sliding_window - 1
-        position = step.start[:, None] - span + jnp.arange(span)
+        position = step.start[:, None] - span + jnp.arange(span, dtype=jnp.int32)
         slots = position % ring.nope.shape[1]
         rows = gather_rows(view_rows(ring), ring, slots[:, None])
         keys = kv_dequant(rows, dtype)[:, 0]

@@ -38,6 +38,8 @@ class Block(nn.Module):
     def __call__(
         self, streams: Float[Array, "b t hc d"], cache: LayerCache, step: Step
     ) -> tuple[Float[Array, "b t hc d"], LayerCache]:
+        if streams.size == 0:
+            return streams, cache
         flat = streams.reshape(-1, *streams.shape[2:])  # [b * t, hc, d]
         with jax.named_scope("attention"):
             y, post, comb = self.hc_attn(flat)

@@ -10,17 +10,21 @@ from flax import linen as nn
 from dsv4_jax.ops._round import round_to
 from dsv4_jax.ops.dense_linear import dense_linear
 from dsv4_jax.ops.fp8_linear import fp8_linear
-from dsv4_jax.ops.moe import act_format
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
 from dsv4_jax.ops.rmsnorm import rmsnorm
-from dsv4_jax.precision import LinearFormat, weight_format
+from dsv4_jax.precision import LinearFormat, act_format, weight_format
 from dsv4_jax.quant import fp8, mxfp4, nvfp4
 from dsv4_jax.typing import Array, Float, Float32
 
 __all__ = ["Linear", "RMSNorm", "Weight", "linear", "linear_leaves"]
 
 INIT_STD = 0.02
+_LEAVES = {
+    "fp8": ("weight", "scale"),
+    "mxfp4": ("weight", "scale"),
+    "nvfp4": ("weight", "block_scale", "global_scale"),
+}
 
 
 def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -53,6 +57,8 @@ def linear_leaves(
     stored = weight_format(form)
     if stored in ("float32", "bfloat16"):
         return {"weight": module.param("weight", _normal, shape, jnp.dtype(stored))}
+    if not module.is_initializing():  # tracing the quantising initialisers costs seconds a model
+        return {name: module.get_variable("params", name) for name in _LEAVES[stored]}
     parts = jax.eval_shape(lambda: _quantized(jax.random.key(0), shape, stored))
 
     def init(name: str) -> Callable[[jax.Array], Array]:
@@ -60,7 +66,7 @@ def linear_leaves(
         # together; only the module's path distinguishes one weight from another.
         return lambda _: _quantized(key, shape, stored)[name]
 
-    key = module.make_rng("params") if module.is_initializing() else jax.random.key(0)
+    key = module.make_rng("params")
     return {name: module.param(name, init(name)) for name in parts}
 
 
@@ -69,7 +75,7 @@ def linear(
 ) -> Float32[Array, "t *g n"]:
     """The op that serves a linear format; FP32 result, not rounded."""
     stored = weight_format(form)
-    act: Any = act_format(form)
+    act = act_format(form)
     if stored == "fp8":
         return fp8_linear(x, leaves["weight"], leaves["scale"], act=act)
     if stored == "mxfp4":
@@ -99,11 +105,9 @@ class Weight(nn.Module):
 
     shape: tuple[int, ...]
     dtype: str
-    ones: bool = False
 
     def setup(self) -> None:
-        init = nn.initializers.ones if self.ones else _normal
-        self.weight = self.param("weight", init, self.shape, jnp.dtype(self.dtype))
+        self.weight = self.param("weight", _normal, self.shape, jnp.dtype(self.dtype))
 
     def __call__(self) -> Array:
         return self.weight

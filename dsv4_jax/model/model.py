@@ -100,6 +100,9 @@ class DeepseekV4(nn.Module):
         if self.is_initializing() and self.mtp:
             self.draft(streams, tokens, cache)
         b, t = step.tokens.shape
+        if b * t == 0:
+            shape = (b,) if logits == "last" else (b, t)
+            return jnp.zeros((*shape, self.config.vocab_size), jnp.float32), cache
         if logits == "last":
             last = jnp.maximum(step.taken - 1, 0)
             streams = jnp.take_along_axis(streams, last[:, None, None, None], axis=1)
@@ -164,7 +167,7 @@ class DeepseekV4(nn.Module):
         """
         if not self.mtp or cache.mtp is None:
             raise ValueError("draft: the model and the cache must be made with mtp=True")
-        step, _ = self._step(next_tokens, cache, num_tokens, cache.mtp.lengths)
+        step, overflow = self._step(next_tokens, cache, num_tokens, cache.mtp.lengths)
         self._check_streams(streams, next_tokens)
         embedded = self._embed(step.tokens)
         state = LayerCache(window=cache.mtp.window)
@@ -172,7 +175,8 @@ class DeepseekV4(nn.Module):
         out = dense_linear(hidden, self.head()).reshape(*next_tokens.shape, -1)
         mtp = MtpCache(state.window, cache.mtp.lengths + step.taken)
         out = jnp.where(step.valid[..., None], out, 0)
-        return out, streams, dataclasses.replace(cache, mtp=mtp)
+        cache = dataclasses.replace(cache, mtp=mtp, overflow=cache.overflow | overflow)
+        return out, streams, cache
 
     def _step(
         self, tokens: Array, cache: Cache, num_tokens: Array | None, start: Array
@@ -197,8 +201,9 @@ class DeepseekV4(nn.Module):
     ) -> tuple[Array, Step, Cache]:
         step, overflow = self._step(tokens, cache, num_tokens, cache.lengths)
         b, t = step.tokens.shape
-        rows = self._embed(step.tokens).reshape(b, t, 1, -1)
-        streams = jnp.broadcast_to(rows, (b, t, self.config.hc_mult, rows.shape[-1]))
+        hc, dim = self.config.hc_mult, self.config.hidden_size
+        rows = self._embed(step.tokens).reshape(b, t, 1, dim)
+        streams = jnp.broadcast_to(rows, (b, t, hc, dim))
         states: list[LayerCache] = []
         for i, block in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):

@@ -1,15 +1,14 @@
 """Activations on their way into a quantised linear: quantised, then exact in BF16."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from dsv4_jax.precision import ActFormat
 from dsv4_jax.quant import fp8, nvfp4
 from dsv4_jax.typing import Array, BFloat16, Float, Float32
 
-__all__ = ["ActFormat", "QuantizedAct", "quantized_act"]
-
-ActFormat = Literal["nvfp4", "fp8", "bfloat16"]
+__all__ = ["QuantizedAct", "quantized_act"]
 
 
 class QuantizedAct(NamedTuple):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsv4_jax.ops._rows import Tile
+from dsv4_jax.ops._rows import Tile, corner
 from dsv4_jax.quant import bits
 from dsv4_jax.typing import Array, Int32
 
@@ -30,7 +30,7 @@ def slice_rows(view: Rows, like: Rows, tile: Tile, start: Array, size: int) -> R
     def take(part: Array, typed: Array) -> Array:
         size_3d = (tile.rows, size, part.shape[2])
         return bits.from_byte_view(
-            lax.dynamic_slice(part, (tile.row, start, 0), size_3d), typed.dtype
+            lax.dynamic_slice(part, corner(tile.row, start, 0), size_3d), typed.dtype
         )
 
     return jax.tree.map(take, view, like)
@@ -40,7 +40,7 @@ def gather_rows(view: Rows, like: Rows, idx: Int32[Array, "b t k"], row: Array |
     """Slots ``idx[i]`` of row ``row + i`` of every part: ``[b, t, k, ...]``; clipped."""
 
     def take(part: Array, typed: Array) -> Array:
-        batch = row + jnp.arange(idx.shape[0])[:, None, None]
+        batch = row + jnp.arange(idx.shape[0], dtype=jnp.int32)[:, None, None]
         slots = jnp.clip(idx, 0, part.shape[1] - 1)
         return bits.from_byte_view(part[batch, slots], typed.dtype)
 

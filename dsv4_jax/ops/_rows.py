@@ -21,6 +21,7 @@ __all__ = [
     "ROW_TILE",
     "Tile",
     "batched_dot",
+    "corner",
     "hidden_trip_count",
     "query_tiled",
     "row_dot",
@@ -35,6 +36,11 @@ _QUERY_COLUMNS = 16
 """Bounds the keys gathered at a time on a GPU to a few MB a row."""
 
 
+def corner(*starts: Array | int) -> tuple[Array, ...]:
+    """Start indices of a slice in one dtype, whatever ``jax_enable_x64`` makes of literals."""
+    return tuple(jnp.asarray(start, jnp.int32) for start in starts)
+
+
 class Tile(NamedTuple):
     """Queries ``[row : row + rows, col : col + cols]``; the corner is traced, the extent static."""
 
@@ -45,8 +51,8 @@ class Tile(NamedTuple):
 
     def take(self, x: Array) -> Array:
         """The tile's part of ``x [b, t, ...]``."""
-        corner = (self.row, self.col, *(0,) * (x.ndim - 2))
-        return lax.dynamic_slice(x, corner, (self.rows, self.cols, *x.shape[2:]))
+        at = corner(self.row, self.col, *(0,) * (x.ndim - 2))
+        return lax.dynamic_slice(x, at, (self.rows, self.cols, *x.shape[2:]))
 
 
 def hidden_trip_count(n: int | Array) -> Array:
@@ -93,7 +99,9 @@ def query_tiled(fn: Callable[[Tile], Array], b: int, t: int) -> Array:
         return out
 
     def put(out: Array, tile: Tile) -> Array:
-        return lax.dynamic_update_slice(out, fn(tile), (tile.row, tile.col, *(0,) * (out.ndim - 2)))
+        return lax.dynamic_update_slice(
+            out, fn(tile), corner(tile.row, tile.col, *(0,) * (out.ndim - 2))
+        )
 
     def single(out: Array) -> Array:
         def body(i: Array, out: Array) -> Array:
@@ -151,6 +159,9 @@ def batched_dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
 
 def _dot(a: Array, b: Array, dims: lax.DotDimensionNumbers) -> Array:
     def upcast(a: Array, b: Array) -> Array:
+        # A weight that is a constant or a transpose would be folded into the product, whose sums
+        # then run in another order.
+        a, b = lax.optimization_barrier((a, b))
         wide = a.astype(jnp.float32), b.astype(jnp.float32)
         return lax.dot_general(*wide, dims, precision=lax.Precision.HIGHEST)
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dsv4_jax.ops._check import FLOAT32, INTEGERS, check_operand
 from dsv4_jax.ops._rows import row_tiled
 from dsv4_jax.typing import Array, Bool, Float32, Int32
 
@@ -44,31 +45,47 @@ def compressor(
         count: real tokens of each row in the chunk.
 
     Raises:
-        ValueError: shapes disagree, or the ring is shorter than a window's slots.
+        TypeError: a dtype is not accepted.
+        ValueError: shapes disagree, ``ratio`` < 1, or the ring is shorter than a window's slots.
     """
+    named = {"kv": kv, "gate": gate, "kv_state": kv_state, "gate_state": gate_state}
+    for name, x in named.items():
+        check_operand("compressor", name, x, "b t cd", FLOAT32)
+    for name, x in {"start": start, "count": count}.items():
+        check_operand("compressor", name, x, "b", INTEGERS)
+        if x.shape != kv.shape[:1]:
+            raise ValueError(
+                f"compressor: {name} must be [{kv.shape[0]}] for kv {list(kv.shape)}, "
+                f"got {list(x.shape)}"
+            )
+    if ratio < 1:
+        raise ValueError(f"compressor: ratio must be at least 1, got {ratio}")
     b, t, width = kv.shape
     overlap = 2 if ratio == 4 else 1
     ring = kv_state.shape[1]
-    if gate.shape != kv.shape or kv_state.shape != gate_state.shape or kv_state.shape[2] != width:
+    state = (b, ring, width)
+    if gate.shape != kv.shape or kv_state.shape != state or gate_state.shape != state:
         raise ValueError(
             f"compressor: kv, gate and the states must agree, got {list(kv.shape)}, "
             f"{list(gate.shape)}, {list(kv_state.shape)}, {list(gate_state.shape)}"
         )
+    if width % overlap:
+        raise ValueError(f"compressor: kv must have an even last axis for ratio 4, got {width}")
     if ring < overlap * ratio:
         raise ValueError(
             f"compressor: the state must hold at least {overlap * ratio} rows for ratio {ratio}, "
             f"got {ring}"
         )
     windows = (t + ratio - 1) // ratio
-    window = start[:, None] // ratio + jnp.arange(windows)  # [b, n]
+    window = start[:, None] // ratio + jnp.arange(windows, dtype=jnp.int32)  # [b, n]
     closed = (window + 1) * ratio <= (start + count)[:, None]
-    offsets = jnp.arange(-(overlap - 1) * ratio, ratio)
+    offsets = jnp.arange(-(overlap - 1) * ratio, ratio, dtype=jnp.int32)
     position = window[..., None] * ratio + offsets  # [b, n, slots]
     from_chunk = position >= start[:, None, None]
     chunk_row = jnp.clip(position - start[:, None, None], 0, t - 1)
     row = jnp.where(from_chunk, ring + chunk_row, position % ring)
     exists = (position >= 0)[..., None]
-    batch = jnp.arange(b)[:, None, None]
+    batch = jnp.arange(b, dtype=jnp.int32)[:, None, None]
 
     def slots(state: Array, chunk: Array) -> Array:
         rows = jnp.concatenate([state, chunk], axis=1)[batch, row]  # [b, n, slots, c*d]
@@ -87,5 +104,5 @@ def compressor(
         return jnp.sum(e * value, axis=1) / jnp.sum(e, axis=1)
 
     flat = (x.reshape(-1, *x.shape[2:]) for x in (value, logit))
-    entry = row_tiled(pool, *flat, tile=1).reshape(b, windows, -1)
+    entry = row_tiled(pool, *flat, tile=1).reshape(b, windows, width // overlap)
     return Closed(entry, window.astype(jnp.int32), closed)

@@ -6,10 +6,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax.ops._act import ActFormat, quantized_act
+from dsv4_jax.ops._act import quantized_act
+from dsv4_jax.ops._check import FLOATS, check_choice, check_operand
 from dsv4_jax.ops._rows import row_dot
+from dsv4_jax.precision import ActFormat
 from dsv4_jax.quant import fp8
-from dsv4_jax.typing import Array, Float, Float8e4m3fn, Float8e8m0fnu, Float32
+from dsv4_jax.typing import E4M3, UE8M0, Array, Float, Float8e4m3fn, Float8e8m0fnu, Float32
 
 __all__ = ["fp8_linear"]
 
@@ -32,8 +34,13 @@ def fp8_linear(
             (``w8a16``).
 
     Raises:
-        ValueError: shapes of ``x``, ``weight`` and ``scale`` disagree.
+        TypeError: a dtype is not accepted.
+        ValueError: ``act`` is unknown, or shapes of ``x``, ``weight`` and ``scale`` disagree.
     """
+    check_operand("fp8_linear", "x", x, "t g? k", FLOATS)
+    check_operand("fp8_linear", "weight", weight, "n k", (E4M3,))
+    check_operand("fp8_linear", "scale", scale, "tn tk", (UE8M0,))
+    check_choice("fp8_linear", "act", act, ("fp8", "bfloat16"))
     n, k = weight.shape
     expected = (-(-n // fp8.WEIGHT_BLOCK), -(-k // fp8.WEIGHT_BLOCK))
     if x.shape[-1] != k:
@@ -42,6 +49,10 @@ def fp8_linear(
         raise ValueError(
             f"fp8_linear: scale must be {list(expected)} for weight {[n, k]}, "
             f"got {list(scale.shape)}"
+        )
+    if x.ndim == 3 and n % x.shape[1]:
+        raise ValueError(
+            f"fp8_linear: weight must split evenly over x's {x.shape[1]} groups, got {[n, k]}"
         )
     wide = fp8.dequantize_weight(fp8.Fp8(weight, scale)).astype(jnp.bfloat16)
     if x.ndim == 3:

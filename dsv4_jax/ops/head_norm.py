@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dsv4_jax.ops._check import FLOATS, check_choice, check_operand
 from dsv4_jax.ops._round import round_to
 from dsv4_jax.ops._rows import row_tiled
 from dsv4_jax.typing import Array, Float
@@ -24,7 +25,13 @@ def head_norm(
         rounding: ``bfloat16`` rounds the square, the mean, the sum with ``eps``, the root and the
             product as the official code does (the mean itself is an FP32 sum); ``float32`` rounds
             once, to ``q``'s dtype.
+
+    Raises:
+        TypeError: ``q`` is neither BF16 nor FP32.
+        ValueError: ``q`` has no head axis, or ``rounding`` is not one of the two.
     """
+    check_operand("head_norm", "q", q, "*lead h d", FLOATS)
+    check_choice("head_norm", "rounding", rounding, ("float32", "bfloat16"))
     steps = jnp.dtype(rounding)
 
     def step(x: Array) -> Array:

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from dsv4_jax.ops._check import FLOATS, check_operand
 from dsv4_jax.ops._round import round_to
 from dsv4_jax.ops._rows import row_tiled
 from dsv4_jax.ops.mhc_pre import check_shapes, mhc_mix, stream_sum
@@ -26,8 +27,10 @@ def mhc_head(
     """``h = sum_j (sigmoid(mix_j * scale + base_j) + hc_eps) * S_j`` in the streams' dtype.
 
     Raises:
+        TypeError: a dtype is not accepted.
         ValueError: a shape disagrees with ``streams``.
     """
+    check_operand("mhc_head", "streams", streams, "t hc d", FLOATS)
     _, hc, dim = streams.shape
     check_shapes(
         "mhc_head", streams, fn=(fn, (hc, hc * dim)), base=(base, (hc,)), scale=(scale, (1,))

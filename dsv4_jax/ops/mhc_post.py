@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from dsv4_jax.ops._check import FLOATS, check_operand
 from dsv4_jax.ops._round import round_to
 from dsv4_jax.ops._rows import row_tiled
 from dsv4_jax.ops.mhc_pre import check_shapes
@@ -23,8 +24,10 @@ def mhc_post(
     FP32 inside, rounded once to the streams' dtype.
 
     Raises:
+        TypeError: a dtype is not accepted.
         ValueError: a shape disagrees with ``streams``.
     """
+    check_operand("mhc_post", "streams", streams, "t hc d", FLOATS)
     t, hc, dim = streams.shape
     check_shapes(
         "mhc_post",

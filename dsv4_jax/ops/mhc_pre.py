@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dsv4_jax.ops._check import FLOAT32, FLOATS, check_operand
 from dsv4_jax.ops._round import round_to
 from dsv4_jax.ops._rows import row_tiled, tile_dot
 from dsv4_jax.typing import Array, Float, Float32
@@ -17,7 +18,8 @@ def mhc_mix(
     streams: Float[Array, "t hc d"], fn: Float32[Array, "m hcd"], rms_eps: float
 ) -> Float32[Array, "t m"]:
     """``(fn . flat) * rsqrt(mean(flat^2) + eps)`` of a row tile, stream-major, all FP32."""
-    flat = streams.reshape(streams.shape[0], -1).astype(jnp.float32)
+    t, hc, dim = streams.shape
+    flat = streams.reshape(t, hc * dim).astype(jnp.float32)
     r = lax.rsqrt(jnp.mean(flat * flat, axis=-1, keepdims=True) + jnp.float32(rms_eps))
     return tile_dot(flat, fn) * r
 
@@ -47,8 +49,10 @@ def mhc_pre(
     (Sinkhorn), ending with columns. Order of the parts in ``fn`` and ``base``: pre, post, comb.
 
     Raises:
+        TypeError: a dtype is not accepted.
         ValueError: a shape disagrees with ``streams``.
     """
+    check_operand("mhc_pre", "streams", streams, "t hc d", FLOATS)
     _, hc, dim = streams.shape
     mixes = 2 * hc + hc * hc
     check_shapes(
@@ -67,8 +71,13 @@ def mhc_pre(
 
 
 def check_shapes(op: str, streams: Array, **operands: tuple[Array, tuple[int, ...]]) -> None:
-    """Raises `ValueError` naming the first operand whose shape does not fit ``streams``."""
+    """Raises naming the first operand that is not FP32 or whose shape does not fit ``streams``.
+
+    A ``branch`` may have either activation dtype.
+    """
     for name, (array, want) in operands.items():
+        dtypes = FLOATS if name == "branch" else FLOAT32
+        check_operand(op, name, array, "*lead", dtypes)
         if array.shape != want:
             raise ValueError(
                 f"{op}: {name} must be {list(want)} for streams {list(streams.shape)}, "
@@ -82,7 +91,7 @@ def _sinkhorn(logits: Array, iters: int, eps: float) -> Array:
     c = c / jnp.sum(c, axis=2, keepdims=True) + jnp.float32(eps)
     c = c / (jnp.sum(c, axis=1, keepdims=True) + jnp.float32(eps))
 
-    def normalise(_: int, c: Array) -> Array:
+    def normalise(_: Array, c: Array) -> Array:
         c = c / (jnp.sum(c, axis=2, keepdims=True) + jnp.float32(eps))
         return c / (jnp.sum(c, axis=1, keepdims=True) + jnp.float32(eps))
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dsv4_jax.ops._check import FLOATS, check_operand
 from dsv4_jax.ops._round import round_to
 from dsv4_jax.ops._rows import row_tiled
 from dsv4_jax.typing import Array, Float
@@ -20,8 +21,11 @@ def rmsnorm(
     """``weight * x * rsqrt(mean(x^2) + eps)`` in FP32, rounded once to ``x``'s dtype.
 
     Raises:
+        TypeError: a dtype is not accepted.
         ValueError: ``weight`` does not match the last axis of ``x``.
     """
+    check_operand("rmsnorm", "x", x, "*lead d", FLOATS)
+    check_operand("rmsnorm", "weight", weight, "d", FLOATS)
     if weight.shape != x.shape[-1:]:
         raise ValueError(
             f"rmsnorm: weight must be {list(x.shape[-1:])} for x {list(x.shape)}, "

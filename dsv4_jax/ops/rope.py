@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv4_jax.config import LayerKind, ModelConfig
+from dsv4_jax.ops._check import FLOATS, INTEGERS, check_operand
 from dsv4_jax.ops._round import round_to
 from dsv4_jax.ops._rows import row_tiled
-from dsv4_jax.typing import Array, Float, Int32
+from dsv4_jax.typing import Array, Float, Float32, Int32
 
 __all__ = ["rope", "rope_frequencies"]
 
@@ -42,7 +43,7 @@ def rope_frequencies(config: ModelConfig, kind: LayerKind) -> np.ndarray:
 def rope(
     x: Float[Array, "b t *h d"],
     positions: Int32[Array, "b t"],
-    frequencies: np.ndarray,
+    frequencies: Float32[Array, "f"] | np.ndarray,
     *,
     inverse: bool = False,
 ) -> Float[Array, "b t *h d"]:
@@ -52,8 +53,11 @@ def rope(
     product. FP32 inside, the rotated channels rounded once to ``x``'s dtype.
 
     Raises:
+        TypeError: a dtype is not accepted.
         ValueError: ``x`` has fewer channels than the rotation, or ``positions`` do not match.
     """
+    check_operand("rope", "x", x, "b t *h d", FLOATS)
+    check_operand("rope", "positions", positions, "b t", INTEGERS)
     rotary = 2 * frequencies.shape[0]
     if x.shape[-1] < rotary:
         raise ValueError(f"rope: x must have at least {rotary} channels, got {x.shape[-1]}")

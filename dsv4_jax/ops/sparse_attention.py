@@ -3,12 +3,15 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from dsv4_jax.ops._blocks import KEY_BLOCK, gather_rows, slice_rows, view_rows
+from dsv4_jax.ops._check import FLOAT32, FLOATS, INTEGERS, check_operand
 from dsv4_jax.ops._round import round_to
-from dsv4_jax.ops._rows import Tile, batched_dot, query_tiled
+from dsv4_jax.ops._rows import Tile, batched_dot, corner, query_tiled
+from dsv4_jax.quant import fp8
 from dsv4_jax.quant.kv import KvRows, kv_dequant
-from dsv4_jax.typing import Array, Float, Float32, Int32
+from dsv4_jax.typing import E4M3, Array, Float, Float32, Int32
 
 __all__ = ["sparse_attention"]
 
@@ -38,9 +41,19 @@ def sparse_attention(
         topk_idx: when given, only these entries (-1 and out-of-range ids are skipped).
 
     Raises:
+        TypeError: a dtype is not accepted.
         ValueError: shapes disagree, or ``n_visible`` and ``pool`` are not given together.
     """
+    check_operand("sparse_attention", "q", q, "b t h d", FLOATS)
+    check_operand("sparse_attention", "keys", keys, "b wt d", FLOATS)
+    check_operand("sparse_attention", "positions", positions, "b t", INTEGERS)
+    check_operand("sparse_attention", "sink", sink, "h", FLOAT32)
     b, t, heads, dim = q.shape
+    if positions.shape != (b, t):
+        raise ValueError(
+            f"sparse_attention: positions must be {[b, t]} for q {list(q.shape)}, "
+            f"got {list(positions.shape)}"
+        )
     if keys.shape[0] != b or keys.shape[2] != dim or keys.shape[1] < t:
         raise ValueError(
             f"sparse_attention: keys must be [{b}, window - 1 + {t}, {dim}] for q "
@@ -55,17 +68,21 @@ def sparse_attention(
             f"sparse_attention: pool must hold a multiple of {KEY_BLOCK} entries, "
             f"got {pool.nope.shape[1]}"
         )
-    if n_visible is None:
+    if pool is not None and n_visible is not None:
+        _check_pool(pool, n_visible, topk_idx, q.shape)
+        n_visible = jnp.clip(n_visible, 0, pool.nope.shape[1])
+    else:
         n_visible = jnp.zeros((b, t), jnp.int32)
     window = keys.shape[1] - t + 1
     view = None if pool is None else view_rows(pool)
 
     def run(tile: Tile) -> Array:
         span = tile.cols + window - 1
-        near = lax.dynamic_slice(keys, (tile.row, tile.col, 0), (tile.rows, span, dim))
-        near = near[:, jnp.arange(tile.cols)[:, None] + jnp.arange(window)]  # [b, t, window, d]
+        near = lax.dynamic_slice(keys, corner(tile.row, tile.col, 0), (tile.rows, span, dim))
+        slot = jnp.arange(window, dtype=jnp.int32)
+        near = near[:, jnp.arange(tile.cols, dtype=jnp.int32)[:, None] + slot]  # [b, t, window, d]
         position = tile.take(positions)[..., None]
-        near_ok = (position - (window - 1) + jnp.arange(window) >= 0) & (position >= 0)
+        near_ok = (position - (window - 1) + slot >= 0) & (position >= 0)
         blocks: _Blocks | None = None
         if pool is not None and view is not None:
             idx = None if topk_idx is None else tile.take(topk_idx)
@@ -73,6 +90,40 @@ def sparse_attention(
         return _attend(tile.take(q), near, near_ok, sink, blocks)
 
     return query_tiled(run, b, t)
+
+
+def _check_pool(
+    pool: KvRows, n_visible: Array, topk_idx: Array | None, q_shape: tuple[int, ...]
+) -> None:
+    b, t, _, dim = q_shape
+    check_operand("sparse_attention", "n_visible", n_visible, "b t", INTEGERS)
+    check_operand("sparse_attention", "pool", pool.nope, "b s d", (*FLOATS, E4M3))
+    check_operand("sparse_attention", "pool", pool.rope, "b s d", FLOATS)
+    slots, nope = pool.nope.shape[1:]
+    if pool.nope.shape[0] != b or pool.rope.shape != (b, slots, dim - nope):
+        raise ValueError(
+            f"sparse_attention: pool must be [{b}, s, ...] with {dim} channels for q "
+            f"{list(q_shape)}, got {list(pool.nope.shape)} and {list(pool.rope.shape)}"
+        )
+    blocks = (b, slots, -(-nope // fp8.KV_BLOCK))
+    if pool.scale is not None and pool.scale.shape != blocks:
+        raise ValueError(
+            f"sparse_attention: the pool's scale must be {list(blocks)} for {nope} channels, "
+            f"got {list(pool.scale.shape)}"
+        )
+    if n_visible.shape != (b, t):
+        raise ValueError(
+            f"sparse_attention: n_visible must be {[b, t]} for q {list(q_shape)}, "
+            f"got {list(n_visible.shape)}"
+        )
+    if topk_idx is None:
+        return
+    check_operand("sparse_attention", "topk_idx", topk_idx, "b t k", INTEGERS)
+    if topk_idx.shape[:2] != (b, t):
+        raise ValueError(
+            f"sparse_attention: topk_idx must be [{b}, {t}, k] for q {list(q_shape)}, "
+            f"got {list(topk_idx.shape)}"
+        )
 
 
 class _Blocks:
@@ -85,20 +136,21 @@ class _Blocks:
         tile: Tile,
         n_visible: Array,
         topk_idx: Array | None,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
     ) -> None:
         self.pool, self.view, self.tile = pool, view, tile
         self.n_visible, self.dtype = n_visible, dtype
         self.idx = topk_idx
         if topk_idx is None:
             self.capacity = pool.nope.shape[1]
-            self.count = (jnp.max(n_visible) + KEY_BLOCK - 1) // KEY_BLOCK
+            used = jnp.max(n_visible, initial=0)
         else:
             k = topk_idx.shape[-1]
+            ok = (topk_idx >= 0) & (topk_idx < n_visible[..., None])
+            used = jnp.max(jnp.where(ok, jnp.arange(1, k + 1, dtype=jnp.int32), 0), initial=0)
             self.idx = jnp.pad(topk_idx, [(0, 0), (0, 0), (0, -k % KEY_BLOCK)], constant_values=-1)
             self.capacity = self.idx.shape[-1]
-            limit = jnp.minimum(jnp.max(n_visible), k)
-            self.count = (limit + KEY_BLOCK - 1) // KEY_BLOCK
+        self.count = (used + KEY_BLOCK - 1) // KEY_BLOCK
 
     def load(self, i: Array) -> tuple[Array, Array]:
         """Keys ``[b, t, KEY_BLOCK, d]`` of block ``i`` (zeros where unused) and their mask."""
@@ -106,7 +158,7 @@ class _Blocks:
         if self.idx is None:
             rows = slice_rows(self.view, self.pool, self.tile, start, KEY_BLOCK)
             keys = kv_dequant(rows, self.dtype)[:, None]  # [b, 1, KEY_BLOCK, d]
-            ok = start + jnp.arange(KEY_BLOCK) < self.n_visible[..., None]
+            ok = start + jnp.arange(KEY_BLOCK, dtype=jnp.int32) < self.n_visible[..., None]
             keys = jnp.broadcast_to(keys, (*ok.shape, keys.shape[-1]))
         else:
             idx = lax.dynamic_slice_in_dim(self.idx, start, KEY_BLOCK, axis=2)
@@ -138,6 +190,8 @@ def _attend(q: Array, near: Array, near_ok: Array, sink: Array, blocks: _Blocks 
         far_score = lax.fori_loop(0, blocks.count, fill, jnp.full(shape, -jnp.inf, jnp.float32))
         top = jnp.maximum(top, jnp.max(far_score, axis=-1, keepdims=True))
 
+    top = jnp.where(top == -jnp.inf, 0, top)  # no key at all and a sink of -inf
+
     def accumulate(keys: Array, scores: Array) -> tuple[Array, Array]:
         e = jnp.exp(scores - top)
         return batched_dot(round_to(e, q.dtype), keys, (-1, -2)), jnp.sum(e, -1, keepdims=True)
@@ -152,4 +206,5 @@ def _attend(q: Array, near: Array, near_ok: Array, sink: Array, blocks: _Blocks 
             return carry[0] + part, carry[1] + e
 
         total, norm = lax.fori_loop(0, blocks.count, add, (total, norm))
-    return round_to(total / (norm + jnp.exp(sink[:, None] - top)), q.dtype)
+    norm = norm + jnp.exp(sink[:, None] - top)
+    return round_to(total / jnp.where(norm == 0, 1, norm), q.dtype)

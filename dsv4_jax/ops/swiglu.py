@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from dsv4_jax.ops._check import FLOATS, check_operand
 from dsv4_jax.ops._round import round_to
 from dsv4_jax.ops._rows import row_tiled
 from dsv4_jax.typing import Array, Float, Float32
@@ -27,8 +28,11 @@ def swiglu(
     """`clamped_swiglu` rounded once to ``gate``'s dtype.
 
     Raises:
+        TypeError: a dtype is not accepted.
         ValueError: the shapes differ.
     """
+    check_operand("swiglu", "gate", gate, "t i", FLOATS)
+    check_operand("swiglu", "up", up, "t i", FLOATS)
     if gate.shape != up.shape:
         raise ValueError(
             f"swiglu: gate and up must agree, got {list(gate.shape)} and {list(up.shape)}"

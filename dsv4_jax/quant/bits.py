@@ -6,16 +6,28 @@ XLA's own casts to FP8 and FP4 do not saturate alike and its FP4 casts are slow 
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
-from dsv4_jax.typing import E2M1, UE8M0, Array, Float4e2m1fn, Float8e8m0fnu, Float32
+from dsv4_jax.typing import (
+    E2M1,
+    E4M3,
+    UE8M0,
+    Array,
+    Float4e2m1fn,
+    Float8e4m3fn,
+    Float8e8m0fnu,
+    Float32,
+)
 
 __all__ = [
     "bytes_to_e2m1",
     "decode_e2m1",
     "decode_e2m1_bytes",
+    "decode_e4m3",
     "decode_ue8m0",
     "e2m1_to_bytes",
     "encode_e2m1",
+    "encode_e4m3",
     "pack_e2m1",
     "pow2_ceil_exponent",
     "round_bf16",
@@ -73,6 +85,34 @@ def encode_e2m1(x: Float32[Array, "*shape"]) -> Array:
     return code | (sign << 3)
 
 
+def encode_e4m3(x: Float32[Array, "*shape"]) -> Float8e4m3fn[Array, "*shape"]:
+    """Nearest-even E4M3, saturating at +-448; NaN stays NaN, the sign of zero is kept.
+
+    Integers throughout: a pair of XLA casts to FP8 and back is removed inside a fusion on the GPU
+    (`xla_allow_excess_precision`), and with it the rounding.
+    """
+    a = jnp.minimum(jnp.abs(x), jnp.float32(448.0))
+    word = lax.bitcast_convert_type(a, jnp.uint32)
+    # 20 mantissa bits go, nearest even; 2^-6 (word 0x3C800000) becomes code 8.
+    normal = ((word + 0x7FFFF + ((word >> 20) & 1)) >> 20) - jnp.uint32((127 - 7) << 3)
+    subnormal = jnp.round(a * 512).astype(jnp.uint32)  # steps of 2^-9, ties to even
+    code = jnp.where(a < 2.0**-6, subnormal, normal)
+    code = jnp.where(jnp.isnan(x), jnp.uint32(0x7F), code)
+    sign = (lax.bitcast_convert_type(x, jnp.uint32) >> 31) << 7
+    return lax.bitcast_convert_type((code | sign).astype(jnp.uint8), E4M3)
+
+
+def decode_e4m3(x: Float8e4m3fn[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """Values of the codes, exactly; 0x7F and 0xFF are NaN."""
+    code = lax.bitcast_convert_type(x, jnp.uint8).astype(jnp.int32)
+    magnitude = code & 0x7F
+    exponent, mantissa = magnitude >> 3, magnitude & 7
+    steps = jnp.where(exponent == 0, mantissa, (8 + mantissa) << jnp.maximum(exponent - 1, 0))
+    value = steps.astype(jnp.float32) * jnp.float32(2.0**-9)
+    value = jnp.where(magnitude == 0x7F, jnp.nan, value)
+    return jnp.where(code >= 0x80, -value, value)
+
+
 def pack_e2m1(code: Array) -> Float4e2m1fn[Array, "*shape"]:
     """uint8 codes ``[..., n]`` (n even) -> ``float4_e2m1fn`` ``[..., n]``."""
     pairs = code.reshape(*code.shape[:-1], code.shape[-1] // 2, 2)
@@ -113,19 +153,21 @@ def decode_e2m1_bytes(packed: Array) -> Float32[Array, "*shape"]:
 
 
 def byte_view(x: Array) -> Array:
-    """1-byte and 4-bit floats as uint8 (4-bit: last axis halved); other dtypes unchanged.
+    """1-byte and 4-bit floats as uint8 (4-bit: last axis halved), BF16 as uint16, FP32 unchanged.
 
-    Slices, gathers and scatters go through this view: on FP8/FP4 arrays XLA widens the whole
-    operand to move a few rows of it.
+    Slices, gathers and scatters go through this view: on narrower floats XLA's CPU backend widens
+    the whole operand to move a few rows of it, and NaN bytes do not survive that.
     """
     if x.dtype == E2M1:
         return e2m1_to_bytes(x)
     if x.dtype.itemsize == 1:
         return lax.bitcast_convert_type(x, jnp.uint8)
+    if x.dtype == jnp.bfloat16:
+        return lax.bitcast_convert_type(x, jnp.uint16)
     return x
 
 
-def from_byte_view(view: Array, dtype: jnp.dtype) -> Array:
+def from_byte_view(view: Array, dtype: DTypeLike) -> Array:
     """Inverse of `byte_view`."""
     if view.dtype == dtype:
         return view

@@ -7,8 +7,14 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from dsv4_jax.quant.bits import decode_ue8m0, pow2_ceil_exponent, ue8m0_from_exponent
-from dsv4_jax.typing import E4M3, Array, Float8e4m3fn, Float8e8m0fnu, Float32
+from dsv4_jax.quant.bits import (
+    decode_e4m3,
+    decode_ue8m0,
+    encode_e4m3,
+    pow2_ceil_exponent,
+    ue8m0_from_exponent,
+)
+from dsv4_jax.typing import Array, Float8e4m3fn, Float8e8m0fnu, Float32
 
 __all__ = [
     "ACT_BLOCK",
@@ -18,7 +24,6 @@ __all__ = [
     "Fp8",
     "dequantize_act",
     "dequantize_weight",
-    "encode_e4m3",
     "quantize_act",
     "quantize_weight",
 ]
@@ -36,11 +41,6 @@ class Fp8(NamedTuple):
 
     code: Float8e4m3fn[Array, "..."]
     scale: Float8e8m0fnu[Array, "..."]
-
-
-def encode_e4m3(x: Float32[Array, "*shape"]) -> Float8e4m3fn[Array, "*shape"]:
-    """Nearest-even E4M3, saturating at +-448; NaN stays NaN."""
-    return jnp.clip(x, -E4M3_MAX, E4M3_MAX).astype(E4M3)
 
 
 def _exponent(amax: Array) -> Array:
@@ -68,7 +68,7 @@ def dequantize_act(q: Fp8, block: int) -> Float32[Array, "*lead n"]:
     """``code * scale`` in FP32; exactly representable in BF16."""
     n = q.code.shape[-1]
     scale = jnp.repeat(decode_ue8m0(q.scale), block, axis=-1)[..., :n]
-    return q.code.astype(jnp.float32) * scale
+    return decode_e4m3(q.code) * scale
 
 
 def quantize_weight(w: Float32[Array, "*lead out in"]) -> Fp8:
@@ -85,7 +85,7 @@ def quantize_weight(w: Float32[Array, "*lead out in"]) -> Fp8:
 def dequantize_weight(q: Fp8) -> Float32[Array, "*lead out in"]:
     """``code * scale[out // 128, in // 128]`` in FP32; exactly representable in BF16."""
     rows, cols = q.code.shape[-2:]
-    return q.code.astype(jnp.float32) * _expand(q.scale, rows, cols)
+    return decode_e4m3(q.code) * _expand(q.scale, rows, cols)
 
 
 def _expand(scale: Array, rows: int, cols: int) -> Array:

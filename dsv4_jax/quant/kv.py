@@ -3,9 +3,10 @@
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from dsv4_jax.quant import fp8, mxfp4
-from dsv4_jax.typing import Array, Float, Float8e8m0fnu, Float32
+from dsv4_jax.typing import Array, Float, Float8e8m0fnu, Float32, StoredFloat
 
 __all__ = [
     "IndexRows",
@@ -32,7 +33,7 @@ class KvRows(NamedTuple):
 class IndexRows(NamedTuple):
     """Indexer keys ``[..., 128]``: E2M1 with UE8M0 per 32, E4M3 with one UE8M0, or unscaled."""
 
-    key: Float[Array, "*lead di"]
+    key: StoredFloat[Array, "*lead di"]
     scale: Float8e8m0fnu[Array, "*lead blocks"] | None
 
 
@@ -48,7 +49,7 @@ def kv_quant(
     return KvRows(nope.astype(dtype), None, rope.astype(dtype))
 
 
-def kv_dequant(rows: KvRows, dtype: jnp.dtype) -> Float[Array, "*lead d"]:
+def kv_dequant(rows: KvRows, dtype: DTypeLike) -> Float[Array, "*lead d"]:
     """The full vectors in ``dtype`` (BF16 holds every stored value exactly)."""
     if rows.scale is None:
         nope = rows.nope.astype(dtype)

@@ -7,8 +7,14 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from dsv4_jax.quant.bits import decode_e2m1, encode_e2m1, pack_e2m1
-from dsv4_jax.typing import E4M3, Array, Float4e2m1fn, Float8e4m3fn, Float32
+from dsv4_jax.quant.bits import (
+    decode_e2m1,
+    decode_e4m3,
+    encode_e2m1,
+    encode_e4m3,
+    pack_e2m1,
+)
+from dsv4_jax.typing import Array, Float4e2m1fn, Float8e4m3fn, Float32
 
 __all__ = ["BLOCK", "Nvfp4", "dequantize", "dequantize_blocks", "quantize", "token_global_scale"]
 
@@ -55,15 +61,15 @@ def quantize(x: Float32[Array, "*lead n"], global_scale: Float32[Array, "..."]) 
     s2 = jnp.broadcast_to(global_scale, x.shape[:-1])[..., None]
     amax = jnp.minimum(jnp.max(jnp.abs(grouped), axis=-1), _FLOAT32_MAX)
     block = jnp.clip(amax / (jnp.float32(E2M1_MAX) * s2), _MIN_BLOCK_SCALE, E4M3_MAX)
-    block_scale = jnp.where(amax == 0, jnp.float32(1.0), block).astype(E4M3)
-    step = block_scale.astype(jnp.float32) * s2
+    block_scale = encode_e4m3(jnp.where(amax == 0, jnp.float32(1.0), block))
+    step = decode_e4m3(block_scale) * s2
     code = encode_e2m1(grouped / step[..., None])
     return Nvfp4(pack_e2m1(code.reshape(x.shape)), block_scale, global_scale)
 
 
 def dequantize_blocks(q: Nvfp4) -> Float32[Array, "*lead n"]:
     """``code * block_scale`` without the global scale: at most 6 significant bits."""
-    scale = jnp.repeat(q.block_scale.astype(jnp.float32), BLOCK, axis=-1)
+    scale = jnp.repeat(decode_e4m3(q.block_scale), BLOCK, axis=-1)
     return decode_e2m1(q.code) * scale
 
 

@@ -256,3 +256,9 @@ def test_C25_tokenizer_unreadable(tmp_path: Any, content: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"tokenizer\.json: not a readable tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_max_len_beyond_the_model_is_refused_in_the_call_itself():
+    """Not at the first token, and not after minutes of loading."""
+    with pytest.raises(ValueError, match=r"max_len 4097 exceeds .* 4096"):
+        stream(NoRun(), {}, [[1]], max_new_tokens=1, max_len=4097)

@@ -79,9 +79,7 @@ def test_ragged_equals_solo(whole, preset, overrides):
     done = np.zeros(4, int)
     for count in counts:
         # Padding of one row is real text of another: it must not matter.
-        tokens = np.stack(
-            [np.resize(ids[s, d:], 128) for s, d in zip(source, done, strict=True)]
-        )
+        tokens = np.stack([np.resize(ids[s, d:], 128) for s, d in zip(source, done, strict=True)])
         logits, cache = append(
             model, params, jnp.asarray(tokens), cache, jnp.asarray(count, jnp.int32)
         )

@@ -1,6 +1,5 @@
 """The ``official`` preset against golden outputs of the official code, layer by layer."""
 
-import functools
 from typing import Any
 from unittest import mock
 
@@ -11,7 +10,7 @@ import pytest
 
 from dsv4_jax.model import hc
 from dsv4_jax.ops._round import round_to
-from tests.support.golden_layers import check_layer
+from tests.support.golden_layers import LayerRun, check_layer
 from tests.support.models import append, golden_model
 from tests.support.official import tiny_golden
 
@@ -32,9 +31,8 @@ FREE_REL_L2 = 0.3
 FREE_ARGMAX = 28
 
 
-@functools.cache
-def _run_layer(layer: int) -> Any:
-    """One layer of one row with nudged branch inputs; also returns them unrounded."""
+def run_layer(layer: int) -> LayerRun:
+    """One layer of one row in the form `check_layer` takes, traced anew."""
     model, params = golden_model()
 
     @jax.jit
@@ -66,7 +64,7 @@ def _run_layer(layer: int) -> Any:
 def test_layer_from_golden_streams(layer, row):
     _, params = golden_model()
     result, turned = check_layer(
-        _run_layer(layer), params["embed"]["weight"], tiny_golden(), layer, row
+        run_layer(layer), params["embed"]["weight"], tiny_golden(), layer, row
     )
     print(f"layer {layer} row {row}: {result}, ties turned {turned}")
     assert result.meets_bar(), result
@@ -77,9 +75,7 @@ def test_layer_from_golden_streams(layer, row):
 def test_mtp_from_golden_streams():
     model, params = golden_model()
     golden = tiny_golden()
-    run = jax.jit(
-        lambda p, s, t, c: model.apply({"params": p}, s, t, c, method="draft")[0][:, -1]
-    )
+    run = jax.jit(lambda p, s, t, c: model.apply({"params": p}, s, t, c, method="draft")[0][:, -1])
     streams = jnp.asarray(golden["mtp_x"], jnp.bfloat16)
     tokens = jnp.asarray(golden["ids"][:, :300], jnp.int32)
     logits = np.asarray(run(params, streams, tokens, model.init_cache(2, 512)))

@@ -44,7 +44,12 @@ class FakeModel:
 
     @property
     def config(self) -> Any:
-        return SimpleNamespace(vocab_size=VOCAB, eos_token_id=self.eos_token_id, bos_token_id=0)
+        return SimpleNamespace(
+            max_position_embeddings=4096,
+            vocab_size=VOCAB,
+            eos_token_id=self.eos_token_id,
+            bos_token_id=0,
+        )
 
     def init_cache(self, *, batch_size: int, max_len: int) -> FakeCache:
         return FakeCache(

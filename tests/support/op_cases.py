@@ -60,7 +60,7 @@ def normal(seed: int, *shape: int, scale: float = 1.0, dtype: Any = jnp.float32)
 
 
 def expert_leaves(seed: int, shape: tuple[int, int, int], form: str) -> dict[str, jax.Array]:
-    """A stacked weight ``[e, out, in]`` in a storage format, with leaves as the model names them."""
+    """A stacked weight ``[e, out, in]`` in a storage format, its leaves named as in the model."""
     w = normal(seed, *shape, scale=shape[-1] ** -0.5)
     if form == "mxfp4":
         return dict(zip(("weight", "scale"), mxfp4.quantize(w), strict=True))
@@ -269,7 +269,6 @@ CASES: dict[str, Callable[[], OpCase]] = {
         "swiglu": _swiglu,
         "moe-mxfp4_w4a8": lambda: _moe("mxfp4_w4a8"),
         "moe-nvfp4_w4a4": lambda: _moe("nvfp4_w4a4"),
-        "moe-float32": lambda: _moe("float32"),
         "compressor-4": lambda: _compressor(4),
         "compressor-128": lambda: _compressor(128),
         "index_topk-mxfp4": lambda: _index_topk("mxfp4"),

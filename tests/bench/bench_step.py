@@ -1,0 +1,164 @@
+"""Time, memory and compilation of one layer at full size with random weights, and of whole stacks.
+
+`python -m tests.bench.bench_step --layers --compile` on the machine to be measured. The ops are
+plain `jax.numpy` in this version: these are the "before" figures of the kernels to come. One JSON
+line per figure; floors are computed from bytes (performance.md's rule), ceilings are those of the
+H200 it measured.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import dsv4_jax
+from dsv4_jax import DeepseekV4, ModelConfig, Precision
+from dsv4_jax.checkpoint.names import expected_tree, tree_bytes
+
+READ_CEILING = 4.39e12  # bytes/s, one H200, 2026-11-22
+
+
+def emit(**figures: Any) -> None:
+    """One JSON line."""
+    print(json.dumps(figures), flush=True)
+
+
+def random_params(tree: Any, seed: int = 0) -> Any:
+    """Random bytes in storage formats, made on the device: finite, scales near one."""
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+
+    def fill(key: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        shape, dtype = leaf.shape, leaf.dtype
+        if dtype == jnp.float4_e2m1fn:
+            packed = jax.random.bits(key, (*shape[:-1], shape[-1] // 2), jnp.uint8)
+            return jax.lax.bitcast_convert_type(packed, dtype).reshape(shape)
+        if dtype == jnp.float8_e4m3fn:
+            code = jax.random.bits(key, shape, jnp.uint8) & 0xBF  # |x| < 2, never NaN
+            return jax.lax.bitcast_convert_type(code, dtype)
+        if dtype == jnp.float8_e8m0fnu:
+            return jax.lax.bitcast_convert_type(jnp.full(shape, 120, jnp.uint8), dtype)
+        if dtype == jnp.int32:
+            return jax.random.randint(key, shape, 0, 256, jnp.int32)
+        return (jax.random.normal(key, shape, jnp.float32) * 0.02).astype(dtype)
+
+    make = jax.jit(fill, static_argnums=1)
+    return treedef.unflatten([make(key, leaf) for key, leaf in zip(keys, leaves, strict=True)])
+
+
+def cut(config: ModelConfig, layer: int) -> ModelConfig:
+    """A model of the one layer ``layer`` (score-routed), embedding and head kept."""
+    return dataclasses.replace(
+        config,
+        num_hidden_layers=1,
+        num_hash_layers=0,
+        compress_ratios=(config.compress_ratios[layer],),
+        num_nextn_predict_layers=0,
+    )
+
+
+def active_bytes(config: ModelConfig, params: Any, tokens: int) -> float:
+    """Weight bytes of a layer that a step must read: expected distinct experts of uniform picks."""
+    layer = params["layers_0"]
+    experts = tree_bytes(layer["ffn"]["experts"])
+    e, k = config.n_routed_experts, config.num_experts_per_tok
+    used = e * (1 - (1 - k / e) ** tokens)
+    return tree_bytes(layer) - experts + experts * used / e
+
+
+def bench_layer(size: str, layer: int, preset: str, tokens: int, context: int) -> None:
+    """One layer: compile, memory, median time."""
+    config = cut(getattr(ModelConfig, size)(), layer)
+    model = DeepseekV4(config, Precision.preset(preset))
+    params = random_params(expected_tree(config, model.precision, False))
+    decode = tokens <= 128
+    b, t = (tokens, 1) if decode else (1, tokens)
+    cache = model.init_cache(b, context + 64 + t)
+    start = jnp.full(b, context if decode else 0, jnp.int32)
+    cache = dataclasses.replace(cache, lengths=start)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (b, t)), jnp.int32)
+    streams = jax.random.normal(jax.random.key(1), (b, t, 4, config.hidden_size)).astype(
+        jnp.bfloat16
+    )
+
+    def run(params: Any, streams: Any, ids: Any, cache: Any) -> Any:
+        variables = {"params": params}
+        return model.apply(variables, streams, ids, cache, layer=0, method="layer")
+
+    jitted = jax.jit(run, donate_argnums=3)
+    begin = time.perf_counter()
+    compiled = jitted.lower(params, streams, ids, cache).compile()
+    compile_s = time.perf_counter() - begin
+    memory = compiled.memory_analysis()
+    out, cache = compiled(params, streams, ids, cache)
+    times = []
+    for _ in range(7):
+        begin = time.perf_counter()
+        out, cache = compiled(params, streams, ids, cache)
+        jax.block_until_ready(out)
+        times.append(time.perf_counter() - begin)
+    us = statistics.median(times[1:]) * 1e6
+    floor_us = active_bytes(config, params, tokens) / READ_CEILING * 1e6
+    emit(
+        what=f"{size} layer {layer} ({config.layer_kind(0).name}), {preset}",
+        tokens=tokens,
+        context=context if decode else 0,
+        us=round(us),
+        floor_us=round(floor_us, 1),
+        fraction=round(floor_us / us, 4),
+        temporaries_mb=round(memory.temp_size_in_bytes / 1e6) if memory else None,
+        compile_s=round(compile_s, 1),
+        finite=bool(jnp.isfinite(out.astype(jnp.float32)).all()),
+    )
+
+
+def bench_compile(size: str, preset: str, tokens: int) -> None:
+    """Lowering and compilation of the whole stack, from shapes alone."""
+    config = getattr(ModelConfig, size)()
+    model = DeepseekV4(config, Precision.preset(preset))
+    cache = jax.eval_shape(lambda: model.init_cache(1, 4096))
+    params = expected_tree(config, model.precision, False)
+    ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+
+    def step(params: Any, ids: Any, cache: Any) -> Any:
+        return model.apply({"params": params}, ids, cache, logits="last")
+
+    begin = time.perf_counter()
+    lowered = jax.jit(step, donate_argnums=2).lower(params, ids, cache)
+    lower_s = time.perf_counter() - begin
+    begin = time.perf_counter()
+    lowered.compile()
+    compile_s = time.perf_counter() - begin
+    emit(
+        what=f"{size}, {config.num_hidden_layers} layers, {preset}",
+        tokens=tokens,
+        lower_s=round(lower_s, 1),
+        compile_s=round(compile_s, 1),
+    )
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", action="store_true", help="time single layers at full size")
+    parser.add_argument("--compile", action="store_true", help="compile whole stacks")
+    arguments = parser.parse_args()
+    device = jax.devices()[0]
+    emit(jax=jax.__version__, device=device.device_kind, package=dsv4_jax.__version__)
+    if arguments.layers:
+        for preset in ("official", "nvfp4"):
+            for layer in (2, 3):
+                bench_layer("flash", layer, preset, tokens=1, context=4096)
+            bench_layer("flash", 2, preset, tokens=256, context=0)
+    if arguments.compile:
+        bench_compile("flash", "official", 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,583 @@
+"""Bad operands and extreme data of every op; ids are rows of the acceptance list, A and B.
+
+What is bitwise of all ops alike (A6, A13, row independence) is in tests/ops/test_rows.py; A9, A10
+and A12 need the FFI handlers, A22 and A23 shards and a host-side size check.
+"""
+
+# ruff: noqa: B008 (an operand without data is immutable, so it may be a default)
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv4_jax.ops.cache_write import cache_write
+from dsv4_jax.ops.compressor import compressor
+from dsv4_jax.ops.dense_linear import dense_linear
+from dsv4_jax.ops.fp8_linear import fp8_linear
+from dsv4_jax.ops.hadamard import hadamard
+from dsv4_jax.ops.head_norm import head_norm
+from dsv4_jax.ops.index_topk import index_topk
+from dsv4_jax.ops.mhc_head import mhc_head
+from dsv4_jax.ops.mhc_post import mhc_post
+from dsv4_jax.ops.mhc_pre import mhc_pre
+from dsv4_jax.ops.moe import moe
+from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
+from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
+from dsv4_jax.ops.rmsnorm import rmsnorm
+from dsv4_jax.ops.rope import rope
+from dsv4_jax.ops.router import router
+from dsv4_jax.ops.sparse_attention import sparse_attention
+from dsv4_jax.ops.swiglu import swiglu
+from dsv4_jax.quant.kv import IndexRows, KvRows
+from dsv4_jax.typing import E2M1, E4M3, UE8M0
+from tests.support.numerics import assert_same_tree, f64, row_of
+from tests.support.op_cases import CASES, OpCase
+
+F16, F32, BF16, I32, U8 = jnp.float16, jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8
+EPS = 1e-6
+FREQUENCIES = np.ones(8, np.float32)
+
+
+def s(shape: str, dtype: Any = BF16) -> jax.ShapeDtypeStruct:
+    """An operand without data: ``s("5 4 48")``."""
+    return jax.ShapeDtypeStruct(tuple(int(n) for n in shape.split()), dtype)
+
+
+def _rmsnorm(x: Any = s("5 96"), weight: Any = s("96")) -> Any:
+    return jax.eval_shape(lambda x, w: rmsnorm(x, w, EPS), x, weight)
+
+
+def _head_norm(q: Any = s("5 3 64"), rounding: Any = "float32") -> Any:
+    return jax.eval_shape(lambda q: head_norm(q, EPS, rounding=rounding), q)
+
+
+def _rope(x: Any = s("2 3 4 24"), positions: Any = s("2 3", I32)) -> Any:
+    return jax.eval_shape(lambda x, p: rope(x, p, FREQUENCIES), x, positions)
+
+
+def _mhc_pre(
+    streams: Any = s("5 4 48"),
+    fn: Any = s("24 192", F32),
+    base: Any = s("24", F32),
+    scale: Any = s("3", F32),
+) -> Any:
+    op = lambda *a: mhc_pre(*a, iters=20, hc_eps=EPS, rms_eps=EPS)  # noqa: E731
+    return jax.eval_shape(op, streams, fn, base, scale)
+
+
+def _mhc_post(
+    branch: Any = s("5 48"),
+    streams: Any = s("5 4 48"),
+    post: Any = s("5 4", F32),
+    comb: Any = s("5 4 4", F32),
+) -> Any:
+    return jax.eval_shape(mhc_post, branch, streams, post, comb)
+
+
+def _mhc_head(
+    streams: Any = s("5 4 48"),
+    fn: Any = s("4 192", F32),
+    base: Any = s("4", F32),
+    scale: Any = s("1", F32),
+) -> Any:
+    op = lambda *a: mhc_head(*a, hc_eps=EPS, rms_eps=EPS)  # noqa: E731
+    return jax.eval_shape(op, streams, fn, base, scale)
+
+
+def _hadamard(x: Any = s("5 128")) -> Any:
+    return jax.eval_shape(hadamard, x)
+
+
+def _router(
+    x: Any = s("5 96"),
+    weight: Any = s("32 96"),
+    bias: Any = s("32", F32),
+    expert_idx: Any = None,
+    k: int = 6,
+) -> Any:
+    op = lambda *a: router(*a, k=k, scale=1.0)  # noqa: E731
+    return jax.eval_shape(op, x, weight, bias, expert_idx)
+
+
+def _dense_linear(x: Any = s("5 96"), weight: Any = s("40 96")) -> Any:
+    return jax.eval_shape(dense_linear, x, weight)
+
+
+def _fp8_linear(
+    x: Any = s("5 192"), weight: Any = s("160 192", E4M3), scale: Any = s("2 2", UE8M0), act="fp8"
+) -> Any:
+    return jax.eval_shape(lambda *a: fp8_linear(*a, act=act), x, weight, scale)
+
+
+def _mxfp4_linear(
+    x: Any = s("5 192"), weight: Any = s("40 192", E2M1), scale: Any = s("40 6", UE8M0), act="fp8"
+) -> Any:
+    return jax.eval_shape(lambda *a: mxfp4_linear(*a, act=act), x, weight, scale)
+
+
+def _nvfp4_linear(
+    x: Any = s("5 192"),
+    weight: Any = s("40 192", E2M1),
+    block_scale: Any = s("40 12", E4M3),
+    global_scale: Any = s("", F32),
+    act: Any = "nvfp4",
+) -> Any:
+    op = lambda *a: nvfp4_linear(*a, act=act)  # noqa: E731
+    return jax.eval_shape(op, x, weight, block_scale, global_scale)
+
+
+def _swiglu(gate: Any = s("5 48"), up: Any = s("5 48")) -> Any:
+    return jax.eval_shape(lambda g, u: swiglu(g, u, limit=10.0), gate, up)
+
+
+def _moe(
+    x: Any = s("5 96"),
+    expert_idx: Any = s("5 3", I32),
+    expert_weight: Any = s("5 3", F32),
+    valid: Any = s("5", jnp.bool_),
+    linear: Any = "mxfp4_w4a8",
+    drop: str = "",
+    **leaves: Any,
+) -> Any:
+    def stack(name: str, n: int, k: int) -> dict[str, Any]:
+        stack = {
+            "weight": leaves.get(f"{name}_weight", s(f"4 {n} {k}", E2M1)),
+            "scale": leaves.get(f"{name}_scale", s(f"4 {n} {k // 32}", UE8M0)),
+        }
+        return {leaf: x for leaf, x in stack.items() if f"{name}_{leaf}" != drop}
+
+    w = stack("w1", 64, 96), stack("w2", 96, 64), stack("w3", 64, 96)
+    op = lambda *a: moe(*a, linear=linear, limit=10.0)  # noqa: E731
+    return jax.eval_shape(op, x, expert_idx, expert_weight, valid, *w)
+
+
+def _compressor(
+    kv: Any = s("2 9 32", F32),
+    gate: Any = s("2 9 32", F32),
+    kv_state: Any = s("2 8 32", F32),
+    gate_state: Any = s("2 8 32", F32),
+    start: Any = s("2", I32),
+    count: Any = s("2", I32),
+    ratio: int = 4,
+) -> Any:
+    op = lambda *a: compressor(*a, ratio=ratio)  # noqa: E731
+    return jax.eval_shape(op, kv, gate, kv_state, gate_state, start, count)
+
+
+def _index_topk(
+    q: Any = s("2 3 4 32", F32),
+    weight: Any = s("2 3 4"),
+    key: Any = s("2 256 32", E2M1),
+    scale: Any = s("2 256 1", UE8M0),
+    n_visible: Any = s("2 3", I32),
+    topk: int = 24,
+    rounding: Any = "float32",
+) -> Any:
+    op = lambda *a: index_topk(*a, topk=topk, rounding=rounding)  # noqa: E731
+    return jax.eval_shape(op, q, weight, IndexRows(key, scale), n_visible)
+
+
+def _sparse_attention(
+    q: Any = s("2 3 4 96"),
+    keys: Any = s("2 10 96"),
+    positions: Any = s("2 3", I32),
+    sink: Any = s("4", F32),
+    nope: Any = s("2 256 64", E4M3),
+    scale: Any = s("2 256 1", UE8M0),
+    rotary: Any = s("2 256 32"),
+    n_visible: Any = s("2 3", I32),
+    topk_idx: Any = None,
+    pool: bool = True,
+) -> Any:
+    rows = KvRows(nope, scale, rotary) if pool else None
+    return jax.eval_shape(sparse_attention, q, keys, positions, sink, rows, n_visible, topk_idx)
+
+
+def _cache_write(
+    cache: Any = s("2 8 16", E4M3), rows: Any = s("2 3 16", E4M3), slots: Any = s("2 3", I32)
+) -> Any:
+    return jax.eval_shape(cache_write, cache, rows, slots)
+
+
+CALLS: list[Callable[..., Any]] = [
+    _rmsnorm,
+    _head_norm,
+    _rope,
+    _mhc_pre,
+    _mhc_post,
+    _mhc_head,
+    _hadamard,
+    _router,
+    _dense_linear,
+    _fp8_linear,
+    _mxfp4_linear,
+    _nvfp4_linear,
+    _swiglu,
+    _moe,
+    _compressor,
+    _index_topk,
+    _sparse_attention,
+    _cache_write,
+]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__[1:])
+def test_good_operands(call: Callable[..., Any]) -> None:
+    """The operands that every case below breaks in one place are accepted."""
+    call()
+
+
+RANK: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
+    (_rmsnorm, "weight", {"weight": s("1 96")}),
+    (_rmsnorm, "x", {"x": s("")}),
+    (_head_norm, "q", {"q": s("64")}),
+    (_rope, "x", {"x": s("3 24")}),
+    (_rope, "positions", {"positions": s("6", I32)}),
+    (_mhc_pre, "streams", {"streams": s("5 192")}),
+    (_mhc_pre, "fn", {"fn": s("24 4 48", F32)}),
+    (_mhc_post, "streams", {"streams": s("5 192")}),
+    (_mhc_post, "comb", {"comb": s("5 16", F32)}),
+    (_mhc_head, "streams", {"streams": s("1 5 4 48")}),
+    (_hadamard, "x", {"x": s("")}),
+    (_router, "x", {"x": s("1 5 96")}),
+    (_router, "weight", {"weight": s("96")}),
+    (_router, "bias", {"bias": s("1 32", F32)}),
+    (_dense_linear, "x", {"x": s("96")}),
+    (_dense_linear, "x", {"x": s("1 1 5 96")}),
+    (_dense_linear, "weight", {"weight": s("1 40 96")}),
+    (_fp8_linear, "x", {"x": s("192")}),
+    (_fp8_linear, "weight", {"weight": s("1 160 192", E4M3)}),
+    (_fp8_linear, "scale", {"scale": s("2", UE8M0)}),
+    (_mxfp4_linear, "x", {"x": s("192")}),
+    (_mxfp4_linear, "scale", {"scale": s("240", UE8M0)}),
+    (_nvfp4_linear, "weight", {"weight": s("7680", E2M1)}),
+    (_nvfp4_linear, "global_scale", {"global_scale": s("1", F32)}),
+    (_swiglu, "gate", {"gate": s("48")}),
+    (_moe, "x", {"x": s("1 5 96")}),
+    (_moe, "expert_idx", {"expert_idx": s("5", I32)}),
+    (_moe, "w1 weight", {"w1_weight": s("64 96", E2M1)}),
+    (_compressor, "kv", {"kv": s("9 32", F32)}),
+    (_compressor, "start", {"start": s("", I32)}),
+    (_index_topk, "q", {"q": s("6 4 32", F32)}),
+    (_index_topk, "n_visible", {"n_visible": s("6", I32)}),
+    (_sparse_attention, "q", {"q": s("6 4 96")}),
+    (_sparse_attention, "keys", {"keys": s("2 10 1 96")}),
+    (_sparse_attention, "sink", {"sink": s("4 1", F32)}),
+    (_sparse_attention, "topk_idx", {"topk_idx": s("2 3", I32)}),
+    (_cache_write, "cache", {"cache": s("8 16", E4M3)}),
+    (_cache_write, "slots", {"slots": s("6", I32)}),
+]
+AXIS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
+    (_rmsnorm, r"weight must be \[96\] .*got \[95\]", {"weight": s("95")}),
+    (_rope, "x must have at least 16 channels, got 14", {"x": s("2 3 14")}),
+    (_rope, r"positions must be \[2, 3\] .*got \[3, 2\]", {"positions": s("3 2", I32)}),
+    (_mhc_pre, r"fn must be \[24, 192\] .*got \[24, 191\]", {"fn": s("24 191", F32)}),
+    (_mhc_pre, r"base must be \[24\] .*got \[23\]", {"base": s("23", F32)}),
+    (_mhc_pre, r"scale must be \[3\] .*got \[2\]", {"scale": s("2", F32)}),
+    (_mhc_post, r"branch must be \[5, 48\] .*got \[4, 48\]", {"branch": s("4 48")}),
+    (_mhc_post, r"comb must be \[5, 4, 4\] .*got \[5, 4, 3\]", {"comb": s("5 4 3", F32)}),
+    (_mhc_head, r"fn must be \[4, 192\] .*got \[24, 192\]", {"fn": s("24 192", F32)}),
+    (_hadamard, "last axis must be a power of two, got 96", {"x": s("5 96")}),
+    (_hadamard, "last axis must be a power of two, got 0", {"x": s("5 0")}),
+    (_router, r"x and weight must agree .*\[5, 96\] and \[32, 95\]", {"weight": s("32 95")}),
+    (_router, r"bias must be \[32\], got \[31\]", {"bias": s("31", F32)}),
+    (
+        _router,
+        r"expert_idx must be \[5, 6\], got \[5, 5\]",
+        {"bias": None, "expert_idx": s("5 5", I32)},
+    ),
+    (_router, "k must be 1..32 .*got 33", {"k": 33}),
+    (_router, "k must be 1..32 .*got 0", {"k": 0}),
+    (_router, "exactly one of bias and expert_idx", {"bias": None}),
+    (_router, "exactly one of bias and expert_idx", {"expert_idx": s("5 6", I32)}),
+    (_dense_linear, r"agree on the last axis, got x \[5, 96\] and", {"weight": s("40 95")}),
+    (_dense_linear, r"evenly over x's 3 groups, got \[40, 96\]", {"x": s("5 3 96")}),
+    (_fp8_linear, r"x must end in weight's 192 inputs, got \[5, 191\]", {"x": s("5 191")}),
+    (_fp8_linear, r"evenly over x's 3 groups, got \[160, 192\]", {"x": s("5 3 192")}),
+    (_fp8_linear, r"act must be one of .*got 'nvfp4'", {"act": "nvfp4"}),
+    (_mxfp4_linear, r"x must end in weight's 192 inputs, got \[5, 96\]", {"x": s("5 96")}),
+    (_mxfp4_linear, r"evenly over x's 3 groups", {"x": s("5 3 192")}),
+    (_mxfp4_linear, r"act must be one of .*got 'nvfp4'", {"act": "nvfp4"}),
+    (_nvfp4_linear, r"x must end in weight's 192 inputs, got \[5, 96\]", {"x": s("5 96")}),
+    (_nvfp4_linear, r"evenly over x's 3 groups", {"x": s("5 3 192")}),
+    (_nvfp4_linear, r"act must be one of .*got 'fp4'", {"act": "fp4"}),
+    (_head_norm, r"rounding must be one of .*got 'float16'", {"rounding": "float16"}),
+    (_swiglu, r"gate and up must agree, got \[5, 48\] and \[5, 47\]", {"up": s("5 47")}),
+    (_moe, r"x must be \[5, 96\], got \[5, 64\]", {"x": s("5 64")}),
+    (_moe, r"expert_weight and valid must be \[5, 3\]", {"expert_weight": s("5 2", F32)}),
+    (_moe, r"expert_weight and valid .*got .* and \[4\]", {"valid": s("4", jnp.bool_)}),
+    (_moe, "linear must be one of .*got 'mxfp4'", {"linear": "mxfp4"}),
+    (_moe, "w1 must have the leaves .*block_scale", {"linear": "nvfp4_w4a4"}),
+    (_moe, "w2 must have the leaves .*scale", {"drop": "w2_scale"}),
+    (
+        _moe,
+        r"w1, w3 must be \[e, i, d\] and w2 \[e, d, i\], got \[4, 64, 96\], \[4, 32, 96\]",
+        {"w3_weight": s("4 32 96", E2M1), "w3_scale": s("4 32 3", UE8M0)},
+    ),
+    (_compressor, "kv, gate and the states must agree", {"gate": s("2 8 32", F32)}),
+    (_compressor, "kv, gate and the states must agree", {"kv_state": s("2 8 31", F32)}),
+    (
+        _compressor,
+        "kv, gate and the states must agree",
+        {"kv_state": s("3 8 32", F32), "gate_state": s("3 8 32", F32)},
+    ),
+    (_compressor, r"start must be \[2\] .*got \[3\]", {"start": s("3", I32)}),
+    (_compressor, "at least 128 rows for ratio 128, got 8", {"ratio": 128}),
+    (_compressor, "ratio must be at least 1, got 0", {"ratio": 0}),
+    (_index_topk, r"weight and n_visible must be \[2, 3, 4\]", {"weight": s("2 3 3")}),
+    (_index_topk, r"keys must be \[2, s, 32\] .*got \[1, 256, 32\]", {"key": s("1 256 32", E2M1)}),
+    (
+        _index_topk,
+        "multiple of 128 entries, got 100",
+        {"key": s("2 100 32", E2M1), "scale": s("2 100 1", UE8M0)},
+    ),
+    (_index_topk, "topk must be at least 1, got 0", {"topk": 0}),
+    (_index_topk, "rounding must be one of", {"rounding": "bf16"}),
+    (_sparse_attention, r"keys must be \[2, window - 1 \+ 3, 96\]", {"keys": s("2 10 95")}),
+    (_sparse_attention, r"keys must be .*got \[2, 2, 96\]", {"keys": s("2 2 96")}),
+    (_sparse_attention, r"sink must be \[4\], got \[3\]", {"sink": s("3", F32)}),
+    (_sparse_attention, r"positions must be \[2, 3\]", {"positions": s("2 4", I32)}),
+    (_sparse_attention, r"n_visible must be \[2, 3\]", {"n_visible": s("2 4", I32)}),
+    (_sparse_attention, r"topk_idx must be \[2, 3, k\]", {"topk_idx": s("2 4 9", I32)}),
+    (_sparse_attention, "pool must be .*96 channels", {"rotary": s("2 256 30")}),
+    (_sparse_attention, "pool must be .*96 channels", {"nope": s("1 256 64", E4M3)}),
+    (_sparse_attention, "pool needs n_visible", {"n_visible": None}),
+    (_sparse_attention, "pool needs n_visible", {"pool": False}),
+    (_cache_write, r"rows and slots must be \[2, 3, 16\]", {"rows": s("2 3 15", E4M3)}),
+    (_cache_write, r"rows and slots must be .*\[2, 4\]", {"slots": s("2 4", I32)}),
+]
+DTYPE: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
+    (_rmsnorm, "x must be bfloat16 or float32, got float16", {"x": s("5 96", F16)}),
+    (_rmsnorm, "weight must be .*got float16", {"weight": s("96", F16)}),
+    (_head_norm, "q must be .*got int32", {"q": s("5 3 64", I32)}),
+    (_rope, "x must be .*got float16", {"x": s("2 3 24", F16)}),
+    (_rope, "positions must be int32 or int64, got float32", {"positions": s("2 3", F32)}),
+    (_mhc_pre, "streams must be .*got float16", {"streams": s("5 4 48", F16)}),
+    (_mhc_pre, "fn must be float32, got bfloat16", {"fn": s("24 192")}),
+    (_mhc_post, "branch must be .*got float16", {"branch": s("5 48", F16)}),
+    (_mhc_post, "post must be float32, got bfloat16", {"post": s("5 4")}),
+    (_mhc_head, "base must be float32, got bfloat16", {"base": s("4")}),
+    (_hadamard, "x must be .*got float8_e4m3fn", {"x": s("5 128", E4M3)}),
+    (_router, "x must be .*got float16", {"x": s("5 96", F16)}),
+    (_router, "bias must be float32, got bfloat16", {"bias": s("32")}),
+    (
+        _router,
+        "expert_idx must be int32 or int64, got float32",
+        {"bias": None, "expert_idx": s("5 6", F32)},
+    ),
+    (_dense_linear, "weight must be .*got float8_e4m3fn", {"weight": s("40 96", E4M3)}),
+    (_fp8_linear, "x must be .*got float16", {"x": s("5 192", F16)}),
+    (_fp8_linear, "weight must be float8_e4m3fn, got uint8", {"weight": s("160 192", U8)}),
+    (_fp8_linear, "scale must be float8_e8m0fnu, got float32", {"scale": s("2 2", F32)}),
+    (_mxfp4_linear, "weight must be float4_e2m1fn, got uint8", {"weight": s("40 96", U8)}),
+    (_mxfp4_linear, "scale must be float8_e8m0fnu, got float8_e4m3fn", {"scale": s("40 6", E4M3)}),
+    (_nvfp4_linear, "weight must be float4_e2m1fn, got uint8", {"weight": s("40 96", U8)}),
+    (
+        _nvfp4_linear,
+        "block_scale must be float8_e4m3fn, got float8_e8m0fnu",
+        {"block_scale": s("40 12", UE8M0)},
+    ),
+    (
+        _nvfp4_linear,
+        "global_scale must be float32, got bfloat16",
+        {"global_scale": s("", BF16)},
+    ),
+    (_swiglu, "up must be .*got float16", {"up": s("5 48", F16)}),
+    (_moe, "x must be .*got float16", {"x": s("5 96", F16)}),
+    (_moe, "expert_idx must be int32 or int64, got float32", {"expert_idx": s("5 3", F32)}),
+    (_moe, "expert_weight must be float32, got bfloat16", {"expert_weight": s("5 3")}),
+    (_moe, "valid must be bool, got int32", {"valid": s("5", I32)}),
+    (_moe, "w1 weight must be float4_e2m1fn, got uint8", {"w1_weight": s("4 64 48", U8)}),
+    (_moe, "w2 scale must be float8_e8m0fnu, got uint8", {"w2_scale": s("4 96 2", U8)}),
+    (_compressor, "gate must be float32, got bfloat16", {"gate": s("2 9 32")}),
+    (_compressor, "count must be int32 or int64, got float32", {"count": s("2", F32)}),
+    (_index_topk, "q must be float32, got bfloat16", {"q": s("2 3 4 32")}),
+    (_index_topk, "keys must be .*got uint8", {"key": s("2 256 32", U8)}),
+    (_sparse_attention, "q must be .*got float16", {"q": s("2 3 4 96", F16)}),
+    (_sparse_attention, "sink must be float32, got bfloat16", {"sink": s("4")}),
+    (_sparse_attention, "pool must be .*got uint8", {"nope": s("2 256 64", U8)}),
+    (_sparse_attention, "topk_idx must be .*got float32", {"topk_idx": s("2 3 9", F32)}),
+    (_cache_write, "rows must be float8_e4m3fn.*got bfloat16", {"rows": s("2 3 16")}),
+    (_cache_write, "slots must be int32 or int64, got float32", {"slots": s("2 3", F32)}),
+]
+GROUPS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
+    (
+        _mxfp4_linear,
+        "scale must be .*33 / 32",
+        {"x": s("5 33"), "weight": s("40 33", E2M1), "scale": s("40 2", UE8M0)},
+    ),
+    (
+        _mxfp4_linear,
+        "scale must be .*48 / 32",
+        {"x": s("5 48"), "weight": s("40 48", E2M1), "scale": s("40 2", UE8M0)},
+    ),
+    (
+        _nvfp4_linear,
+        "block_scale must be .*17 / 16",
+        {"x": s("5 17"), "weight": s("40 17", E2M1), "block_scale": s("40 2", E4M3)},
+    ),
+    (
+        _nvfp4_linear,
+        "block_scale must be .*24 / 16",
+        {"x": s("5 24"), "weight": s("40 24", E2M1), "block_scale": s("40 2", E4M3)},
+    ),
+    (
+        _moe,
+        "w1 scale must be .*in groups of 32",
+        {"w1_weight": s("4 64 80", E2M1), "w1_scale": s("4 64 3", UE8M0)},
+    ),
+    (
+        _cache_write,
+        "even last axis",
+        {"cache": s("2 8 15", E2M1), "rows": s("2 3 15", E2M1)},
+    ),
+    (
+        _compressor,
+        "even last axis for ratio 4, got 31",
+        {name: s("2 9 31", F32) for name in ("kv", "gate")}
+        | {name: s("2 8 31", F32) for name in ("kv_state", "gate_state")},
+    ),
+]
+SCALES: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
+    (_fp8_linear, r"scale must be \[2, 2\] .*got \[2, 3\]", {"scale": s("2 3", UE8M0)}),
+    (_fp8_linear, r"scale must be \[2, 2\] .*got \[1, 2\]", {"scale": s("1 2", UE8M0)}),
+    (_mxfp4_linear, r"scale must be .*got \[40, 5\]", {"scale": s("40 5", UE8M0)}),
+    (_mxfp4_linear, r"scale must be .*got \[39, 6\]", {"scale": s("39 6", UE8M0)}),
+    (_nvfp4_linear, r"block_scale must be .*got \[40, 6\]", {"block_scale": s("40 6", E4M3)}),
+    (_moe, r"w3 scale must be \[4, 64, 3\] .*got \[4, 64, 4\]", {"w3_scale": s("4 64 4", UE8M0)}),
+    (_index_topk, r"scale must be \[2, 256, 1\] .*\[2, 256, 2\]", {"scale": s("2 256 2", UE8M0)}),
+    (_sparse_attention, r"scale must be .*got \[2, 256, 2\]", {"scale": s("2 256 2", UE8M0)}),
+]
+
+
+def _params(row: str, table: list[tuple[Callable[..., Any], str, dict[str, Any]]]) -> list[Any]:
+    names = ["-".join(broken).replace("_", "-") for _, _, broken in table]
+    return [
+        pytest.param(call, rule, broken, id=f"{row}-{call.__name__[1:]}-{name}-{at}")
+        for at, ((call, rule, broken), name) in enumerate(zip(table, names, strict=True))
+    ]
+
+
+@pytest.mark.parametrize(("call", "operand", "broken"), _params("A1-rank", RANK))
+def test_wrong_rank(call: Callable[..., Any], operand: str, broken: dict[str, Any]) -> None:
+    """A1: the op and the operand are named, with the rule and the shape."""
+    with pytest.raises(ValueError, match=rf"^{call.__name__[1:]}: .*{operand}.* must .*got .*\["):
+        call(**broken)
+
+
+@pytest.mark.parametrize(
+    ("call", "rule", "broken"),
+    [
+        *_params("A2-axis-disagrees", AXIS),
+        *_params("A4-group", GROUPS),
+        *_params("A5-scale-shape", SCALES),
+    ],
+)
+def test_shapes_disagree(call: Callable[..., Any], rule: str, broken: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"^{call.__name__[1:]}: .*{rule}"):
+        call(**broken)
+
+
+@pytest.mark.parametrize(("call", "rule", "broken"), _params("A3-dtype", DTYPE))
+def test_wrong_dtype(call: Callable[..., Any], rule: str, broken: dict[str, Any]) -> None:
+    """A3: the accepted set is named."""
+    with pytest.raises(TypeError, match=rf"^{call.__name__[1:]}: .*{rule}"):
+        call(**broken)
+
+
+NAMES = list(CASES)
+# The same program as under jit, compiled once more: the ops with the most in them.
+AHEAD_OF_TIME = ("mhc_pre", "moe-mxfp4_w4a8", "sparse_attention-topk")
+
+
+def run(case: OpCase, count: int = 3) -> Any:
+    return case.fn(*case.rows(0, count))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_way_to_run(name: str) -> None:
+    """A21, A11: eager, jit twice, ahead of time, in a scan, with relayouted operands."""
+    case = CASES[name]()
+    rows, eager = case.rows(0, 3), run(case)
+    jitted = jax.jit(case.fn)
+    assert_same_tree(jitted(*rows), eager, "jit")
+    assert_same_tree(jitted(*rows), eager, "jit again")
+    if name in AHEAD_OF_TIME:
+        assert_same_tree(jitted.lower(*rows).compile()(*rows), eager, "ahead of time")
+
+    def relayout(*flipped: jax.Array) -> Any:
+        """The op between transposes and arithmetic, and in a scan over two equal steps."""
+        rows = tuple(jnp.swapaxes(x, 0, -1) if x.ndim > 1 else x for x in flipped)
+        twice = tuple(jnp.stack([x, x]) for x in rows)
+        _, scanned = jax.lax.scan(lambda c, x: (c, case.fn(*x)), 0, twice)
+        return case.fn(*rows), scanned
+
+    flipped = tuple(jnp.swapaxes(x, 0, -1) if x.ndim > 1 else x for x in rows)
+    direct, scanned = jax.jit(relayout)(*flipped)
+    assert_same_tree(direct, eager, "transposed")
+    for step in (0, 1):
+        assert_same_tree(row_of(scanned, step), eager, f"scan step {step}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_of_jax(name: str) -> None:
+    """E9: 64-bit types, strict promotion and NaN checks at once; same bits, no error of ours."""
+    case = CASES[name]()
+    eager = run(case)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
+        assert_same_tree(jax.jit(lambda *rows: case.fn(*rows))(*case.rows(0, 3)), eager)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rmsnorm",
+        "rope",
+        "mhc_pre",
+        "router-score",
+        "dense_linear-bfloat16",
+        "mxfp4_linear-w4a8",
+        "moe-mxfp4_w4a8",
+        "compressor-4",
+        "index_topk-mxfp4",
+        "sparse_attention-topk",
+        "cache_write",
+    ],
+)
+def test_vmap(name: str) -> None:
+    """A19: an op under `jax.vmap` gives the rows of its plain calls."""
+    case = CASES[name]()
+    plain = [case.fn(*case.rows(i, i + 2)) for i in (0, 2)]
+    stacked = [jnp.stack([x[0:2], x[2:4]]) for x in case.arguments]
+    mapped = jax.jit(jax.vmap(case.fn))(*stacked)
+    for i in (0, 1):
+        for got, want in zip(
+            jax.tree.leaves(row_of(mapped, i)), jax.tree.leaves(plain[i]), strict=True
+        ):
+            # Tiles of another shape: an FP32 sum may differ in its last bit, then a rounding.
+            np.testing.assert_allclose(f64(got), f64(want), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_grad(name: str) -> None:
+    """A20: inference only. Loops of unknown length have no reverse mode, and JAX says so.
+
+    Known exceptions: E4M3 and E2M1 codes and ids have no derivative, so that ops whose only path is
+    through them give zeros, and W4A4's global scales give a derivative of their own.
+    """
+    case = CASES[name]()
+    rows = case.rows(0, 3)
+
+    def loss(x: jax.Array) -> jax.Array:
+        return sum(jnp.sum(y.astype(F32)) for y in jax.tree.leaves(case.fn(x, *rows[1:])))
+
+    quiet = "w4a8" in name or "w8a8" in name or name.startswith(("index_topk", "cache_write"))
+    if quiet or name == "nvfp4_linear-w4a4":
+        gradient = np.asarray(jax.grad(loss)(rows[0]).astype(F32))
+        assert gradient.any() == (not quiet)
+        return
+    with pytest.raises(ValueError, match=r"[Rr]everse-mode differentiation does not work"):
+        jax.grad(loss)(rows[0])
