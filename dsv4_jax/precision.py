@@ -20,7 +20,7 @@ Sources: model.md sections 4.5, 4.6 and 9 (formats), 3.6 (``wo_a`` keeps BF16 ac
 """
 
 import dataclasses
-from typing import Final, Literal, cast
+from typing import Final, Literal, cast, get_args
 
 __all__ = [
     "LINEAR_FORMATS",
@@ -46,17 +46,7 @@ LinearFormat = Literal[
 ActFormat = Literal["nvfp4", "fp8", "bfloat16"]
 WeightFormat = Literal["float32", "bfloat16", "fp8", "mxfp4", "nvfp4"]
 
-LINEAR_FORMATS: Final[tuple[str, ...]] = (
-    "float32",
-    "bfloat16",
-    "fp8_w8a8",
-    "fp8_w8a16",
-    "mxfp4_w4a8",
-    "mxfp4_w4a16",
-    "nvfp4_w4a4",
-    "nvfp4_w4a8",
-    "nvfp4_w4a16",
-)
+LINEAR_FORMATS: Final[tuple[str, ...]] = get_args(LinearFormat)
 _CHOICES: Final[dict[str, tuple[str, ...]]] = {
     "kv": ("fp8", "bfloat16", "float32"),
     "index_keys": ("mxfp4", "fp8", "bfloat16", "float32"),
