@@ -3,8 +3,6 @@
 Importing the package does no work on any device.
 """
 
-__version__ = "0.1.0"
-
 from dsv4_jax.cache import Cache as Cache
 from dsv4_jax.cache import rewind as rewind
 from dsv4_jax.checkpoint import from_checkpoint as from_checkpoint
@@ -22,3 +20,4 @@ from dsv4_jax.sampling import Sampled as Sampled
 from dsv4_jax.sampling import SamplingParams as SamplingParams
 from dsv4_jax.sampling import sample as sample
 from dsv4_jax.sampling import step_keys as step_keys
+from dsv4_jax.version import __version__ as __version__

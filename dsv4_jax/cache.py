@@ -30,7 +30,6 @@ __all__ = [
     "MtpCache",
     "init_cache",
     "rewind",
-    "write_cost_note",
 ]
 
 
@@ -240,24 +239,3 @@ def rewind(cache: Cache, lengths: Int32[Array, "b"] | Sequence[int] | np.ndarray
     return dataclasses.replace(
         cache, lengths=new, overflow=cache.overflow & (new == cache.lengths), mtp=mtp
     )
-
-
-def write_cost_note(cache: Cache) -> str:
-    """What a step pays for cache writes until they are an aliased custom call.
-
-    XLA's scatter into an FP8 or FP4 array keeps its pointer and still rewrites the whole array.
-    """
-    stored = [
-        leaf
-        for leaf in jax.tree.leaves((cache.layers, cache.mtp))
-        if leaf.dtype.itemsize == 1 or leaf.dtype == E2M1
-    ]
-    rewritten = sum(_bytes(leaf) for leaf in stored)
-    return (
-        f"cache writes are XLA scatters: every step rewrites {rewritten / 1e6:.1f} MB of FP8/FP4 "
-        f"cache (max_len={cache.max_len}, batch {cache.batch_size})"
-    )
-
-
-def _bytes(x: Array) -> int:
-    return (x.size + 1) // 2 if x.dtype == E2M1 else x.size * x.dtype.itemsize

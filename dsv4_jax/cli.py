@@ -6,21 +6,22 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import jax
 import typer
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from tokenizers import Tokenizer
 
-from dsv4_jax import __version__
-from dsv4_jax.cache import write_cost_note
+from dsv4_jax.env import report
 from dsv4_jax.generate import TokenEvent, check_lengths, stream
 from dsv4_jax.precision import Precision
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.text import IncrementalDetokenizer, StopMatcher, encode, load_tokenizer
+from dsv4_jax.version import __version__
 
 __all__ = ["app"]
 
@@ -61,12 +62,6 @@ def _load(checkpoint: Path, precision: str | None) -> tuple[Any, Any]:
 
     chosen = None if precision is None else Precision.preset(precision)
     return from_checkpoint(checkpoint, precision=chosen)
-
-
-def _note_write_cost(console: Console, model: Any, max_len: int) -> None:
-    """Says what this version's cache writes cost."""
-    shapes = jax.eval_shape(partial(model.init_cache, batch_size=1, max_len=max_len))
-    _say(console, write_cost_note(shapes))
 
 
 def _say(console: Console, text: str) -> None:
@@ -284,7 +279,6 @@ def generate(
             f"sampling: temperature {settings.temperature}, top_p {settings.top_p}, "
             f"top_k {settings.top_k}, seed {seed} ({source})",
         )
-        _note_write_cost(console, model, needed)
         events = stream(
             model,
             params,
@@ -300,3 +294,12 @@ def generate(
         last = _run(console, len(tokens), events, output)
         if last is not None and last.error is not None:
             raise _UserError(last.error)
+
+
+@app.command("env")
+def env_command() -> None:
+    """Print versions, devices and settings, for a bug report."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in report().items():
+        table.add_row(name, Text(value))
+    Console().print(table, soft_wrap=True)

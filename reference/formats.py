@@ -86,6 +86,15 @@ def _blocks(x: jax.Array, block: int) -> jax.Array:
     return x.reshape(*x.shape[:-1], x.shape[-1] // block, block)
 
 
+def _divide(x: jax.Array, y: jax.Array) -> jax.Array:
+    """`x / y`, rounded once, `y` broadcast.
+
+    The barrier hides the broadcast from XLA, which would multiply with the rounded `1 / y` instead
+    and so break ties of E2M1 and E4M3 the wrong way.
+    """
+    return x / lax.optimization_barrier(jnp.broadcast_to(y, x.shape))
+
+
 def _unblock(blocks: jax.Array, n: int) -> jax.Array:
     count, block = blocks.shape[-2:]
     return blocks.reshape(*blocks.shape[:-2], count * block)[..., :n]
@@ -131,8 +140,8 @@ def nvfp4_quantize(x: jax.Array, global_scale: jax.Array) -> tuple[jax.Array, ja
     b = _blocks(x, 16)
     s2 = jnp.asarray(global_scale)[..., None]
     a = jnp.max(jnp.abs(b), axis=-1, keepdims=True)
-    s_b = jnp.where(a == 0, 1.0, round_e4m3(jnp.clip(a / (6 * s2), 2.0**-9, E4M3_MAX)))
-    q = round_e2m1(b / (s_b * s2))
+    s_b = jnp.where(a == 0, 1.0, round_e4m3(jnp.clip(_divide(a, 6 * s2), 2.0**-9, E4M3_MAX)))
+    q = round_e2m1(_divide(b, s_b * s2))
     return _unblock(q, x.shape[-1]), s_b[..., 0]
 
 
@@ -145,16 +154,16 @@ def nvfp4(x: jax.Array, global_scale: jax.Array) -> jax.Array:
 def nvfp4_weight_scale(*weights: jax.Array) -> jax.Array:
     """Global scale `amax / (6 * 448)` of one tensor, or jointly of `w1` and `w3` (section 9.2).
 
-    1 if all are zero.
+    1 if all are zero. Written as the product with `1 / (6 * 448)`, as XLA computes it either way.
     """
     amax = jnp.max(jnp.stack([jnp.max(jnp.abs(w)) for w in weights]))
-    return jnp.where(amax == 0, 1.0, amax / (6 * 448))
+    return jnp.where(amax == 0, 1.0, amax * np.float32(1 / (6 * 448)))
 
 
 def nvfp4_token_scale(x: jax.Array) -> jax.Array:
     """Global scale `[..., 1]` of activations, `amax / (6 * 448)` per token; 1 for a zero token."""
     amax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    return jnp.where(amax == 0, 1.0, amax / (6 * 448))
+    return jnp.where(amax == 0, 1.0, amax * np.float32(1 / (6 * 448)))
 
 
 def hadamard_matrix(n: int) -> np.ndarray:

@@ -2,9 +2,9 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 from jax.typing import DTypeLike
 
 from dsv4_jax.cache import LayerCache
@@ -20,7 +20,7 @@ from dsv4_jax.ops.rope import rope, rope_frequencies
 from dsv4_jax.ops.sparse_attention import sparse_attention
 from dsv4_jax.precision import Precision
 from dsv4_jax.quant.kv import KvRows, kv_dequant, kv_quant
-from dsv4_jax.typing import Array, Float, Int32
+from dsv4_jax.typing import Array, Float
 
 __all__ = ["Attention"]
 
@@ -63,14 +63,16 @@ class Attention(nn.Module):
         kv = self.kv_norm(self.wkv(x)).reshape(b, t, c.head_dim)
         rows = kv_quant(rope(kv, step.positions, frequencies), c.qk_rope_head_dim, p.kv)
         before = self._window_before(cache.window, step, x.dtype)
+        # Read the ring, then write it: without this edge XLA may copy the ring instead.
+        before, rows = lax.optimization_barrier((before, rows))
         keys = jnp.concatenate([before, kv_dequant(rows, x.dtype)], axis=1)
-        window = _write(cache.window, rows, step.ring_slots(cache.window.nope.shape[1]))
+        window = cache_write(cache.window, rows, step.ring_slots(cache.window.nope.shape[1]))
         cache = dataclasses.replace(cache, window=window)
 
         pool, n_visible, topk_idx = None, None, None
         if cache.pool is not None and cache.state is not None:
             entry, slots, state = self.compressor(x, cache.state, step, frequencies)
-            pool = _write(cache.pool, kv_quant(entry, c.qk_rope_head_dim, p.kv), slots)
+            pool = cache_write(cache.pool, kv_quant(entry, c.qk_rope_head_dim, p.kv), slots)
             n_visible = step.n_closed(self.kind.value)
             cache = dataclasses.replace(cache, pool=pool, state=state)
         if cache.index is not None and cache.index_state is not None:
@@ -93,7 +95,3 @@ class Attention(nn.Module):
         rows = gather_rows(view_rows(ring), ring, slots[:, None])
         keys = kv_dequant(rows, dtype)[:, 0]
         return jnp.where((position >= 0)[..., None], keys, 0)
-
-
-def _write(store: KvRows, rows: KvRows, slots: Int32[Array, "b t"]) -> KvRows:
-    return jax.tree.map(lambda part, new: cache_write(part, new, slots), store, rows)

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax import lax
 
 from dsv4_jax.cache import CompressorState
 from dsv4_jax.config import LayerKind, ModelConfig
@@ -49,9 +50,8 @@ class Compressor(nn.Module):
         entry, window, closed = compressor(
             kv, gate, state.kv, state.gate, step.start, step.taken, ratio=ratio
         )
-        slots = step.ring_slots(state.kv.shape[1])
-        state = CompressorState(
-            kv=cache_write(state.kv, kv, slots), gate=cache_write(state.gate, gate, slots)
-        )
+        # Read the ring, then write it: without this edge XLA may copy the ring instead.
+        entry, rows = lax.optimization_barrier((entry, CompressorState(kv, gate)))
+        state = cache_write(state, rows, step.ring_slots(state.kv.shape[1]))
         entry = rope(self.norm(round_to(entry, x.dtype)), window * ratio, frequencies)
         return entry, jnp.where(closed, window, -1), state

@@ -1,6 +1,5 @@
 """Lightning indexer module: which compressed entries a CSA layer attends to (model.md 3.5)."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -57,7 +56,7 @@ class Indexer(nn.Module):
         heads, dim = self.config.index_n_heads, self.config.index_head_dim
         entry, slots, state = self.compressor(x, state, step, frequencies)
         rows = self._stored(entry)
-        index = jax.tree.map(lambda part, new: cache_write(part, new, slots), index, rows)
+        index = cache_write(index, rows, slots)
         query = rope(self.wq_b(qr).reshape(b, t, heads, dim), step.positions, frequencies)
         query = index_dequant(self._stored(query))
         weight = round_to(dense_linear(x, self.weights_proj()), x.dtype).astype(jnp.float32)

@@ -28,6 +28,7 @@ __all__ = [
     "e2m1_to_bytes",
     "encode_e2m1",
     "encode_e4m3",
+    "exact_divide",
     "pack_e2m1",
     "pow2_ceil_exponent",
     "round_bf16",
@@ -38,6 +39,15 @@ __all__ = [
 def round_bf16(x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
     """Rounds to BF16 (nearest even) and stays FP32; XLA cannot cancel it."""
     return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
+def exact_divide(x: Float32[Array, "*shape"], y: Float32[Array, "..."]) -> Float32[Array, "*shape"]:
+    """``x / y`` with one rounding, ``y`` broadcast.
+
+    XLA turns a division by a broadcast (or constant) operand into a product with its rounded
+    reciprocal, which decides ties the wrong way; behind the barrier it cannot see either.
+    """
+    return x / lax.optimization_barrier(jnp.broadcast_to(y, x.shape))
 
 
 def pow2_ceil_exponent(x: Float32[Array, "*shape"]) -> Array:

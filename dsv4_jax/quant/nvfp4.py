@@ -12,6 +12,7 @@ from dsv4_jax.quant.bits import (
     decode_e4m3,
     encode_e2m1,
     encode_e4m3,
+    exact_divide,
     pack_e2m1,
 )
 from dsv4_jax.typing import Array, Float4e2m1fn, Float8e4m3fn, Float32
@@ -35,9 +36,12 @@ class Nvfp4(NamedTuple):
 
 
 def _global_scale(amax: Array) -> Array:
-    """``amax / (6 * 448)``, kept positive and finite; 1 for an all-zero tensor."""
+    """``amax * (1 / (6 * 448))``, kept positive and finite; 1 for an all-zero tensor.
+
+    By the rounded reciprocal, into which XLA turns a division by a constant anyway.
+    """
     amax = jnp.minimum(amax, _FLOAT32_MAX)
-    scale = jnp.maximum(amax / jnp.float32(E2M1_MAX * E4M3_MAX), _MIN_GLOBAL_SCALE)
+    scale = jnp.maximum(amax * jnp.float32(1 / (E2M1_MAX * E4M3_MAX)), _MIN_GLOBAL_SCALE)
     return jnp.where(amax == 0, jnp.float32(1.0), scale)
 
 
@@ -60,10 +64,11 @@ def quantize(x: Float32[Array, "*lead n"], global_scale: Float32[Array, "..."]) 
     grouped = x.reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
     s2 = jnp.broadcast_to(global_scale, x.shape[:-1])[..., None]
     amax = jnp.minimum(jnp.max(jnp.abs(grouped), axis=-1), _FLOAT32_MAX)
-    block = jnp.clip(amax / (jnp.float32(E2M1_MAX) * s2), _MIN_BLOCK_SCALE, E4M3_MAX)
+    block = exact_divide(amax, jnp.float32(E2M1_MAX) * s2)
+    block = jnp.clip(block, _MIN_BLOCK_SCALE, E4M3_MAX)
     block_scale = encode_e4m3(jnp.where(amax == 0, jnp.float32(1.0), block))
     step = decode_e4m3(block_scale) * s2
-    code = encode_e2m1(grouped / step[..., None])
+    code = encode_e2m1(exact_divide(grouped, step[..., None]))
     return Nvfp4(pack_e2m1(code.reshape(x.shape)), block_scale, global_scale)
 
 

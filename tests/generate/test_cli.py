@@ -21,7 +21,6 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _use(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
     monkeypatch.setattr(cli, "_load", lambda path, precision: (model, fake_params()))
-    monkeypatch.setattr(cli, "_note_write_cost", lambda console, model, max_len: None)
 
 
 def _run(*arguments: object) -> Result:

@@ -1,0 +1,74 @@
+"""Environment variables of the package, read here and nowhere else, and what `dsv4 env` prints.
+
+``DSV4_SYNC=1``: wait for the GPU after every op of ours and name the op in the error, should there
+be one. Read once, at import; XLA then calls the ops one by one instead of from a captured graph.
+"""
+
+import importlib.metadata
+import os
+import platform
+
+import jax
+
+__all__ = ["report", "sync"]
+
+_VARIABLES = ("DSV4_SYNC",)
+# Not ours, but they decide what runs where.
+_RELATED = ("JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS", "CUDA_VISIBLE_DEVICES")
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "jax-cuda13-plugin", "jax-cuda13-pjrt")
+
+
+def sync() -> bool:
+    """Whether every op is followed by a synchronisation.
+
+    Raises:
+        ValueError: ``DSV4_SYNC`` is neither 0 nor 1.
+    """
+    value = os.environ.get("DSV4_SYNC", "0")
+    if value not in ("0", "1", ""):
+        raise ValueError(f"DSV4_SYNC must be 0 or 1, got {value!r}")
+    return value == "1"
+
+
+def report() -> dict[str, str]:
+    """Versions, devices, what the compiled library holds and the variables, for a bug report."""
+    from dsv4_jax import library  # which itself reads `sync`
+
+    info = library.build_info()
+    lines = {
+        "dsv4_jax": str(info["version"]),
+        "python": f"{platform.python_version()} ({platform.system()} {platform.machine()})",
+    }
+    for package in _PACKAGES:
+        try:
+            lines[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            lines[package] = "not installed"
+    lines["library"] = (
+        f"{info['compiler']}, FFI {'.'.join(map(str, info['ffi_api']))} of jaxlib "
+        f"{info['jaxlib']}, abi {info['abi']}"
+    )
+    lines["library archs"] = str(info["cuda_archs"]) or "CPU only"
+    lines["CUDA runtime"] = _cuda_version(info["cuda_runtime"])
+    lines["CUDA driver"] = _cuda_version(library.cuda_driver())
+    lines["devices"] = _devices()
+    for name in (*_VARIABLES, *_RELATED):
+        lines[name] = os.environ.get(name, "not set")
+    return lines
+
+
+def _cuda_version(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}" if version else "none"
+
+
+def _devices() -> str:
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:  # JAX_PLATFORMS names a platform that is not there
+        return f"none: {error}"
+    names: list[str] = []
+    for device in devices:
+        capability = getattr(device, "compute_capability", None)
+        arch = f" (sm_{capability.replace('.', '')})" if capability else ""
+        names.append(f"{device.platform}:{device.id} {device.device_kind}{arch}")
+    return ", ".join(names)

@@ -1,0 +1,73 @@
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "common/bits.h"
+#include "common/nvfp4.h"
+#include "rmsnorm_nvfp4/rmsnorm_nvfp4.h"
+
+namespace dsv4 {
+namespace {
+
+constexpr int64_t kLanes = 32;
+
+// In the kernel's order.
+float SumOfSquares(const uint16_t* x, int64_t d) {
+  const int64_t blocks = d / kNvfp4Block;
+  float total = 0.0f;
+  for (int64_t first = 0; first < blocks; first += kLanes) {
+    float sums[kLanes] = {};
+    for (int64_t lane = 0; lane < std::min(kLanes, blocks - first); ++lane) {
+      for (int64_t i = 0; i < kNvfp4Block; ++i) {
+        const float value = Bf16ToFloat(x[(first + lane) * kNvfp4Block + i]);
+        sums[lane] += value * value;  // the square is exact
+      }
+    }
+    for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+      for (int64_t lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+    }
+    total += sums[0];
+  }
+  return total;
+}
+
+}  // namespace
+
+void RmsnormNvfp4Cpu(const RmsnormNvfp4Params& params, int64_t first, int64_t last) {
+  const int64_t d = params.d;
+  const float reciprocal = 1.0f / static_cast<float>(d);
+  std::vector<float> y(d);
+  for (int64_t token = first; token < last; ++token) {
+    const uint16_t* x = params.x + token * d;
+    const float mean = SumOfSquares(x, d) * reciprocal;
+    const float scale = 1.0f / std::sqrt(mean + params.eps);
+    uint32_t amax_bits = 0;  // magnitudes compare as integers, NaN above all
+    for (int64_t i = 0; i < d; ++i) {
+      const float normed = Bf16ToFloat(x[i]) * scale;
+      y[i] = Bf16ToFloat(FloatToBf16(Bf16ToFloat(params.weight[i]) * normed));
+      amax_bits = std::max(amax_bits, FloatBits(y[i]) & 0x7FFFFFFFu);
+    }
+    const float global =
+        params.global_scale ? *params.global_scale : TokenGlobalScale(FloatFromBits(amax_bits));
+    params.token_scale[token] = global;
+    const float six_global = kE2m1Max * global;
+    for (int64_t block = 0; block < d / kNvfp4Block; ++block) {
+      const float* values = y.data() + block * kNvfp4Block;
+      uint32_t block_bits = 0;
+      for (int i = 0; i < kNvfp4Block; ++i) {
+        block_bits = std::max(block_bits, FloatBits(values[i]) & 0x7FFFFFFFu);
+      }
+      const uint8_t block_scale =
+          EncodeE4m3(UnroundedBlockScale(FloatFromBits(block_bits), six_global));
+      params.block_scale[token * (d / kNvfp4Block) + block] = block_scale;
+      const float step = DecodeE4m3(block_scale) * global;
+      uint8_t* code = params.code + (token * d + block * kNvfp4Block) / 2;
+      for (int i = 0; i < kNvfp4Block; i += 2) {
+        code[i / 2] = static_cast<uint8_t>(EncodeE2m1(values[i] / step) |
+                                           EncodeE2m1(values[i + 1] / step) << 4);
+      }
+    }
+  }
+}
+
+}  // namespace dsv4
