@@ -1,6 +1,6 @@
-// One warp per row: it reads the row's slot and copies the row of every part, in the widest unit
-// that the part's pointers and row length allow. Rows are a few hundred bytes, so a decode step is
-// all latency: one load of the slot, one of the row, one store.
+// A warp per row and part: it copies the row in the widest unit that pointers and row length allow.
+// Rows are a few hundred bytes, so a decode step is all latency: the row is read while its slot
+// still is, and only the store waits for both.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 namespace dsv4 {
 namespace {
 
-constexpr int kWarpsPerBlock = 4;
+constexpr int kWarps = 4;  // of a thread block
 
 struct Part {
   uint8_t* cache;
@@ -26,31 +26,46 @@ struct KernelParams {
   int64_t rows, s, t;
 };
 
+constexpr int kAhead = 4;  // units a lane reads before the first store
+
 template <typename Unit>
-__device__ void CopyRow(const Part& part, int64_t target, int64_t row, int lane) {
-  Unit* to = reinterpret_cast<Unit*>(part.cache + target * part.row_bytes);
+__device__ __forceinline__ void CopyRow(const KernelParams& params, const Part& part, int64_t row,
+                                        int lane) {
   const Unit* from = reinterpret_cast<const Unit*>(part.rows + row * part.row_bytes);
   const int64_t count = part.row_bytes / static_cast<int64_t>(sizeof(Unit));
-  for (int64_t i = lane; i < count; i += 32) to[i] = from[i];
+  const int64_t slot = __ldg(params.slots + row);
+  const int64_t sequence = params.t == 1 ? row : row / params.t;  // while the slot is on its way
+  Unit* to = nullptr;
+  for (int64_t first = lane; first < count; first += 32 * kAhead) {
+    Unit units[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (first + 32 * i < count) units[i] = __ldg(from + first + 32 * i);
+    }
+    if (to == nullptr) {
+      if (slot < 0 || slot >= params.s) return;
+      to = reinterpret_cast<Unit*>(part.cache + (sequence * params.s + slot) * part.row_bytes);
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (first + 32 * i < count) to[first + 32 * i] = units[i];
+    }
+  }
 }
 
-__global__ void __launch_bounds__(kWarpsPerBlock * 32) CacheWriteKernel(
-    const __grid_constant__ KernelParams params) {
+__global__ void __launch_bounds__(kWarps * 32)
+    CacheWriteKernel(const __grid_constant__ KernelParams params) {
   const int lane = threadIdx.x % 32;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarpsPerBlock;
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / 32;
-       row < params.rows; row += stride) {
-    const int64_t slot = params.slots[row];
-    if (slot < 0 || slot >= params.s) continue;
-    const int64_t target = row / params.t * params.s + slot;
-    // A part per block row: parts of one row are independent copies.
-    const Part& part = params.parts[blockIdx.y];
+  const Part& part = params.parts[blockIdx.y];
+  const int64_t warps = blockDim.x / 32;
+  const int64_t stride = gridDim.x * warps;
+  for (int64_t row = blockIdx.x * warps + threadIdx.x / 32; row < params.rows; row += stride) {
     if (part.unit == 16) {
-      CopyRow<uint4>(part, target, row, lane);
+      CopyRow<uint4>(params, part, row, lane);
     } else if (part.unit == 4) {
-      CopyRow<uint32_t>(part, target, row, lane);
+      CopyRow<uint32_t>(params, part, row, lane);
     } else {
-      CopyRow<uint8_t>(part, target, row, lane);
+      CopyRow<uint8_t>(params, part, row, lane);
     }
   }
 }
@@ -73,10 +88,10 @@ cudaError_t CacheWriteCuda(const CacheWriteParams& params, cudaStream_t stream) 
     const int unit = bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : 1;
     kernel.parts[p] = {part.cache, part.rows, part.row_bytes, unit};
   }
-  const int64_t blocks = (kernel.rows + kWarpsPerBlock - 1) / kWarpsPerBlock;
+  const int64_t blocks = (kernel.rows + kWarps - 1) / kWarps;
   const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocks, 1 << 16)),
                   static_cast<unsigned>(params.n_parts));
-  CacheWriteKernel<<<grid, kWarpsPerBlock * 32, 0, stream>>>(kernel);
+  CacheWriteKernel<<<grid, kWarps * 32, 0, stream>>>(kernel);
   return cudaGetLastError();
 }
 

@@ -11,8 +11,8 @@ namespace dsv4 {
 
 // One array of the store. Rows of several arrays (codes, scales, rotary part) share their slots.
 struct CacheWritePart {
-  uint8_t* cache;        // [b, s, row_bytes]
-  const uint8_t* rows;   // [b, t, row_bytes]
+  uint8_t* cache;       // [b, s, row_bytes]
+  const uint8_t* rows;  // [b, t, row_bytes]
   int64_t row_bytes;
 };
 

@@ -1,4 +1,4 @@
-#include <cstring>
+#include <algorithm>
 
 #include "cache_write/cache_write.h"
 
@@ -11,8 +11,9 @@ void CacheWriteCpu(const CacheWriteParams& params, int64_t first, int64_t last) 
     const int64_t target = row / params.t * params.s + slot;
     for (int p = 0; p < params.n_parts; ++p) {
       const CacheWritePart& part = params.parts[p];
-      std::memcpy(part.cache + target * part.row_bytes, part.rows + row * part.row_bytes,
-                  part.row_bytes);
+      // Not memcpy: rows of no bytes may be at a null pointer.
+      std::copy_n(part.rows + row * part.row_bytes, part.row_bytes,
+                  part.cache + target * part.row_bytes);
     }
   }
 }

@@ -30,9 +30,8 @@ ffi::Error FillPart(int p, const ffi::AnyBuffer& cache, const ffi::AnyBuffer& ro
   const std::string cache_name = "cache[" + std::to_string(p) + "]";
   const std::string rows_name = "rows[" + std::to_string(p) + "]";
   DSV4_RETURN_IF_ERROR(CheckDtype(kOp, cache_name, cache.element_type(),
-                                  {ffi::DataType::BF16, ffi::DataType::F32,
-                                   ffi::DataType::F8E4M3FN, ffi::DataType::F8E8M0FNU,
-                                   ffi::DataType::F4E2M1FN}));
+                                  {ffi::DataType::BF16, ffi::DataType::F32, ffi::DataType::F8E4M3FN,
+                                   ffi::DataType::F8E8M0FNU, ffi::DataType::F4E2M1FN}));
   DSV4_RETURN_IF_ERROR(CheckDtype(kOp, rows_name, rows.element_type(), {cache.element_type()}));
   DSV4_RETURN_IF_ERROR(
       CheckDtype(kOp, "result " + cache_name, out.element_type(), {cache.element_type()}));
@@ -43,8 +42,8 @@ ffi::Error FillPart(int p, const ffi::AnyBuffer& cache, const ffi::AnyBuffer& ro
   }
   const int64_t d = dims[rank - 1];
   if (cache.element_type() == ffi::DataType::F4E2M1FN && d % 2 != 0) {
-    return InvalidArgument(kOp, cache_name + " must have an even last axis (two codes a byte), got " +
-                                    ToString(dims));
+    return InvalidArgument(
+        kOp, cache_name + " must have an even last axis (two codes a byte), got " + ToString(dims));
   }
   int64_t b = 1;
   for (size_t i = 0; i + 2 < rank; ++i) b *= dims[i];
@@ -57,14 +56,16 @@ ffi::Error FillPart(int p, const ffi::AnyBuffer& cache, const ffi::AnyBuffer& ro
                         row_dims[rank - 1] == d &&
                         std::equal(dims.begin(), dims.begin() + (rank - 2), row_dims.begin());
   if (b != params.b || dims[rank - 2] != params.s || !rows_fit) {
-    return InvalidArgument(kOp, cache_name + " and " + rows_name + " must be [..., s, d] and [..., t, d] with the batch and s of cache[0] and t = " +
-                                    std::to_string(params.t) + ", got " + ToString(dims) + " and " +
-                                    ToString(row_dims));
+    return InvalidArgument(
+        kOp, cache_name + " and " + rows_name +
+                 " must be [..., s, d] and [..., t, d] with the batch and s of cache[0] and t = " +
+                 std::to_string(params.t) + ", got " + ToString(dims) + " and " +
+                 ToString(row_dims));
   }
   const Dims out_dims = out.dimensions();
   if (!std::equal(dims.begin(), dims.end(), out_dims.begin(), out_dims.end())) {
-    return InvalidArgument(kOp, "result " + cache_name + " must be " + ToString(dims) + ", got " +
-                                    ToString(out_dims));
+    return InvalidArgument(
+        kOp, "result " + cache_name + " must be " + ToString(dims) + ", got " + ToString(out_dims));
   }
   const int64_t row_bytes = PackedBytes(cache.element_type(), d);
   params.parts[p] = {static_cast<uint8_t*>(out.untyped_data()),
@@ -83,10 +84,10 @@ ffi::Error Fill(int32_t abi, const ffi::AnyBuffer& slots, const ffi::RemainingAr
   DSV4_RETURN_IF_ERROR(CheckDtype(kOp, "slots", slots.element_type(), {ffi::DataType::S32}));
   const int64_t n = rets.size();
   if (n < 1 || n > kMaxCacheWriteParts || static_cast<int64_t>(args.size()) != 2 * n) {
-    return InvalidArgument(kOp, "must have slots, n caches and n row arrays for n results, n = 1.." +
-                                    std::to_string(kMaxCacheWriteParts) + ", got " +
-                                    std::to_string(args.size()) + " arrays and " +
-                                    std::to_string(n) + " results");
+    return InvalidArgument(
+        kOp, "must have slots, n caches and n row arrays for n results, n = 1.." +
+                 std::to_string(kMaxCacheWriteParts) + ", got " + std::to_string(args.size()) +
+                 " arrays and " + std::to_string(n) + " results");
   }
   const Dims slot_dims = slots.dimensions();
   if (slot_dims.size() < 1) {
@@ -134,10 +135,11 @@ ffi::Error CudaImpl(CudaStream stream, int32_t abi, ffi::AnyBuffer slots, ffi::R
   CacheWriteParams params{};
   Copy copy;
   DSV4_RETURN_IF_ERROR(Fill(abi, slots, args, rets, params, copy));
+  if (copy.n == 0 && (params.b * params.t == 0 || params.s == 0)) return ffi::Error::Success();
   return LaunchCuda(kOp, stream, counts, [&](cudaStream_t on) {
     for (int i = 0; i < copy.n; ++i) {
-      const cudaError_t error = cudaMemcpyAsync(copy.to[i], copy.from[i], copy.bytes[i],
-                                                cudaMemcpyDeviceToDevice, on);
+      const cudaError_t error =
+          cudaMemcpyAsync(copy.to[i], copy.from[i], copy.bytes[i], cudaMemcpyDeviceToDevice, on);
       if (error != cudaSuccess) return error;
     }
     return CacheWriteCuda(params, on);

@@ -9,8 +9,8 @@
 
 #include "xla/ffi/api/ffi.h"
 
-#define DSV4_RETURN_IF_ERROR(expression)                         \
-  do {                                                           \
+#define DSV4_RETURN_IF_ERROR(expression)                          \
+  do {                                                            \
     if (auto error = (expression); error.failure()) return error; \
   } while (false)
 
@@ -69,7 +69,9 @@ inline ffi::Error CheckDtype(const std::string& op, const std::string& operand, 
     return ffi::Error::Success();
   }
   std::string names;
-  for (ffi::DataType each : accepted) names += (names.empty() ? "" : " or ") + std::string(DtypeName(each));
+  for (ffi::DataType each : accepted) {
+    names += (names.empty() ? "" : " or ") + std::string(DtypeName(each));
+  }
   return InvalidArgument(op, operand + " must be " + names + ", got " + DtypeName(dtype) + " (" +
                                  std::to_string(static_cast<int>(dtype)) + ")");
 }

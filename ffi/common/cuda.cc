@@ -19,8 +19,8 @@ std::atomic<bool>& SyncAfterLaunch() {
 }
 
 std::string OldDriverMessage(int driver, int runtime) {
-  return "the NVIDIA driver supports CUDA " + Version(driver) + ", the library was built with CUDA " +
-         Version(runtime) + ": update the driver";
+  return "the NVIDIA driver supports CUDA " + Version(driver) +
+         ", the library was built with CUDA " + Version(runtime) + ": update the driver";
 }
 
 LaunchStatus NotBuiltForCuda() {

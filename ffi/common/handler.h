@@ -32,7 +32,7 @@ ffi::Error LaunchCuda(const char* op, CudaStream stream, LaunchCounts& counts, L
 using CudaStream = void*;
 
 // `launch` would name a launcher that this build does not have; the macro never evaluates it.
-#define LaunchCuda(op, ...) ToError(op, NotBuiltForCuda())
+#define LaunchCuda(op, stream, ...) (static_cast<void>(stream), ToError(op, NotBuiltForCuda()))
 #endif
 
 // One FFI target. `cuda_debug` is `cuda` without the command-buffer trait: XLA then calls it on

@@ -14,6 +14,7 @@ constexpr int kNvfp4Block = 16;
 
 // Smallest global scale: 1 / (6 * 448 * 2^-100) and the steps it leads to stay normal FP32 numbers.
 constexpr float kMinGlobalScale = 0x1p-100f;
+constexpr float kMaxGlobalScale = 0x1p100f;  // of a static scale
 
 // Global scale of a token with the largest magnitude `amax`; 1 for an all-zero token, NaN for NaN.
 // By the rounded reciprocal of 6 * 448, as XLA divides by a constant.
@@ -23,6 +24,12 @@ DSV4_HOST_DEVICE inline float TokenGlobalScale(float amax) {
   const float clamped = amax < kFloat32Max ? amax : kFloat32Max;
   const float scale = clamped * (1.0f / (kE2m1Max * kE4m3Max));
   return scale > kMinGlobalScale ? scale : kMinGlobalScale;
+}
+
+// A static scale as the codes and `token_scale` use it: kept where every step is a normal number.
+DSV4_HOST_DEVICE inline float StaticGlobalScale(float scale) {
+  if (scale < kMinGlobalScale) return kMinGlobalScale;
+  return scale > kMaxGlobalScale ? kMaxGlobalScale : scale;
 }
 
 // What E4M3 then rounds to the block's scale; 1 for an all-zero block. `six_global` = 6 *

@@ -16,7 +16,8 @@ namespace dsv4 {
 // so a pool whose threads are all inside handlers cannot deadlock. `fn` must not throw.
 template <typename Pool, typename Fn>
 void ParallelFor(Pool& pool, int64_t count, int64_t grain, const Fn& fn) {
-  const int64_t ranges = std::min<int64_t>(pool.num_threads() + 1, count / std::max<int64_t>(grain, 1));
+  const int64_t ranges =
+      std::min<int64_t>(pool.num_threads() + 1, count / std::max<int64_t>(grain, 1));
   if (ranges <= 1) {
     if (count > 0) fn(int64_t{0}, count);
     return;
@@ -29,7 +30,8 @@ void ParallelFor(Pool& pool, int64_t count, int64_t grain, const Fn& fn) {
   const Fn* body = &fn;
   auto work = [state, body, ranges, count] {
     for (int64_t i; (i = state->next.fetch_add(1)) < ranges;) {
-      (*body)(count * i / ranges, count * (i + 1) / ranges);
+      const int64_t begin = count * i / ranges, end = count * (i + 1) / ranges;
+      (*body)(begin, end);
       state->done.fetch_add(1, std::memory_order_release);
     }
   };

@@ -1,10 +1,13 @@
-// A thread block per token, a thread per block of 16 channels, the token in registers from its one
-// read to its one write. Thread blocks stay for several tokens: the weight
-// is read once, and the next token is on its way while this one is quantised.
+// A thread block per token, the token in registers from its one read to its one write.
 //
-// What bounds it: one token is latency (two loads, two reductions over the thread block); many
-// tokens are memory, as long as the arithmetic stays under some 20 instructions a channel. Hence
-// the E2M1 code by three saturating subtractions instead of seven comparisons.
+// What bounds it: a few tokens are latency (one round to memory, two reductions over the thread
+// block), so a thread takes one block of 16 channels. Many tokens are memory, as long as the
+// arithmetic stays near 20 instructions a channel, so a thread takes two blocks and shares between
+// them what it does once per token; and E2M1 codes come two at a time from three comparisons of
+// BF16 with thresholds made once per block, instead of a division each. All results are the same
+// bits as the CPU handler's, which divides.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
@@ -18,197 +21,299 @@ namespace dsv4 {
 namespace {
 
 constexpr int kWords = kNvfp4Block / 2;  // a block of 16 BF16 channels as 32-bit words
+constexpr uint32_t kInfBf16 = 0x7F80u;   // larger magnitudes are NaN
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
-constexpr uint32_t kMagnitudes = 0x7FFF7FFFu;  // of a pair of BF16
 
 // The two BF16 of a word, exactly.
 __device__ __forceinline__ float Low(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float High(uint32_t pair) {
-  return __uint_as_float(pair & 0xFFFF0000u);
-}
+__device__ __forceinline__ float High(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
 
-// Nearest-even BF16 pair; NaN becomes 0x7FFF here (any NaN will do: only magnitudes are compared).
+// Nearest-even BF16 pair; NaN becomes 0x7FFF.
 __device__ __forceinline__ uint32_t PackBf16(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 }
 
-// Larger of the magnitudes in either half; as unsigned integers NaN is above all.
-__device__ __forceinline__ uint32_t MaxPair(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
+// Larger magnitudes of two pairs, NaN above all; the signs are of no meaning.
+__device__ __forceinline__ uint32_t MaxMagnitudes(uint32_t a, uint32_t b) {
+  uint32_t pair;
+  asm("max.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+  return pair;
+}
 
+// A block; kAligned: to 16 bytes.
+template <bool kAligned>
 __device__ __forceinline__ void Load(uint32_t (&words)[kWords], const uint16_t* from) {
-  const uint4* vectors = reinterpret_cast<const uint4*>(from);
+  if constexpr (kAligned) {
+    const uint4* vectors = reinterpret_cast<const uint4*>(from);
 #pragma unroll
-  for (int i = 0; i < kWords / 4; ++i) {
-    const uint4 v = __ldg(vectors + i);
-    words[4 * i] = v.x;
-    words[4 * i + 1] = v.y;
-    words[4 * i + 2] = v.z;
-    words[4 * i + 3] = v.w;
-  }
-}
-
-// Codes (sign apart) of the 8 values in 4 words, for a step whose reciprocal is a normal
-// number. The quotient is that of IEEE division: product with the rounded reciprocal, then one
-// correction by the exact remainder. Halved, it is cut into the three ranges of equal spacing of
-// E2M1 (0..2 in steps of .5, 2..4 of 1, 4..6 of 2), each rounded by adding it to 2^23.
-__device__ __forceinline__ uint32_t EncodeMagnitudes(const uint32_t* words, float double_step,
-                                                     float half_reciprocal) {
-  constexpr float kRound = 8388608.0f;  // 2^23: the sum's last bit is 1, ties go to even
-  uint32_t packed = 0;
+    for (int i = 0; i < kWords / 4; ++i) {
+      const uint4 v = __ldg(vectors + i);
+      words[4 * i] = v.x;
+      words[4 * i + 1] = v.y;
+      words[4 * i + 2] = v.z;
+      words[4 * i + 3] = v.w;
+    }
+  } else {
 #pragma unroll
-  for (int i = 7; i >= 0; --i) {
-    const uint32_t pair = words[i / 2] & kMagnitudes;
-    const float a = i % 2 ? High(pair) : Low(pair);
-    const float estimate = __fmul_rn(a, half_reciprocal);
-    const float remainder = __fmaf_rn(-estimate, double_step, a);
-    const float half = __fmaf_rn(remainder, half_reciprocal, estimate);
-    float sum = __fmaf_rn(__saturatef(half), 4.0f, kRound);
-    sum = __fmaf_rn(__saturatef(__fadd_rn(half, -1.0f)), 2.0f, sum);
-    sum = __fadd_rn(sum, __saturatef(__fadd_rn(half, -2.0f)));
-    packed = packed * 16 + __float_as_uint(sum);
+    for (int i = 0; i < kWords; ++i) {
+      words[i] = __ldg(from + 2 * i) | static_cast<uint32_t>(__ldg(from + 2 * i + 1)) << 16;
+    }
   }
-  // Every sum brought the bits of 2^23 along.
-  return packed - __float_as_uint(kRound) * 0x11111111u;
 }
 
-// Sign bits of the 8 values in 4 words, at bit 3 of their nibbles.
-__device__ __forceinline__ uint32_t Signs(const uint32_t* words) {
-  const uint32_t low = __byte_perm(words[0], words[1], 0x7351);   // bytes 1, 5 | 3, 7
-  const uint32_t high = __byte_perm(words[2], words[3], 0x7351);
-  const uint32_t even = __byte_perm(low, high, 0x5410);
-  const uint32_t odd = __byte_perm(low, high, 0x7632);
-  return (even & 0x80808080u) >> 4 | (odd & 0x80808080u);
+// About 1 / x; what is built on it corrects by an exact remainder.
+__device__ __forceinline__ float Reciprocal(float x) {
+  float reciprocal;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(x));
+  return reciprocal;
 }
 
-// Any scale, any value: the definition, one IEEE division an element.
-__device__ __noinline__ uint32_t EncodeByDivision(uint32_t word0, uint32_t word1, uint32_t word2,
-                                                  uint32_t word3, float step) {
-  uint32_t packed = 0;
-  for (uint32_t word : {word3, word2, word1, word0}) {
-    packed = packed * 256 + EncodeE2m1(__fdiv_rn(High(word), step)) * 16 +
-             EncodeE2m1(__fdiv_rn(Low(word), step));
+// The largest BF16 magnitudes with codes 0..6, in both halves of a word each.
+struct Thresholds {
+  uint32_t last[7];
+};
+
+// x * y + z, rounded towards zero to BF16, in both halves.
+__device__ __forceinline__ uint32_t TruncatedPair(float x, float y, float z) {
+  return __byte_perm(__float_as_uint(__fmaf_rz(x, y, z)), 0, 0x3232);
+}
+
+// The code of a magnitude is the number of ties of E2M1 that the IEEE quotient magnitude / step is
+// beyond, or on where a tie goes up. FP32 numbers next to a tie t begin half a unit h in its last
+// place away from it, so that this asks whether magnitude > step * (t + h), or step * (t - h): a
+// product of too many bits to be a BF16 number itself. Truncated, it compares the same.
+__device__ __forceinline__ Thresholds StepThresholds(float step) {
+  const float unit = 0x1p-26f * step;
+  Thresholds t;
+  t.last[0] = TruncatedPair(step, 0.25f, unit);
+  t.last[1] = TruncatedPair(step, 0.75f, -2.0f * unit);
+  t.last[2] = TruncatedPair(step, 1.25f, 4.0f * unit);
+  t.last[3] = TruncatedPair(step, 1.75f, -4.0f * unit);
+  t.last[4] = TruncatedPair(step, 2.5f, 8.0f * unit);
+  t.last[5] = TruncatedPair(step, 3.5f, -8.0f * unit);
+  t.last[6] = TruncatedPair(step, 5.0f, 16.0f * unit);
+  return t;
+}
+
+// All ones in the halves where |a| > b.
+__device__ __forceinline__ uint32_t GreaterMask(uint32_t a, uint32_t b) {
+  return __hgt2_mask(__habs2(reinterpret_cast<const __nv_bfloat162&>(a)),
+                     reinterpret_cast<const __nv_bfloat162&>(b));
+}
+
+__device__ __forceinline__ uint32_t Select(uint32_t mask, uint32_t yes, uint32_t no) {
+  return (mask & yes) | (~mask & no);
+}
+
+// A number that the compiler cannot see, so that a product with it stays a multiplication: those
+// run beside the logical operations, which are what there is too much of here.
+__device__ __forceinline__ uint32_t Opaque(uint32_t x) {
+  asm("mov.u32 %0, %0;" : "+r"(x));
+  return x;
+}
+
+// Codes of 8 values, the e-th and the (e + 4)-th in word e: a search among the thresholds, two
+// values at a time.
+__device__ __forceinline__ uint32_t Encode(const uint32_t* words, const Thresholds& t, uint32_t two,
+                                           uint32_t sixteen) {
+  uint32_t negative = 0, signs = 0;
+#pragma unroll
+  for (int e = 3; e >= 0; --e) {
+    const uint32_t bit2 = GreaterMask(words[e], t.last[3]);
+    const uint32_t bit1 = GreaterMask(words[e], Select(bit2, t.last[5], t.last[1]));
+    const uint32_t bit0 = GreaterMask(words[e], Select(bit2, Select(bit1, t.last[6], t.last[4]),
+                                                       Select(bit1, t.last[2], t.last[0])));
+    negative = negative * sixteen + ((bit2 * two + bit1) * two + bit0);
+    signs |= words[e] >> (12 - 4 * e) & 0x00080008u << 4 * e;
   }
-  return packed;
+  // A mask of ones is -1. Negated, the low half is right and the high half lacks a borrow by it.
+  const uint32_t codes = 0u - negative;
+  return codes + (codes << 16) | signs;
+}
+
+// UnroundedBlockScale (common/nvfp4.h), with the quotient of IEEE division by one correction. NaN
+// is left to the caller.
+__device__ __forceinline__ float BlockScale(float amax, float six_global, float reciprocal) {
+  const float clamped = fminf(amax, kFloat32Max);
+  // Beyond 448 only "beyond" counts; the bound keeps infinities out of the remainder.
+  const float estimate = fminf(__fmul_rn(clamped, reciprocal), 512.0f);
+  const float remainder = __fmaf_rn(-estimate, six_global, clamped);
+  const float scale = __fmaf_rn(remainder, reciprocal, estimate);
+  return amax == 0.0f ? 1.0f : fminf(fmaxf(scale, kE4m3MinSubnormal), kE4m3Max);
 }
 
 __device__ __forceinline__ uint8_t EncodeE4m3Native(float x) {
   return __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
 }
 
+__device__ __forceinline__ float DecodeE4m3Native(uint8_t code) {
+  return __half2float(__half(__nv_cvt_fp8_to_halfraw(code, __NV_E4M3)));
+}
 
-template <int kMaxThreads, int kMinThreadBlocks>
-__global__ void __launch_bounds__(kMaxThreads, kMinThreadBlocks)
+// A thread block per token, kBlocks blocks of 16 channels per thread. With several there is no
+// tail: the token has kBlocks * blockDim.x of them. kResident thread blocks share an SM's
+// registers.
+//
+// kParts thread blocks may share a token: each does both reductions over all of it, which takes no
+// word between them, and quantises its part of the warps.
+template <int kBlocks, int kParts, int kMaxThreads, int kResident, bool kAligned>
+__global__ void __launch_bounds__(kMaxThreads, kResident)
     RmsnormNvfp4Kernel(const __grid_constant__ RmsnormNvfp4Params params) {
-  __shared__ float warp_sum[32];
-  __shared__ uint32_t warp_max[32];
-  const int64_t block = threadIdx.x;
-  const int64_t blocks = params.d / kNvfp4Block;
-  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const float reciprocal = __frcp_rn(static_cast<float>(params.d));
-  const bool first_lane = threadIdx.x % 32 == 0;
-  const bool in_token = block < blocks;  // not so in the last warp's tail
+  constexpr int kMaxWarps = kMaxThreads / 32;
+  __shared__ float4 group_sum[kBlocks * kMaxWarps / 4 + 1];  // of 32 blocks each
+  __shared__ uint32_t warp_max[kMaxWarps];
+  float* const sums_out = reinterpret_cast<float*>(group_sum);
+  const uint32_t thread = threadIdx.x, threads = blockDim.x;
+  const uint32_t lane = thread % 32, warp = thread / 32, warps = threads / 32;
+  const uint32_t blocks = static_cast<uint32_t>(params.d) / kNvfp4Block;
+  const uint64_t token = blockIdx.x / kParts;
+  const uint32_t part = blockIdx.x % kParts;
 
-  uint32_t weight[kWords] = {}, next[kWords] = {};
-  int64_t token = blockIdx.x;
-  const uint16_t* x = params.x + block * kNvfp4Block;
-  if (in_token) {
-    Load(next, x + token * params.d);
-    Load(weight, params.weight + block * kNvfp4Block);
+  // Thread i takes blocks i, i + threads, ...
+  uint32_t words[kBlocks][kWords] = {}, weight[kWords] = {};
+  const uint16_t* const x = params.x + token * blocks * kNvfp4Block;
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) {
+    const uint32_t block = thread + b * threads;
+    if (kBlocks > 1 || block < blocks) Load<kAligned>(words[b], x + block * kNvfp4Block);
   }
+  if (kBlocks == 1 && thread < blocks) Load<kAligned>(weight, params.weight + thread * kNvfp4Block);
+  if (thread < 4) sums_out[kBlocks * warps + thread] = 0.0f;  // up to a whole float4
 
-  for (; token < params.t; token += gridDim.x) {
-    uint32_t words[kWords];
-    float sum = 0.0f;
+  float values[kBlocks][kNvfp4Block];
+  float sums[kBlocks];
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      words[i] = next[i];
-      sum = __fmaf_rn(Low(words[i]), Low(words[i]), sum);  // the square is exact
-      sum = __fmaf_rn(High(words[i]), High(words[i]), sum);
-    }
-    if (in_token && token + gridDim.x < params.t) Load(next, x + (token + gridDim.x) * params.d);
+  for (int b = 0; b < kBlocks; ++b) {
+    sums[b] = 0.0f;
 #pragma unroll
-    for (int half = 16; half > 0; half /= 2) {
-      sum = __fadd_rn(sum, __shfl_xor_sync(kAllLanes, sum, half));
+    for (int i = 0; i < kWords; ++i) {  // the squares are exact
+      values[b][2 * i] = Low(words[b][i]);
+      values[b][2 * i + 1] = High(words[b][i]);
+      sums[b] = __fmaf_rn(values[b][2 * i], values[b][2 * i], sums[b]);
+      sums[b] = __fmaf_rn(values[b][2 * i + 1], values[b][2 * i + 1], sums[b]);
     }
-    if (first_lane) warp_sum[warp] = sum;
+  }
+#pragma unroll
+  for (int half = 16; half > 0; half /= 2) {
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      sums[b] = __fadd_rn(sums[b], __shfl_xor_sync(kAllLanes, sums[b], half));
+    }
+  }
+  float sum = sums[0];
+  if (kBlocks > 1 || warps > 1) {
+    if (lane == 0) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) sums_out[warp + b * warps] = sums[b];
+    }
     __syncthreads();
     sum = 0.0f;
-    for (int i = 0; i < warps; ++i) sum = __fadd_rn(sum, warp_sum[i]);
-    const float mean = __fmul_rn(sum, reciprocal);
-    const float scale = __frcp_rn(__fsqrt_rn(__fadd_rn(mean, params.eps)));
+#pragma unroll 4
+    for (uint32_t i = 0; i * 4 < kBlocks * warps; ++i) {  // in sequence
+      const float4 four = group_sum[i];
+      sum = __fadd_rn(__fadd_rn(__fadd_rn(__fadd_rn(sum, four.x), four.y), four.z), four.w);
+    }
+  }
+  const float mean = __fmul_rn(sum, params.reciprocal_d);
+  const float scale = __frsqrt_rn(__fadd_rn(mean, params.eps));
 
+  uint32_t block_max[kBlocks];
+  uint32_t token_max = 0;
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) {
+    if (kBlocks > 1) Load<kAligned>(weight, params.weight + (thread + b * threads) * kNvfp4Block);
     uint32_t pair_max = 0;
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
-      const float low = __fmul_rn(Low(weight[i]), __fmul_rn(Low(words[i]), scale));
-      const float high = __fmul_rn(High(weight[i]), __fmul_rn(High(words[i]), scale));
-      words[i] = PackBf16(low, high);
-      pair_max = MaxPair(pair_max, words[i] & kMagnitudes);
+      values[b][2 * i] = __fmul_rn(Low(weight[i]), __fmul_rn(values[b][2 * i], scale));
+      values[b][2 * i + 1] = __fmul_rn(High(weight[i]), __fmul_rn(values[b][2 * i + 1], scale));
     }
-    const uint32_t block_max = max(pair_max & 0xFFFFu, pair_max >> 16);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {  // as Encode takes them
+      const int e = i % 4 + i / 4 * 8;
+      words[b][i] = PackBf16(values[b][e], values[b][e + 4]);
+      pair_max = MaxMagnitudes(pair_max, words[b][i]);
+    }
+    block_max[b] = max(pair_max & 0x7FFFu, pair_max >> 16 & 0x7FFFu);
+    token_max = max(token_max, block_max[b]);
+  }
 
-    float global;
-    if (params.global_scale == nullptr) {
-      uint32_t token_max = __reduce_max_sync(kAllLanes, block_max);
-      if (first_lane) warp_max[warp] = token_max;
+  float global;
+  if (params.global_scale == nullptr) {
+    token_max = __reduce_max_sync(kAllLanes, token_max);
+    if (warps > 1) {
+      if (lane == 0) warp_max[warp] = token_max;
       __syncthreads();
-      for (int i = 0; i < warps; ++i) token_max = max(token_max, warp_max[i]);
-      global = TokenGlobalScale(Bf16ToFloat(static_cast<uint16_t>(token_max)));
-    } else {
-      global = __ldg(params.global_scale);
-      __syncthreads();  // the next token may write warp_sum, as after the reduction above
+      token_max = __reduce_max_sync(kAllLanes, lane < warps ? warp_max[lane] : 0u);
     }
-    if (threadIdx.x == 0) params.token_scale[token] = global;
-    if (!in_token) continue;
+    global = TokenGlobalScale(Bf16ToFloat(static_cast<uint16_t>(token_max)));
+  } else {
+    global = StaticGlobalScale(__ldg(params.global_scale));
+  }
+  if (kParts > 1 && warp * kParts / warps != part) return;
+  if (thread == 0) params.token_scale[token] = global;
+  const float six_global = __fmul_rn(kE2m1Max, global);
+  const float six_reciprocal = Reciprocal(six_global);
+  uint8_t* const scales_out = params.block_scale + token * blocks;
+  uint2* const codes_out = reinterpret_cast<uint2*>(params.code) + token * blocks;
+  const uint32_t two = Opaque(2), sixteen = Opaque(16);
 
-    const float amax = Bf16ToFloat(static_cast<uint16_t>(block_max));
-    const uint8_t block_scale =
-        EncodeE4m3Native(UnroundedBlockScale(amax, __fmul_rn(kE2m1Max, global)));
-    params.block_scale[token * blocks + block] = block_scale;
-    const float step = __fmul_rn(DecodeE4m3(block_scale), global);
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) {
+    const uint32_t block = thread + b * threads;
+    if (kBlocks == 1 && block >= blocks) return;
+    const float amax = Bf16ToFloat(static_cast<uint16_t>(block_max[b]));
+    const bool nan = block_max[b] > kInfBf16 || (global != global && block_max[b] != 0);
+    const uint8_t number = EncodeE4m3Native(BlockScale(amax, six_global, six_reciprocal));
+    const uint8_t block_scale = nan ? 0x7F : number;
+    scales_out[block] = block_scale;
+    const float step = __fmul_rn(DecodeE4m3Native(block_scale), global);
+    const Thresholds t = StepThresholds(step);
+    const uint32_t largest = step != step ? 0x77777777u : 0u;  // no comparison with NaN is true
     uint2 code;
-    // With such steps the remainders are exact and nothing overflows; all else (with Inf and NaN the
-    // comparisons fail) takes the slow way.
-    if (step >= 0x1p-100f && step <= 0x1p100f && amax <= 0x1p100f * step) {
-      const float double_step = 2.0f * step, half_reciprocal = 0.5f * __frcp_rn(step);
-      code.x = EncodeMagnitudes(words, double_step, half_reciprocal) | Signs(words);
-      code.y = EncodeMagnitudes(words + 4, double_step, half_reciprocal) | Signs(words + 4);
-    } else {
-      code.x = EncodeByDivision(words[0], words[1], words[2], words[3], step);
-      code.y = EncodeByDivision(words[4], words[5], words[6], words[7], step);
-    }
-    *reinterpret_cast<uint2*>(params.code + (token * params.d + block * kNvfp4Block) / 2) = code;
+    code.x = Encode(words[b], t, two, sixteen) | largest;
+    code.y = Encode(words[b] + 4, t, two, sixteen) | largest;
+    codes_out[block] = code;
   }
 }
 
-int MultiprocessorCount() {
-  int device = 0, count = 1;
-  if (cudaGetDevice(&device) == cudaSuccess) {
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  }
-  return count;
-}
-
-template <int kMaxThreads, int kMinThreadBlocks>
-cudaError_t Launch(const RmsnormNvfp4Params& params, int threads, cudaStream_t stream) {
-  // As many thread blocks as the bound on registers lets an SM hold.
-  const int64_t resident =
-      static_cast<int64_t>(MultiprocessorCount()) * (kMinThreadBlocks * kMaxThreads / threads);
-  const auto grid = static_cast<unsigned>(std::min(params.t, resident));
-  RmsnormNvfp4Kernel<kMaxThreads, kMinThreadBlocks><<<grid, threads, 0, stream>>>(params);
+template <int kBlocks, int kParts, int kMaxThreads, int kResident, bool kAligned = true>
+cudaError_t Launch(const RmsnormNvfp4Params& params, int blocks, cudaStream_t stream) {
+  const int threads = (blocks / kBlocks + 31) / 32 * 32;
+  const auto grid = static_cast<unsigned>(params.t * kParts);
+  RmsnormNvfp4Kernel<kBlocks, kParts, kMaxThreads, kResident, kAligned>
+      <<<grid, threads, 0, stream>>>(params);
   return cudaGetLastError();
 }
+
+// Fewer tokens leave SMs idle: four of them take one.
+constexpr int64_t kFewTokens = 16;
+// More tokens keep all SMs busy: what counts is instructions, not latency.
+constexpr int64_t kManyTokens = 256;
 
 }  // namespace
 
 cudaError_t RmsnormNvfp4Cuda(const RmsnormNvfp4Params& params, cudaStream_t stream) {
   if (params.t == 0) return cudaSuccess;
-  const int threads = static_cast<int>((params.d / kNvfp4Block + 31) / 32 * 32);
-  if (threads <= 256) return Launch<256, 4>(params, threads, stream);
-  if (threads <= 512) return Launch<512, 2>(params, threads, stream);
-  return Launch<1024, 1>(params, threads, stream);
+  if (params.t > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const int blocks = static_cast<int>(params.d / kNvfp4Block);
+  const uintptr_t addresses =
+      reinterpret_cast<uintptr_t>(params.x) | reinterpret_cast<uintptr_t>(params.weight);
+  if (addresses % 16 != 0) return Launch<1, 1, 1024, 1, false>(params, blocks, stream);  // a slice
+  if (params.t > kManyTokens && blocks % 64 == 0) {
+    if (blocks <= 256) return Launch<2, 1, 128, 9>(params, blocks, stream);
+    if (blocks <= 512) return Launch<2, 1, 256, 4>(params, blocks, stream);
+    return Launch<2, 1, 512, 2>(params, blocks, stream);
+  }
+  if (params.t <= kFewTokens && blocks >= 128) {
+    if (blocks <= 256) return Launch<1, 4, 256, 4>(params, blocks, stream);
+    if (blocks <= 512) return Launch<1, 4, 512, 2>(params, blocks, stream);
+  }
+  if (blocks <= 256) return Launch<1, 1, 256, 4>(params, blocks, stream);
+  if (blocks <= 512) return Launch<1, 1, 512, 2>(params, blocks, stream);
+  return Launch<1, 1, 1024, 1>(params, blocks, stream);
 }
 
 }  // namespace dsv4

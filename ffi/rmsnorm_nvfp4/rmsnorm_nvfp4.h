@@ -18,14 +18,15 @@ constexpr int64_t kRmsnormNvfp4MaxDim = 16384;
 // bit: 16 squares in sequence, 32 such blocks by halves, those groups in sequence; the mean is the
 // product with the rounded 1 / d.
 struct RmsnormNvfp4Params {
-  const uint16_t* x;         // [t, d] BF16
-  const uint16_t* weight;    // [d] BF16
-  const float* global_scale; // [1], or nullptr: each token takes its own from its largest magnitude
-  uint8_t* code;             // [t, d / 2], element 0 in the low nibble
-  uint8_t* block_scale;      // [t, d / 16] E4M3
-  float* token_scale;        // [t]
-  int64_t t, d;              // d a multiple of 16, at most kRmsnormNvfp4MaxDim
+  const uint16_t* x;          // [t, d] BF16
+  const uint16_t* weight;     // [d] BF16
+  const float* global_scale;  // [1], or nullptr: of each token's largest magnitude
+  uint8_t* code;              // [t, d / 2], element 0 in the low nibble
+  uint8_t* block_scale;       // [t, d / 16] E4M3
+  float* token_scale;         // [t]
+  int64_t t, d;               // d a multiple of 16, at most kRmsnormNvfp4MaxDim
   float eps;
+  float reciprocal_d;  // 1 / d, rounded
 };
 
 // Tokens first <= i < last.
