@@ -11,12 +11,11 @@ from typing import Annotated, Any, cast
 
 import jax
 import typer
+from jax.errors import JaxRuntimeError
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from tokenizers import Tokenizer
 
-from dsv4_jax.env import report
+from dsv4_jax.env import devices, report
 from dsv4_jax.generate import TokenEvent, check_lengths, stream
 from dsv4_jax.precision import Precision
 from dsv4_jax.sampling import SamplingParams
@@ -54,6 +53,14 @@ def _main(  # pyright: ignore[reportUnusedFunction]
     ] = False,
 ) -> None:
     """DeepSeek-V4 inference in JAX."""
+
+
+def _check_devices() -> None:
+    """Before anything is read: a device to run on."""
+    try:
+        devices()
+    except RuntimeError as error:
+        raise _UserError(f"no device: {error}") from None
 
 
 def _load(checkpoint: Path, precision: str | None) -> tuple[Any, Any]:
@@ -98,7 +105,7 @@ def _readable_errors(console: Console) -> Generator[None]:
         # The reader of stdout left; point it elsewhere so that the exit flush cannot fail too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
-    except (_UserError, ValueError, OSError, NotImplementedError) as error:
+    except (_UserError, ValueError, OSError, NotImplementedError, JaxRuntimeError) as error:
         _say(console, "error: " + " ".join(str(error).split()))
         raise typer.Exit(2) from None
 
@@ -272,6 +279,7 @@ def generate(
         output = _Output(tokenizer, stop or [])
         tokens = _prompt_ids(tokenizer, checkpoint, prompt, prompt_file, ids)
         needed = check_lengths([len(tokens)], max_new_tokens, max_len)
+        _check_devices()
 
         model, params = _load(checkpoint, precision)
         _say(
@@ -299,7 +307,7 @@ def generate(
 @app.command("env")
 def env_command() -> None:
     """Print versions, devices and settings, for a bug report."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in report().items():
-        table.add_row(name, Text(value))
-    Console().print(table, soft_wrap=True)
+    lines = report()
+    width = max(map(len, lines))
+    for name, value in lines.items():  # never wrapped: the output goes through pipes
+        typer.echo(f"{name:<{width}}  {' '.join(value.split())}")

@@ -7,10 +7,11 @@ be one. Read once, at import; XLA then calls the ops one by one instead of from 
 import importlib.metadata
 import os
 import platform
+from typing import Any
 
 import jax
 
-__all__ = ["report", "sync"]
+__all__ = ["devices", "report", "sync"]
 
 _VARIABLES = ("DSV4_SYNC",)
 # Not ours, but they decide what runs where.
@@ -28,6 +29,22 @@ def sync() -> bool:
     if value not in ("0", "1", ""):
         raise ValueError(f"DSV4_SYNC must be 0 or 1, got {value!r}")
     return value == "1"
+
+
+def devices() -> list[Any]:
+    """The devices that JAX computes on.
+
+    Raises:
+        RuntimeError: there are none; says why.
+    """
+    try:
+        return jax.devices()
+    except (AssertionError, AttributeError) as error:
+        # What JAX 0.10 to 0.12 raises where JAX_PLATFORMS=cuda and there is no NVIDIA GPU.
+        raise RuntimeError(
+            "JAX_PLATFORMS asks for CUDA alone and no NVIDIA GPU is visible; JAX_PLATFORMS=cpu "
+            "runs on the CPU"
+        ) from error
 
 
 def report() -> dict[str, str]:
@@ -63,11 +80,11 @@ def _cuda_version(version: int) -> str:
 
 def _devices() -> str:
     try:
-        devices = jax.devices()
+        found = devices()
     except RuntimeError as error:  # JAX_PLATFORMS names a platform that is not there
         return f"none: {error}"
     names: list[str] = []
-    for device in devices:
+    for device in found:
         capability = getattr(device, "compute_capability", None)
         arch = f" (sm_{capability.replace('.', '')})" if capability else ""
         names.append(f"{device.platform}:{device.id} {device.device_kind}{arch}")

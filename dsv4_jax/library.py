@@ -8,15 +8,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
-import jaxlib
 import numpy as np
+from jaxlib.version import __version__ as _jaxlib
 
 from dsv4_jax import env
 from dsv4_jax.typing import Array
 from dsv4_jax.version import __version__
 
 try:
-    from dsv4_jax import _ffi
+    # Not `from dsv4_jax import`: where it is missing that suspects a circular import.
+    import dsv4_jax._ffi as _ffi
 except ImportError as error:
     raise ImportError(
         f"dsv4_jax: the compiled library dsv4_jax._ffi cannot be imported ({error}); build it with "
@@ -96,7 +97,7 @@ def call(
     return list(target(*operands, abi=np.int32(ABI), **attributes))
 
 
-check_versions(build_info(), jaxlib.__version__)
+check_versions(build_info(), _jaxlib)
 _ffi.set_sync(env.sync())
 for _platform, _handlers in _ffi.registrations(env.sync()).items():
     for _target, _handler in _handlers.items():

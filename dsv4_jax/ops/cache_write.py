@@ -24,8 +24,9 @@ def cache_write(cache: Store, rows: Store, slots: Int32[Array, "b t"]) -> Store:
     One launch for all arrays of a store, in place: a cache that is donated to the enclosing jit
     keeps its buffer, and nothing but the rows is touched; otherwise XLA copies the cache first.
     Bytes are moved, never converted. Slots of one sequence must be distinct where they are in
-    range: of rows that share a slot, an arbitrary one stays. Under `jax.vmap` still one launch. No
-    gradient. Arrays on several devices are gathered unless the call is inside `jax.shard_map`.
+    range: rows that share a slot leave a mixture of their bytes there. Under `jax.vmap` still one
+    launch. No gradient. Arrays on several devices are gathered unless the call is inside
+    `jax.shard_map`.
 
     Args:
         cache: a store: one array ``[b, s, d]`` or a pytree of up to 8 with the same ``b`` and

@@ -29,17 +29,19 @@ def rmsnorm_nvfp4(
     """``nvfp4(bf(weight * x * rsqrt(mean(x^2) + eps)))`` in one launch; ``bf`` rounds to BF16.
 
     A token depends on no other. The norm's sum runs in an order of its own (the same on CPU and
-    GPU), so that against `rmsnorm` a value on a rounding tie may fall the other way. ``+-Inf`` in
-    ``x`` makes its token NaN, as the norm defines it; a norm that overflows BF16 saturates at the
-    largest code and scale. A NaN token has NaN scales. Under `jax.vmap` a launch per element. No
-    gradient. Arrays on several devices are gathered unless the call is inside `jax.shard_map`.
+    GPU), so that against `rmsnorm` a value on a rounding tie may fall the other way. NaN in ``x``
+    makes its token NaN; ``+-Inf`` becomes NaN and the rest of its token 0, as the norm defines it;
+    a norm that overflows BF16 saturates at the largest code and scale. NaN is carried by the
+    scales: the block's and, unless it is static, the token's. Under `jax.vmap` a launch per
+    element. No gradient. Arrays on several devices are gathered unless the call is inside
+    `jax.shard_map`.
 
     Args:
         x: activations.
         weight: of the norm.
         eps: added to the mean square; >= 0.
-        global_scale: the checkpoint's static activation scale, positive; each token takes
-            ``max|y| / (6 * 448)`` of its own when ``None``.
+        global_scale: the checkpoint's static activation scale, clamped to 2^-100..2^100; each token
+            takes ``max|y| / (6 * 448)`` of its own when ``None``.
 
     Returns:
         Codes ``[*lead, d]``, block scales ``[*lead, d / 16]``, and one FP32 scale per token
@@ -83,4 +85,8 @@ def rmsnorm_nvfp4(
         *scales,
         eps=np.float32(eps),
     )
-    return Nvfp4(code.reshape(*lead, d), block_scale.reshape(*lead, -1), token_scale.reshape(lead))
+    return Nvfp4(
+        code.reshape(*lead, d),
+        block_scale.reshape(*lead, d // nvfp4.BLOCK),
+        token_scale.reshape(lead),
+    )

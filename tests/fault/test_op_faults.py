@@ -1,7 +1,7 @@
 """Bad operands and extreme data of every op; ids are rows of the acceptance list, A and B.
 
-What is bitwise of all ops alike (A6, A13, row independence) is in tests/ops/test_rows.py; A9, A10
-and A12 need the FFI handlers, A22 and A23 shards and a host-side size check.
+What is bitwise of all ops alike (A6, A13, row independence) is in tests/ops/test_rows.py; what is
+said of FFI handlers, shards and sizes (A9 to A12, A22, A23, E12) in test_ffi_faults.py.
 """
 
 # ruff: noqa: B008 (an operand without data is immutable, so it may be a default)
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv4_jax import library
 from dsv4_jax.ops.cache_write import cache_write
 from dsv4_jax.ops.compressor import compressor
 from dsv4_jax.ops.dense_linear import dense_linear
@@ -27,6 +28,7 @@ from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
 from dsv4_jax.ops.rmsnorm import rmsnorm
+from dsv4_jax.ops.rmsnorm_nvfp4 import rmsnorm_nvfp4
 from dsv4_jax.ops.rope import rope
 from dsv4_jax.ops.router import router
 from dsv4_jax.ops.sparse_attention import sparse_attention
@@ -46,8 +48,19 @@ def s(shape: str, dtype: Any = BF16) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(int(n) for n in shape.split()), dtype)
 
 
+def kv(lead: str, scale: str = "", rope: str = "") -> KvRows:
+    """Keys of FP8 with 448 + 64 channels; the parts named get other shapes."""
+    return KvRows(
+        s(f"{lead} 448", E4M3), s(scale or f"{lead} 7", UE8M0), s(rope or f"{lead} 64", BF16)
+    )
+
+
 def _rmsnorm(x: Any = s("5 96"), weight: Any = s("96")) -> Any:
     return jax.eval_shape(lambda x, w: rmsnorm(x, w, EPS), x, weight)
+
+
+def _rmsnorm_nvfp4(x: Any = s("5 96"), weight: Any = s("96"), global_scale: Any = None) -> Any:
+    return jax.eval_shape(lambda x, w, g: rmsnorm_nvfp4(x, w, EPS, g), x, weight, global_scale)
 
 
 def _head_norm(q: Any = s("5 3 64"), rounding: Any = "float32") -> Any:
@@ -204,6 +217,7 @@ def _cache_write(
 
 CALLS: list[Callable[..., Any]] = [
     _rmsnorm,
+    _rmsnorm_nvfp4,
     _head_norm,
     _rope,
     _mhc_pre,
@@ -233,6 +247,11 @@ def test_good_operands(call: Callable[..., Any]) -> None:
 RANK: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_rmsnorm, "weight", {"weight": s("1 96")}),
     (_rmsnorm, "x", {"x": s("")}),
+    (_rmsnorm_nvfp4, "x", {"x": s("")}),
+    (_rmsnorm_nvfp4, "weight", {"weight": s("1 96")}),
+    (_rmsnorm_nvfp4, "weight", {"weight": s("")}),
+    (_rmsnorm_nvfp4, "global_scale", {"global_scale": s("1", F32)}),
+    (_rmsnorm_nvfp4, "global_scale", {"global_scale": s("5", F32)}),
     (_head_norm, "q", {"q": s("64")}),
     (_rope, "x", {"x": s("3 24")}),
     (_rope, "positions", {"positions": s("6", I32)}),
@@ -268,10 +287,16 @@ RANK: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_sparse_attention, "sink", {"sink": s("4 1", F32)}),
     (_sparse_attention, "topk_idx", {"topk_idx": s("2 3", I32)}),
     (_cache_write, "cache", {"cache": s("8 16", E4M3)}),
+    (_cache_write, "cache", {"cache": s("1 2 8 16", E4M3)}),
+    (_cache_write, "rows", {"rows": s("6 16", E4M3)}),
     (_cache_write, "slots", {"slots": s("6", I32)}),
+    (_cache_write, r"cache\.scale", {"cache": kv("2 8", scale="8 7"), "rows": kv("2 3")}),
+    (_cache_write, r"rows\.rope", {"cache": kv("2 8"), "rows": kv("2 3", rope="6 64")}),
 ]
 AXIS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_rmsnorm, r"weight must be \[96\] .*got \[95\]", {"weight": s("95")}),
+    (_rmsnorm_nvfp4, r"weight must be \[96\] .*\[5, 96\], got \[80\]", {"weight": s("80")}),
+    (_rmsnorm_nvfp4, r"weight must be \[112\] .*got \[96\]", {"x": s("2 3 112")}),
     (_rope, "x must have at least 16 channels, got 14", {"x": s("2 3 14")}),
     (_rope, r"positions must be \[2, 3\] .*got \[3, 2\]", {"positions": s("3 2", I32)}),
     (_mhc_pre, r"fn must be \[24, 192\] .*got \[24, 191\]", {"fn": s("24 191", F32)}),
@@ -348,10 +373,52 @@ AXIS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_sparse_attention, "pool needs n_visible", {"pool": False}),
     (_cache_write, r"rows and slots must be \[2, 3, 16\]", {"rows": s("2 3 15", E4M3)}),
     (_cache_write, r"rows and slots must be .*\[2, 4\]", {"slots": s("2 4", I32)}),
+    (_cache_write, r"rows and slots must be .*\[1, 3\]", {"slots": s("1 3", I32)}),
+    (_cache_write, r"rows and slots must be .*got \[1, 3, 16\]", {"rows": s("1 3 16", E4M3)}),
+    (_cache_write, "rows must have the structure of cache", {"rows": [s("2 3 16", E4M3)]}),
+    (
+        _cache_write,
+        "rows must have the structure of cache, .*KvRows.* got .*KvRows.*None",
+        {"cache": kv("2 8"), "rows": kv("2 3")._replace(scale=None)},
+    ),
+    (
+        _cache_write,
+        "cache must hold 1..8 arrays, got 9",
+        {"cache": [s("2 8 16", E4M3)] * 9, "rows": [s("2 3 16", E4M3)] * 9},
+    ),
+    (_cache_write, "cache must hold 1..8 arrays, got 0", {"cache": [], "rows": []}),
+    (
+        _cache_write,
+        r"cache.scale must be \[2, 8, d\] like the store's first array, got \[1, 8, 7\]",
+        {"cache": kv("2 8", scale="1 8 7"), "rows": kv("2 3", scale="1 3 7")},
+    ),
+    (
+        _cache_write,
+        r"cache.rope must be \[2, 8, d\] like the store's first array, got \[2, 9, 64\]",
+        {"cache": kv("2 8", rope="2 9 64"), "rows": kv("2 3")},
+    ),
+    (
+        _cache_write,
+        r"rows.scale and slots must be \[2, 3, 7\] .*got \[2, 3, 6\]",
+        {"cache": kv("2 8"), "rows": kv("2 3", scale="2 3 6")},
+    ),
+    (
+        _cache_write,
+        r"rows.rope and slots must be \[2, 4, 64\] and \[2, 4\] .*got .* and \[2, 3\]",
+        {"cache": kv("2 8"), "rows": kv("2 3", rope="2 4 64")},
+    ),
 ]
 DTYPE: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_rmsnorm, "x must be bfloat16 or float32, got float16", {"x": s("5 96", F16)}),
     (_rmsnorm, "weight must be .*got float16", {"weight": s("96", F16)}),
+    (_rmsnorm_nvfp4, "x must be bfloat16, got float16", {"x": s("5 96", F16)}),
+    (_rmsnorm_nvfp4, "x must be bfloat16, got float32", {"x": s("5 96", F32)}),
+    (_rmsnorm_nvfp4, "weight must be bfloat16, got float32", {"weight": s("96", F32)}),
+    (
+        _rmsnorm_nvfp4,
+        "global_scale must be float32, got bfloat16",
+        {"global_scale": s("", BF16)},
+    ),
     (_head_norm, "q must be .*got int32", {"q": s("5 3 64", I32)}),
     (_rope, "x must be .*got float16", {"x": s("2 3 24", F16)}),
     (_rope, "positions must be int32 or int64, got float32", {"positions": s("2 3", F32)}),
@@ -402,6 +469,17 @@ DTYPE: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_sparse_attention, "topk_idx must be .*got float32", {"topk_idx": s("2 3 9", F32)}),
     (_cache_write, "rows must be float8_e4m3fn.*got bfloat16", {"rows": s("2 3 16")}),
     (_cache_write, "slots must be int32 or int64, got float32", {"slots": s("2 3", F32)}),
+    (_cache_write, "slots must be int32 or int64, got bool", {"slots": s("2 3", jnp.bool_)}),
+    (
+        _cache_write,
+        "cache must be bfloat16 or .* or float4_e2m1fn, got uint8",
+        {"cache": s("2 8 16", U8), "rows": s("2 3 16", U8)},
+    ),
+    (
+        _cache_write,
+        "rows.scale must be float8_e8m0fnu like cache.scale, got uint8",
+        {"cache": kv("2 8"), "rows": kv("2 3")._replace(scale=s("2 3 7", U8))},
+    ),
 ]
 GROUPS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (
@@ -429,10 +507,20 @@ GROUPS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
         "w1 scale must be .*in groups of 32",
         {"w1_weight": s("4 64 80", E2M1), "w1_scale": s("4 64 3", UE8M0)},
     ),
+    (_rmsnorm_nvfp4, "multiple of 16 .*got .*24", {"x": s("5 24"), "weight": s("24")}),
+    (_rmsnorm_nvfp4, "multiple of 16 .*got .*15", {"x": s("5 15"), "weight": s("15")}),
     (
         _cache_write,
         "even last axis",
         {"cache": s("2 8 15", E2M1), "rows": s("2 3 15", E2M1)},
+    ),
+    (
+        _cache_write,
+        r"cache\.key must have an even last axis .*got \[2, 8, 31\]",
+        {
+            "cache": IndexRows(s("2 8 31", E2M1), s("2 8 1", UE8M0)),
+            "rows": IndexRows(s("2 3 31", E2M1), s("2 3 1", UE8M0)),
+        },
     ),
     (
         _compressor,
@@ -450,6 +538,10 @@ SCALES: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_moe, r"w3 scale must be \[4, 64, 3\] .*got \[4, 64, 4\]", {"w3_scale": s("4 64 4", UE8M0)}),
     (_index_topk, r"scale must be \[2, 256, 1\] .*\[2, 256, 2\]", {"scale": s("2 256 2", UE8M0)}),
     (_sparse_attention, r"scale must be .*got \[2, 256, 2\]", {"scale": s("2 256 2", UE8M0)}),
+]
+SPECIALISED: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
+    (_rmsnorm_nvfp4, r"16..16384, got \[5, 16400\]", {"x": s("5 16400"), "weight": s("16400")}),
+    (_rmsnorm_nvfp4, r"16..16384, got \[5, 0\]", {"x": s("5 0"), "weight": s("0")}),
 ]
 
 
@@ -474,6 +566,7 @@ def test_wrong_rank(call: Callable[..., Any], operand: str, broken: dict[str, An
         *_params("A2-axis-disagrees", AXIS),
         *_params("A4-group", GROUPS),
         *_params("A5-scale-shape", SCALES),
+        *_params("A8-specialised", SPECIALISED),
     ],
 )
 def test_shapes_disagree(call: Callable[..., Any], rule: str, broken: dict[str, Any]) -> None:
@@ -489,8 +582,15 @@ def test_wrong_dtype(call: Callable[..., Any], rule: str, broken: dict[str, Any]
 
 
 NAMES = list(CASES)
+FOREIGN = [target.removeprefix("dsv4.") for target in library.targets()]
 # The same program as under jit, compiled once more: the ops with the most in them.
-AHEAD_OF_TIME = ("mhc_pre", "moe-mxfp4_w4a8", "sparse_attention-topk")
+AHEAD_OF_TIME = (
+    "mhc_pre",
+    "moe-mxfp4_w4a8",
+    "sparse_attention-topk",
+    "rmsnorm_nvfp4-dynamic",
+    "cache_write-store",
+)
 
 
 def run(case: OpCase, count: int = 3) -> Any:
@@ -535,6 +635,8 @@ def test_settings_of_jax(name: str) -> None:
     "name",
     [
         "rmsnorm",
+        "rmsnorm_nvfp4-dynamic",
+        "rmsnorm_nvfp4-static",
         "rope",
         "mhc_pre",
         "router-score",
@@ -545,6 +647,7 @@ def test_settings_of_jax(name: str) -> None:
         "index_topk-mxfp4",
         "sparse_attention-topk",
         "cache_write",
+        "cache_write-store",
     ],
 )
 def test_vmap(name: str) -> None:
@@ -563,10 +666,11 @@ def test_vmap(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_grad(name: str) -> None:
-    """A20: inference only. Loops of unknown length have no reverse mode, and JAX says so.
+    """A20: inference only. Loops of unknown length have no reverse mode, foreign calls no
+    derivative, and JAX says so.
 
-    Known exceptions: E4M3 and E2M1 codes and ids have no derivative, so that ops whose only path is
-    through them give zeros, and W4A4's global scales give a derivative of their own.
+    Known exceptions: E4M3 and E2M1 codes and ids have no derivative, so that jnp ops whose only
+    path is through them give zeros, and W4A4's global scales give a derivative of their own.
     """
     case = CASES[name]()
     rows = case.rows(0, 3)
@@ -574,10 +678,12 @@ def test_grad(name: str) -> None:
     def loss(x: jax.Array) -> jax.Array:
         return sum(jnp.sum(y.astype(F32)) for y in jax.tree.leaves(case.fn(x, *rows[1:])))
 
-    quiet = "w4a8" in name or "w8a8" in name or name.startswith(("index_topk", "cache_write"))
+    quiet = "w4a8" in name or "w8a8" in name or name.startswith("index_topk")
     if quiet or name == "nvfp4_linear-w4a4":
         gradient = np.asarray(jax.grad(loss)(rows[0]).astype(F32))
         assert gradient.any() == (not quiet)
         return
-    with pytest.raises(ValueError, match=r"[Rr]everse-mode differentiation does not work"):
+    foreign = name.split("-")[0] in FOREIGN
+    message = "cannot be differentiated" if foreign else "everse-mode differentiation does not work"
+    with pytest.raises(ValueError, match=message):
         jax.grad(loss)(rows[0])

@@ -27,12 +27,13 @@ from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
 from dsv4_jax.ops.rmsnorm import rmsnorm
+from dsv4_jax.ops.rmsnorm_nvfp4 import rmsnorm_nvfp4
 from dsv4_jax.ops.rope import rope
 from dsv4_jax.ops.router import router
 from dsv4_jax.ops.sparse_attention import sparse_attention
 from dsv4_jax.ops.swiglu import swiglu
 from dsv4_jax.quant import fp8, mxfp4, nvfp4
-from dsv4_jax.quant.kv import index_quant, kv_quant
+from dsv4_jax.quant.kv import IndexRows, KvRows, index_quant, kv_quant
 
 __all__ = ["CASES", "MAX_ROWS", "OpCase", "expert_leaves", "normal"]
 
@@ -76,6 +77,12 @@ def expert_leaves(seed: int, shape: tuple[int, int, int], form: str) -> dict[str
 def _rmsnorm() -> OpCase:
     weight = normal(1, 96, dtype=jnp.bfloat16)
     return OpCase(lambda x: rmsnorm(x, weight, EPS), (normal(0, MAX_ROWS, 96, dtype=jnp.bfloat16),))
+
+
+def _rmsnorm_nvfp4(static: bool) -> OpCase:
+    weight, scale = normal(1, 96, dtype=jnp.bfloat16), jnp.float32(0.0123) if static else None
+    x = normal(0, MAX_ROWS, 96, dtype=jnp.bfloat16)
+    return OpCase(lambda x: rmsnorm_nvfp4(x, weight, EPS, scale), (x,))
 
 
 def _head_norm(rounding: Any) -> OpCase:
@@ -242,14 +249,39 @@ def _sparse_attention(kind: str) -> OpCase:
 def _cache_write() -> OpCase:
     cache = normal(0, MAX_ROWS, 8, 16).astype(jnp.float8_e4m3fn)
     rows = normal(1, MAX_ROWS, 3, 16).astype(jnp.float8_e4m3fn)
+    return OpCase(cache_write, (cache, rows, _slots()), poisoned=1)
+
+
+def _cache_write_store() -> OpCase:
+    """A store of five parts: keys with 7 scale bytes a row, and packed index keys."""
+
+    @jax.jit
+    def quantized(keys: jax.Array, index: jax.Array) -> list[jax.Array]:
+        return jax.tree.leaves((kv_quant(keys, 16, "fp8"), index_quant(index, "mxfp4")))
+
+    def parts(seed: int, t: int) -> list[jax.Array]:
+        keys = normal(seed, MAX_ROWS, t, 7 * 64 + 16)
+        return quantized(keys, normal(seed + 1, MAX_ROWS, t, 64))
+
+    def fn(*leaves: jax.Array) -> Any:
+        cache, rows = ((KvRows(*x[:3]), IndexRows(*x[3:])) for x in (leaves[:5], leaves[5:10]))
+        return cache_write(cache, rows, leaves[10])
+
+    return OpCase(fn, (*parts(0, 8), *parts(2, 3), _slots()), poisoned=5)
+
+
+def _slots() -> jax.Array:
+    """Three of -1..9 for every row, for caches of 8 slots."""
     slots = np.array([np.random.default_rng(i).permutation(11)[:3] - 1 for i in range(MAX_ROWS)])
-    return OpCase(cache_write, (cache, rows, jnp.asarray(slots, jnp.int32)), poisoned=1)
+    return jnp.asarray(slots, jnp.int32)
 
 
 CASES: dict[str, Callable[[], OpCase]] = {
     name: functools.cache(make)
     for name, make in {
         "rmsnorm": _rmsnorm,
+        "rmsnorm_nvfp4-dynamic": lambda: _rmsnorm_nvfp4(False),
+        "rmsnorm_nvfp4-static": lambda: _rmsnorm_nvfp4(True),
         "head_norm-float32": lambda: _head_norm("float32"),
         "head_norm-bfloat16": lambda: _head_norm("bfloat16"),
         "rope": _rope,
@@ -276,5 +308,6 @@ CASES: dict[str, Callable[[], OpCase]] = {
         "sparse_attention-all": lambda: _sparse_attention("all"),
         "sparse_attention-topk": lambda: _sparse_attention("topk"),
         "cache_write": _cache_write,
+        "cache_write-store": _cache_write_store,
     }.items()
 }

@@ -1,0 +1,614 @@
+"""Handlers reached without their ops, and operands as XLA lays them; ids are rows of acceptance A.
+
+A new op adds a `RawCall` to TARGETS, its faults to SHAPES, and a case to tests/support/op_cases.py.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.layout import Format, Layout
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from dsv4_jax import library
+from dsv4_jax.ops.cache_write import cache_write
+from dsv4_jax.ops.rmsnorm_nvfp4 import rmsnorm_nvfp4
+from dsv4_jax.typing import E2M1, E4M3, UE8M0
+from tests.support.numerics import assert_same_tree
+from tests.support.op_cases import CASES, OpCase
+
+F16, F32, BF16 = jnp.float16, jnp.float32, jnp.bfloat16
+I16, I32, U8 = jnp.int16, jnp.int32, jnp.uint8
+Spec = jax.ShapeDtypeStruct
+
+
+def s(shape: str, dtype: Any = BF16) -> Spec:
+    """``s("5 4 48")``."""
+    return Spec(tuple(int(n) for n in shape.split()), dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class RawCall:
+    """A target, called past its op; operands are zeros."""
+
+    op: str
+    operands: tuple[Spec, ...]
+    results: tuple[Spec, ...]
+    attributes: dict[str, Any]
+
+    def __call__(self) -> Any:
+        # A jit of its own: JAX would take the executable of an attribute that compares equal.
+        target = jax.ffi.ffi_call(f"dsv4.{self.op}", self.results)
+        fn = jax.jit(lambda *operands: target(*operands, **self.attributes))
+        return jax.block_until_ready(fn(*(jnp.zeros(x.shape, x.dtype) for x in self.operands)))
+
+
+Mutation = Callable[[RawCall], RawCall]
+
+
+def _swap(specs: tuple[Spec, ...], at: int, spec: Spec) -> tuple[Spec, ...]:
+    return (*specs[:at], spec, *specs[at + 1 :])
+
+
+def operand(at: int, shape: str, dtype: Any = BF16) -> Mutation:
+    """Operand ``at`` with another shape or dtype."""
+    return lambda call: dataclasses.replace(
+        call, operands=_swap(call.operands, at, s(shape, dtype))
+    )
+
+
+def result(at: int, shape: str, dtype: Any = BF16) -> Mutation:
+    """Result ``at`` with another shape or dtype."""
+    return lambda call: dataclasses.replace(call, results=_swap(call.results, at, s(shape, dtype)))
+
+
+def first(operands: int | None = None, results: int | None = None) -> Mutation:
+    """Only so many operands and results."""
+    return lambda call: dataclasses.replace(
+        call, operands=call.operands[:operands], results=call.results[:results]
+    )
+
+
+def more(operands: tuple[Spec, ...] = (), results: tuple[Spec, ...] = ()) -> Mutation:
+    """Further operands and results."""
+    return lambda call: dataclasses.replace(
+        call, operands=call.operands + operands, results=call.results + results
+    )
+
+
+def all_of(*mutations: Mutation) -> Mutation:
+    """One after the other."""
+
+    def mutate(call: RawCall) -> RawCall:
+        for mutation in mutations:
+            call = mutation(call)
+        return call
+
+    return mutate
+
+
+ABI = np.int32(library.ABI)
+TARGETS = {
+    call.op: call
+    for call in [
+        RawCall(
+            "rmsnorm_nvfp4",
+            (s("3 32"), s("32")),
+            (s("3 32", E2M1), s("3 2", E4M3), s("3", F32)),
+            {"abi": ABI, "eps": np.float32(1e-6)},
+        ),
+        RawCall(
+            "cache_write",
+            (
+                s("2 3", I32),
+                *(s("2 8 16", E4M3), s("2 8 7", UE8M0), s("2 8 6", E2M1)),
+                *(s("2 3 16", E4M3), s("2 3 7", UE8M0), s("2 3 6", E2M1)),
+            ),
+            (s("2 8 16", E4M3), s("2 8 7", UE8M0), s("2 8 6", E2M1)),
+            {"abi": ABI},
+        ),
+    ]
+}
+OPS = list(TARGETS)
+LAYER = "the FFI layer"  # speaks first, and without the name of the op
+
+# (op, its operand or result at fault, mutation, what the handler says)
+SHAPES: list[tuple[str, str, Mutation, str]] = [
+    ("rmsnorm_nvfp4", "x-rank", operand(0, "96"), r"x must be \[t, d\], got \[96\]"),
+    ("rmsnorm_nvfp4", "x-rank-3", operand(0, "1 3 32"), r"x must be \[t, d\], got \[1, 3, 32\]"),
+    (
+        "rmsnorm_nvfp4",
+        "x-channels",
+        operand(0, "3 24"),
+        r"x must have a multiple of 16 channels, 16..16384, got \[3, 24\]",
+    ),
+    (
+        "rmsnorm_nvfp4",
+        "x-no-channels",
+        operand(0, "3 0"),
+        r"x must have a multiple of 16 channels, 16..16384, got \[3, 0\]",
+    ),
+    (
+        "rmsnorm_nvfp4",
+        "x-too-many-channels",
+        operand(0, "3 16400"),
+        r"x must have a multiple of 16 channels, 16..16384, got \[3, 16400\]",
+    ),
+    (
+        "rmsnorm_nvfp4",
+        "x-dtype",
+        operand(0, "3 32", F32),
+        "x must be bfloat16, got float32",
+    ),
+    (
+        "rmsnorm_nvfp4",
+        "x-dtype-f16",
+        operand(0, "3 32", F16),
+        r"x must be bfloat16, got .*\(10\)",
+    ),
+    ("rmsnorm_nvfp4", "weight-shape", operand(1, "31"), r"weight must be \[32\], got \[31\]"),
+    ("rmsnorm_nvfp4", "weight-rank", operand(1, "1 32"), r"weight must be \[32\], got \[1, 32\]"),
+    (
+        "rmsnorm_nvfp4",
+        "weight-dtype",
+        operand(1, "32", F32),
+        "weight must be bfloat16, got float32",
+    ),
+    (
+        "rmsnorm_nvfp4",
+        "global_scale-rank",
+        more((s("3", F32),)),
+        r"global_scale must be \[\], got \[3\]",
+    ),
+    (
+        "rmsnorm_nvfp4",
+        "global_scale-dtype",
+        more((s("", BF16),)),
+        "global_scale must be float32, got bfloat16",
+    ),
+    (
+        "rmsnorm_nvfp4",
+        "operands-too-many",
+        more((s("", F32), s("", F32))),
+        "must have at most one global_scale, got 2",
+    ),
+    ("rmsnorm_nvfp4", "operands-too-few", first(operands=1), LAYER),
+    ("rmsnorm_nvfp4", "operands-none", first(operands=0), LAYER),
+    ("rmsnorm_nvfp4", "results-too-few", first(results=2), LAYER),
+    ("rmsnorm_nvfp4", "results-too-many", more(results=(s("3", F32),)), LAYER),
+    (
+        "rmsnorm_nvfp4",
+        "code-dtype",
+        result(0, "3 16", U8),
+        "code must be float4_e2m1fn, got uint8",
+    ),
+    (
+        "rmsnorm_nvfp4",
+        "code-shape",
+        result(0, "3 16", E2M1),
+        r"code must be \[3, 32\], got \[3, 16\]",
+    ),
+    (
+        "rmsnorm_nvfp4",
+        "block_scale-dtype",
+        result(1, "3 2", UE8M0),
+        "block_scale must be float8_e4m3fn, got float8_e8m0fnu",
+    ),
+    (
+        "rmsnorm_nvfp4",
+        "block_scale-shape",
+        result(1, "3 1", E4M3),
+        r"block_scale must be \[3, 2\], got \[3, 1\]",
+    ),
+    (
+        "rmsnorm_nvfp4",
+        "token_scale-dtype",
+        result(2, "3", BF16),
+        "token_scale must be float32, got bfloat16",
+    ),
+    (
+        "rmsnorm_nvfp4",
+        "token_scale-shape",
+        result(2, "3 1", F32),
+        r"token_scale must be \[3\], got \[3, 1\]",
+    ),
+    ("cache_write", "slots-dtype", operand(0, "2 3", I16), "slots must be int32, got"),
+    ("cache_write", "slots-dtype-u8", operand(0, "2 3", U8), "slots must be int32, got uint8"),
+    ("cache_write", "slots-rank", operand(0, "", I32), r"slots must be \[..., t\], got \[\]"),
+    (
+        "cache_write",
+        "slots-batch",
+        operand(0, "1 3", I32),
+        r"slots must be \[2, t\] like the caches' batch, got \[1, 3\]",
+    ),
+    (
+        "cache_write",
+        "slots-t",
+        operand(0, "2 4", I32),
+        r"cache\[0\] and rows\[0\] must be .* t = 4, got \[2, 8, 16\] and \[2, 3, 16\]",
+    ),
+    (
+        "cache_write",
+        "cache-rank",
+        all_of(operand(1, "256", E4M3), result(0, "256", E4M3)),
+        r"cache\[0\] must be \[..., s, d\], got \[256\]",
+    ),
+    (
+        "cache_write",
+        "cache-dtype",
+        operand(1, "2 8 16", F16),
+        r"cache\[0\] must be bfloat16 or .* or float4_e2m1fn, got .*\(10\)",
+    ),
+    (
+        "cache_write",
+        "cache-odd-codes",
+        operand(3, "2 8 5", E2M1),
+        r"cache\[2\] must have an even last axis .*got \[2, 8, 5\]",
+    ),
+    (
+        "cache_write",
+        "cache-batch",
+        all_of(operand(2, "1 8 7", UE8M0), operand(5, "1 3 7", UE8M0), result(1, "1 8 7", UE8M0)),
+        r"cache\[1\] and rows\[1\] must be .*batch and s of cache\[0\].* got \[1, 8, 7\]",
+    ),
+    (
+        "cache_write",
+        "cache-s",
+        all_of(operand(2, "2 9 7", UE8M0), result(1, "2 9 7", UE8M0)),
+        r"cache\[1\] and rows\[1\] must be .*batch and s of cache\[0\].* got \[2, 9, 7\]",
+    ),
+    (
+        "cache_write",
+        "rows-dtype",
+        operand(5, "2 3 7", E4M3),
+        r"rows\[1\] must be float8_e8m0fnu, got float8_e4m3fn",
+    ),
+    (
+        "cache_write",
+        "rows-t",
+        operand(5, "2 2 7", UE8M0),
+        r"cache\[1\] and rows\[1\] must be .* t = 3, got \[2, 8, 7\] and \[2, 2, 7\]",
+    ),
+    (
+        "cache_write",
+        "rows-d",
+        operand(6, "2 3 4", E2M1),
+        r"cache\[2\] and rows\[2\] must be .* got \[2, 8, 6\] and \[2, 3, 4\]",
+    ),
+    (
+        "cache_write",
+        "rows-batch",
+        operand(4, "3 2 16", E4M3),
+        r"cache\[0\] and rows\[0\] must be .* got \[2, 8, 16\] and \[3, 2, 16\]",
+    ),
+    (
+        "cache_write",
+        "result-dtype",
+        result(1, "2 8 7", E4M3),
+        r"result cache\[1\] must be float8_e8m0fnu, got float8_e4m3fn",
+    ),
+    (
+        "cache_write",
+        "result-shape",
+        result(2, "2 8 8", E2M1),
+        r"result cache\[2\] must be \[2, 8, 6\], got \[2, 8, 8\]",
+    ),
+    (
+        "cache_write",
+        "operands-too-few",
+        first(operands=6),
+        "must have slots, n caches and n row arrays .* got 5 arrays and 3 results",
+    ),
+    (
+        "cache_write",
+        "operands-too-many",
+        more((s("2 3 6", E2M1),)),
+        "must have slots, n caches and n row arrays .* got 7 arrays and 3 results",
+    ),
+    ("cache_write", "operands-none", first(operands=0), LAYER),
+    (
+        "cache_write",
+        "results-too-few",
+        first(results=2),
+        "must have slots, n caches and n row arrays .* got 6 arrays and 2 results",
+    ),
+    (
+        "cache_write",
+        "parts-too-many",
+        lambda call: dataclasses.replace(
+            call,
+            operands=(call.operands[0], *[call.operands[1]] * 9, *[call.operands[4]] * 9),
+            results=(call.results[0],) * 9,
+        ),
+        "must have .* n = 1..8, got 18 arrays and 9 results",
+    ),
+]
+
+
+def attributes(**changed: Any) -> Mutation:
+    """Attributes changed or, with None, left out."""
+
+    def mutate(call: RawCall) -> RawCall:
+        changes = call.attributes | changed
+        return dataclasses.replace(
+            call, attributes={name: x for name, x in changes.items() if x is not None}
+        )
+
+    return mutate
+
+
+def _attribute_faults(op: str) -> list[tuple[str, str, Mutation, str]]:
+    """A10 for every attribute a target has."""
+    call = TARGETS[op]
+    faults = [(op, "unknown", attributes(colour=np.int32(3)), "number of attributes: expected")]
+    for name, value in call.attributes.items():
+        wrong = np.float64(2.5) if isinstance(value, np.integer) else np.int64(3)
+        faults += [
+            (op, f"{name}-missing", attributes(**{name: None}), "number of attributes: expected"),
+            (
+                op,
+                f"{name}-misspelt",
+                attributes(**{name: None, f"{name}s": value}),
+                f"name mismatch: .*{name}s",
+            ),
+            (op, f"{name}-wrong-type", attributes(**{name: wrong}), "Wrong .*type: expected"),
+            (op, f"{name}-string", attributes(**{name: "a"}), "Wrong .*type: expected .*string"),
+        ]
+    return faults
+
+
+ATTRIBUTES = [fault for op in OPS for fault in _attribute_faults(op)]
+
+
+def _params(row: str, faults: list[tuple[str, str, Mutation, str]]) -> list[Any]:
+    return [
+        pytest.param(TARGETS[op], mutation, message, id=f"{row}-{op}-{name}")
+        for op, name, mutation, message in faults
+    ]
+
+
+def test_every_target_is_here() -> None:
+    assert sorted(f"dsv4.{op}" for op in TARGETS) == library.targets()
+    assert {fault[0] for fault in SHAPES} == set(TARGETS)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_good_raw_call(op: str) -> None:
+    """The call that every case below breaks in one place works."""
+    got = good(op)
+    for x, want in zip(got, TARGETS[op].results, strict=True):
+        assert (x.shape, x.dtype) == (want.shape, want.dtype)
+
+
+@functools.cache
+def good(op: str) -> Any:
+    return TARGETS[op]()
+
+
+def assert_refused(call: RawCall, mutation: Mutation, message: str) -> None:
+    """Refused as INVALID_ARGUMENT; the process lives, and a good call gives what it always gave."""
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"^INVALID_ARGUMENT: ") as caught:
+        mutation(call)()
+    assert re.search(message, str(caught.value), re.DOTALL), str(caught.value)
+    assert_same_tree(call(), good(call.op))
+
+
+@pytest.mark.parametrize(("call", "mutation", "message"), _params("A9", SHAPES))
+def test_bad_shapes(call: RawCall, mutation: Mutation, message: str) -> None:
+    """A9: the handler names itself, the operand, the rule and what it got.
+
+    Operands and results that its binding does not know are refused before it is asked.
+    """
+    if message == LAYER:
+        message = "Wrong number of (arguments|results): expected"
+    else:
+        message = rf"^INVALID_ARGUMENT: dsv4\.{call.op}: {message}"
+    assert_refused(call, mutation, message)
+
+
+@pytest.mark.parametrize(("call", "mutation", "message"), _params("A10", ATTRIBUTES))
+def test_bad_attributes(call: RawCall, mutation: Mutation, message: str) -> None:
+    """A10: the FFI layer compares names, number and types."""
+    assert_refused(call, mutation, message)
+
+
+@pytest.mark.parametrize("abi", [library.ABI - 1, library.ABI + 1, -1])
+@pytest.mark.parametrize("op", OPS, ids=lambda op: f"E12-{op}")
+def test_other_abi(op: str, abi: int) -> None:
+    """E12: an executable that a compilation cache kept from another version is not run."""
+    message = (
+        rf"^INVALID_ARGUMENT: dsv4\.{op}: abi must be {library.ABI} .*got {abi}: .*another "
+        rf"version of dsv4_jax; clear the compilation cache"
+    )
+    assert_refused(TARGETS[op], attributes(abi=np.int32(abi)), message)
+
+
+CASE_NAMES = [name for name in CASES if name.split("-")[0] in OPS]
+
+
+def test_every_target_has_a_case() -> None:
+    assert {name.split("-")[0] for name in CASE_NAMES} == set(OPS)
+
+
+@pytest.mark.parametrize("name", CASE_NAMES, ids=lambda name: f"A11-{name}")
+def test_transposed_operands(name: str) -> None:
+    """A11: every operand lies transposed in memory; XLA relays it for the handler."""
+    case = CASES[name]()
+    rows = case.rows(0, 3)
+    want = case.fn(*rows)
+    flipped = [jnp.swapaxes(x, 0, -1) for x in rows]
+    got = jax.jit(lambda *xs: case.fn(*(jnp.swapaxes(x, 0, -1) for x in xs)))(*flipped)
+    assert_same_tree(got, want, "transposed under jit")
+    laid = []
+    for x in rows:
+        order = tuple(range(x.ndim))  # the first axis is the one that varies fastest
+        packed = x.dtype == E2M1  # two codes of a byte stay neighbours
+        layout = Format(Layout(order if packed else order[::-1]), x.sharding)
+        laid.append(jax.device_put(x, layout))
+        assert packed or laid[-1].format.layout.major_to_minor == order[::-1]
+    assert_same_tree(jax.jit(case.fn)(*laid), want, "laid out by columns")
+
+
+@pytest.mark.parametrize("name", CASE_NAMES, ids=lambda name: f"A12-{name}")
+def test_slices_of_larger_buffers(name: str) -> None:
+    """A12: operands that begin somewhere inside another buffer, under jit and as numpy views."""
+    case = CASES[name]()
+    want = case.fn(*case.rows(1, 4))
+
+    @jax.jit
+    def sliced(start: jax.Array, *whole: jax.Array) -> Any:
+        pieces = [jax.lax.dynamic_slice_in_dim(x, start, 3) for x in whole]
+        return case.fn(*pieces), case.fn(*(x[1:4] for x in whole))
+
+    for got in sliced(jnp.int32(1), *case.arguments):
+        assert_same_tree(got, want, "slices")
+    for offset in (1, 2, 3, 4, 8, 16):
+        assert_same_tree(
+            case.fn(*(at_offset(x, offset) for x in case.rows(1, 4))), want, f"{offset}"
+        )
+
+
+def at_offset(x: jax.Array, offset: int) -> np.ndarray:
+    """The same values in a buffer that begins ``offset`` bytes behind an aligned address."""
+    host = np.asarray(x)
+    buffer = np.empty(host.nbytes + offset + 64, np.uint8)
+    begin = -buffer.ctypes.data % 64 + offset
+    view = buffer[begin : begin + host.nbytes].view(host.dtype).reshape(host.shape)
+    view[...] = host
+    assert view.ctypes.data % 64 == offset
+    return view
+
+
+def refuses(check: Callable[[], None]) -> str:
+    """What went wrong, or nothing."""
+    try:
+        check()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def check_case_on_two_devices(case: OpCase) -> None:
+    """Rows on two devices: gathered by XLA, or each device its own under `jax.shard_map`."""
+    rows = case.rows(0, 4)
+    want = case.fn(*rows)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh, spec = jax.make_mesh((2,), ("b",), axis_types=(kind,)), PartitionSpec("b")
+        sharded = jax.device_put(rows, NamedSharding(mesh, spec))
+        assert_same_tree(jax.jit(case.fn)(*sharded), want, f"gathered, {kind}")
+        local = jax.jit(jax.shard_map(case.fn, mesh=mesh, in_specs=spec, out_specs=spec))
+        got = local(*sharded)
+        assert_same_tree(got, want, f"shard_map, {kind}")
+        assert all(len(x.sharding.device_set) == 2 for x in jax.tree.leaves(got))
+        assert "all-gather" not in str(local.lower(*sharded).compile().as_text())
+    mesh = jax.make_mesh((2,), ("b",), axis_types=(AxisType.Auto,))
+    last = [
+        jax.device_put(x, NamedSharding(mesh, PartitionSpec(*[None] * (x.ndim - 1), "b")))
+        if x.shape[-1] % 4 == 0
+        else x
+        for x in rows
+    ]
+    assert_same_tree(jax.jit(case.fn)(*last), want, "gathered along the last axis")
+
+
+def check_donated_on_two_devices(mapped: bool) -> None:
+    """A sharded cache that is donated: its shards stay in place, or are gathered and put back."""
+    case = CASES["cache_write-store"]()
+    rows = case.rows(0, 4)
+    cache, rest = rows[:5], rows[5:]
+    want = case.fn(*rows)
+    mesh, spec = jax.make_mesh((2,), ("b",), axis_types=(AxisType.Auto,)), PartitionSpec("b")
+    sharding = NamedSharding(mesh, spec)
+    fn = lambda cache, *rest: case.fn(*cache, *rest)  # noqa: E731
+    if mapped:
+        fn = jax.shard_map(fn, mesh=mesh, in_specs=spec, out_specs=spec)
+    cache = jax.jit(lambda x: x, out_shardings=sharding)(cache)  # buffers of JAX's own
+    places = [[shard.data.unsafe_buffer_pointer() for shard in x.addressable_shards] for x in cache]
+    got = jax.jit(fn, donate_argnums=0, out_shardings=sharding)(cache, *rest)
+    assert_same_tree(got, want, "donated")
+    assert all(x.is_deleted() for x in cache)
+    if mapped:
+        for x, place in zip(jax.tree.leaves(got), places, strict=True):
+            assert [shard.data.unsafe_buffer_pointer() for shard in x.addressable_shards] == place
+
+
+ON_TWO_DEVICES: dict[str, Callable[[], None]] = {
+    **{name: lambda name=name: check_case_on_two_devices(CASES[name]()) for name in CASE_NAMES},
+    "cache_write-donated": lambda: check_donated_on_two_devices(False),
+    "cache_write-donated-shard_map": lambda: check_donated_on_two_devices(True),
+}
+
+
+def on_two_devices() -> None:
+    """In a process of two CPU devices: what went wrong, by name, as JSON."""
+    assert len(jax.devices()) == 2
+    print(json.dumps({name: refuses(check) for name, check in ON_TWO_DEVICES.items()}))
+
+
+ON_TWO = "from tests.fault.test_ffi_faults import on_two_devices; on_two_devices()"
+
+
+@pytest.fixture(scope="module")
+def two_devices() -> dict[str, str]:
+    """`on_two_devices`, run once: XLA reads the number of devices when it starts."""
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", ON_TWO],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | flags,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", ON_TWO_DEVICES, ids=lambda name: f"A22-{name}")
+def test_sharded_operands(name: str, two_devices: dict[str, str]) -> None:
+    """A22: without `jax.shard_map` gathered, with it local; never a wrong value."""
+    assert not two_devices[name], two_devices[name]
+
+
+# (op, arguments of more than 2^31 elements, shapes of the results)
+LARGE: list[tuple[Callable[..., Any], tuple[Spec, ...], list[tuple[int, ...]]]] = [
+    (
+        lambda x, w: rmsnorm_nvfp4(x, w, 1e-6),
+        (s("1 1048576 4096"), s("4096")),
+        [(1, 1 << 20, 4096), (1, 1 << 20, 256), (1, 1 << 20)],
+    ),
+    (
+        cache_write,
+        (s("1 1048576 4096", E4M3), s("1 2 4096", E4M3), s("1 2", I32)),
+        [(1, 1 << 20, 4096)],
+    ),
+    (
+        cache_write,
+        (s("1 1048576 4096", E2M1), s("1 1048576 4096", E2M1), s("1 1048576", I32)),
+        [(1, 1 << 20, 4096)],
+    ),
+]
+LARGE_IDS = ["A23-rmsnorm_nvfp4", "A23-cache_write", "A23-cache_write-packed"]
+
+
+@pytest.mark.parametrize(("fn", "arguments", "shapes"), LARGE, ids=LARGE_IDS)
+def test_more_than_2_31_elements(
+    fn: Callable[..., Any], arguments: tuple[Spec, ...], shapes: list[tuple[int, ...]]
+) -> None:
+    """A23: traced, lowered and compiled, without data; ffi/*/*_test.cc hold the 64-bit offsets."""
+    assert arguments[0].size > 2**31
+    lowered = jax.jit(fn).lower(*arguments)
+    assert [x.shape for x in jax.tree.leaves(lowered.out_info)] == shapes
+    assert [x.shape for x in jax.tree.leaves(jax.eval_shape(fn, *arguments))] == shapes
+    assert lowered.compile().memory_analysis().output_size_in_bytes >= 2**31

@@ -1,0 +1,487 @@
+"""The decode step as it is lowered for CUDA, on a machine without a GPU.
+
+Which foreign calls each kind of layer makes, which buffers they share, and what is left to XLA
+inside an op that has a kernel. An issue that adds a kernel changes the tables at the top.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.mlir import ir
+
+from dsv4_jax import DeepseekV4, ModelConfig, Precision, library
+from dsv4_jax.checkpoint.names import expected_tree
+from dsv4_jax.config import LayerKind
+from dsv4_jax.generate import _decode, _decode_and_sample, _Settings
+from dsv4_jax.model import attention, compressor, indexer
+from dsv4_jax.ops.cache_write import cache_write
+from dsv4_jax.ops.rmsnorm_nvfp4 import rmsnorm_nvfp4
+from dsv4_jax.quant.kv import IndexRows
+from dsv4_jax.typing import E2M1, UE8M0
+from reference import cache_write as reference_cache_write
+
+SWA, HCA, CSA = LayerKind.SWA, LayerKind.HCA, LayerKind.CSA
+
+WRITES = {
+    SWA: Counter(cache_write=1),  # window
+    HCA: Counter(cache_write=3),  # window, pool, compressor state
+    CSA: Counter(cache_write=5),  # window, pool, state, index keys, the indexer's state
+}
+CALLS = {"official": WRITES, "nvfp4": WRITES}
+"""Foreign calls of one decode step by preset and kind of layer; none are made outside layers."""
+
+ALIASES: dict[str, Callable[[int], dict[int, int]]] = {
+    "cache_write": lambda n: {i: 1 + i for i in range(n)},
+    "rmsnorm_nvfp4": lambda n: {},
+}
+"""Result -> operand with the same buffer, by op, for a call with ``n`` results."""
+
+# Work that an op with a kernel must not leave to XLA on anything larger than this.
+HEAVY = {
+    "stablehlo.convolution",
+    "stablehlo.dot",
+    "stablehlo.dot_general",
+    "stablehlo.dynamic_gather",
+    "stablehlo.dynamic_update_slice",
+    "stablehlo.gather",
+    "stablehlo.scatter",
+}
+MAX_BYTES = 1 << 20
+UPDATES = {"stablehlo.dynamic_update_slice", "stablehlo.scatter"}
+
+# V4-Flash down to its first layers: SWA, SWA, CSA (all hash-routed), HCA (score-routed).
+LAYERS = 4
+MAX_LEN = 1 << 20
+
+
+@functools.cache
+def flash(preset: str) -> DeepseekV4:
+    config = ModelConfig.flash()
+    config = dataclasses.replace(
+        config,
+        num_hidden_layers=LAYERS,
+        compress_ratios=config.compress_ratios[:LAYERS],
+        num_nextn_predict_layers=0,
+    )
+    kinds = [config.layer_kind(i) for i in range(LAYERS)]
+    assert kinds == [SWA, SWA, CSA, HCA]
+    return DeepseekV4(config, Precision.preset(preset))
+
+
+def step_arguments(model: DeepseekV4) -> dict[str, Any]:
+    """What `decode_step` passes on for one row: shapes only."""
+    return {
+        "model": model,
+        "params": expected_tree(model.config, model.precision, False),
+        "tokens": jax.ShapeDtypeStruct((1,), jnp.int32),
+        "cache": jax.eval_shape(lambda: model.init_cache(1, MAX_LEN)),
+        "active": jax.ShapeDtypeStruct((1,), jnp.bool_),
+    }
+
+
+def settings() -> _Settings:
+    seeds = jax.ShapeDtypeStruct((1,), jnp.uint32)
+    return _Settings(seeds, np.float32(0), np.float32(1), np.int32(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A foreign call: its op, the layer it belongs to and the function around it."""
+
+    op: str
+    layer: int | None
+    function: str
+    operation: Any
+
+    @property
+    def aliases(self) -> dict[int, int]:
+        """Result -> operand with the same buffer."""
+        return _aliases(self.operation)
+
+
+class Program:
+    """A lowered module."""
+
+    def __init__(self, lowered: Any) -> None:
+        self.module = lowered.compiler_ir("stablehlo")
+        self.functions = {_text(f, "sym_name"): f for f in self.module.body.operations}
+        self.main = self.functions["main"]
+
+    def operations(self, function: str) -> Iterator[Any]:
+        """Everything in a function, bodies of loops and branches included."""
+        yield from _inside(self.functions[function])
+
+    def calls(self, function: str = "main", layer: int | None = None) -> Iterator[Call]:
+        """Foreign calls in call order, once for every time their function is called."""
+        for operation in self.operations(function):
+            if operation.name == "func.call":
+                callee = _text(operation, "callee")
+                yield from self.calls(callee, _layer(operation) if layer is None else layer)
+            elif operation.name == "stablehlo.custom_call":
+                target = _text(operation, "call_target_name")
+                if target.startswith("dsv4."):
+                    where = _layer(operation) if layer is None else layer
+                    yield Call(target.removeprefix("dsv4."), where, function, operation)
+
+    def reachable(self, function: str) -> set[str]:
+        """A function and what it calls."""
+        found = {function}
+        for operation in self.operations(function):
+            if operation.name == "func.call":
+                found |= self.reachable(_text(operation, "callee"))
+        return found
+
+    def origin(self, value: Any, frames: tuple[Any, ...] = ()) -> int | str:
+        """The argument of ``main`` whose buffer a value has by contract, else what breaks it."""
+        if isinstance(value.owner, ir.Block):
+            number = ir.BlockArgument(value).arg_number
+            if not frames:
+                return number
+            return self.origin(frames[-1].operands[number], frames[:-1])
+        operation, number = value.owner, ir.OpResult(value).result_number
+        name = operation.name
+        if name == "func.call":
+            body = self.functions[_text(operation, "callee")].regions[0].blocks[0]
+            *_, last = body.operations
+            return self.origin(last.operands[number], (*frames, operation))
+        if name == "stablehlo.optimization_barrier":
+            return self.origin(operation.operands[number], frames)
+        if name == "stablehlo.custom_call" and number in _aliases(operation):
+            return self.origin(operation.operands[_aliases(operation)[number]], frames)
+        return name
+
+    def results(self) -> list[Any]:
+        """Values that ``main`` returns."""
+        *_, last = self.main.regions[0].blocks[0].operations
+        return list(last.operands)
+
+    def donated(self) -> dict[int, int]:
+        """Result -> argument of ``main`` that gives its buffer to it."""
+        attributes = [str(a) for a in self.main.attributes["arg_attrs"]]
+        found = [re.search(r"tf\.aliasing_output = (\d+)", text) for text in attributes]
+        return {int(match[1]): i for i, match in enumerate(found) if match}
+
+
+def _inside(operation: Any) -> Iterator[Any]:
+    for region in operation.regions:
+        for block in region.blocks:
+            for inner in block.operations:
+                yield inner.operation
+                yield from _inside(inner.operation)
+
+
+def _text(operation: Any, attribute: str) -> str:
+    return operation.attributes[attribute].value
+
+
+def _layer(operation: Any) -> int | None:
+    match = re.search(r"/layer_(\d+)/", str(operation.location))
+    return int(match[1]) if match else None
+
+
+def _aliases(operation: Any) -> dict[int, int]:
+    text = str(operation.attributes["output_operand_aliases"])
+    pairs = re.findall(r"output_tuple_indices = \[(\d*)\], operand_index = (\d+)", text)
+    return {int(result or 0): int(operand) for result, operand in pairs}
+
+
+def _dims(value: Any) -> tuple[int, ...]:
+    """Sizes of a tensor, axes of one left out: a reshape costs nothing."""
+    sizes = re.findall(r"(\d+)x", str(value.type))
+    return tuple(int(size) for size in sizes if size != "1")
+
+
+def _bytes(value: Any) -> int:
+    bits = re.search(r"(?:x|<)(?:[su]?i|bf|f)(\d+)", str(value.type))
+    return math.prod(_dims(value)) * int(bits[1]) // 8 if bits else 0
+
+
+def _op_of(function: str) -> str:
+    return re.sub(r"_\d+$", "", function)
+
+
+# The checks. Each returns what is wrong, so that the tests of the checks can look at it.
+
+
+def wrong_calls(program: Program, expected: dict[int | None, Counter[str]]) -> list[str]:
+    """Calls that are missing or too many, by layer."""
+    found: dict[int | None, Counter[str]] = {}
+    for call in program.calls():
+        found.setdefault(call.layer, Counter())[call.op] += 1
+    return [
+        f"layer {layer}: expected {dict(expected.get(layer, {}))}, "
+        f"found {dict(found.get(layer, {}))}"
+        for layer in {**expected, **found}
+        if expected.get(layer, Counter()) != found.get(layer, Counter())
+    ]
+
+
+def wrong_contracts(program: Program) -> list[str]:
+    """Calls with other aliases than their op promises, without our ABI or outside its function."""
+    problems: list[str] = []
+    for call in program.calls():
+        expected = ALIASES[call.op](len(call.operation.results))
+        if call.aliases != expected:
+            problems.append(f"{call.op}: expected aliases {expected}, found {call.aliases}")
+        if f"abi = {library.ABI} : i32" not in str(
+            call.operation.attributes["mhlo.backend_config"]
+        ):
+            problems.append(f"{call.op}: no abi")
+        if _op_of(call.function) != call.op:
+            problems.append(f"{call.op}: called from {call.function}")
+    return problems
+
+
+def heavy_remains(program: Program) -> list[str]:
+    """Work of XLA on large arrays inside an op that has a kernel."""
+    entries = [f for f in program.functions if f"dsv4.{_op_of(f)}" in library.targets()]
+    entries += [call.function for call in program.calls()]
+    problems: list[str] = []
+    for entry in dict.fromkeys(entries):
+        for function in sorted(program.reachable(entry)):
+            for operation in program.operations(function):
+                largest = max(map(_bytes, [*operation.operands, *operation.results]), default=0)
+                if operation.name in HEAVY and largest > MAX_BYTES:
+                    problems.append(f"{_op_of(entry)}: {operation.name} of {largest} bytes")
+    return problems
+
+
+def cache_updates(program: Program, cache: Any) -> list[str]:
+    """Updates by XLA that produce an array of the size of a ring or pool, or its bytes."""
+    shapes: set[tuple[int, ...]] = set()
+    for leaf in jax.tree.leaves((cache.layers, cache.mtp)):
+        packed = leaf.shape[-1] // 2 if leaf.dtype == E2M1 else leaf.shape[-1]
+        for shape in (leaf.shape, (*leaf.shape[:-1], packed)):
+            shapes.add(tuple(size for size in shape if size != 1))
+    return [
+        f"{function}: {operation.name} -> {value.type}"
+        for function in program.functions
+        for operation in program.operations(function)
+        for value in operation.results
+        if operation.name in UPDATES and _dims(value) in shapes
+    ]
+
+
+def copied_leaves(program: Program, cache: Any) -> list[str]:
+    """Leaves of the cache that are not donated, or not written in place by calls of ours."""
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(cache)]
+    results, donated = program.results(), program.donated()
+    first = len(results) - len(paths)  # the cache is what the step returns last
+    problems: list[str] = []
+    for i, path in enumerate(paths, first):
+        if i not in donated:
+            problems.append(f"{path}: not donated")
+        elif path.startswith((".layers", ".mtp")):
+            origin = program.origin(results[i])
+            if origin != donated[i]:
+                problems.append(f"{path}: from {origin}")
+    return problems
+
+
+@functools.cache
+def decode(preset: str, platform: str = "cuda") -> Program:
+    """The jitted function behind `decode_step`."""
+    traced = _decode.trace(**step_arguments(flash(preset)))
+    return Program(traced.lower(lowering_platforms=(platform,)))
+
+
+def cache_of(preset: str) -> Any:
+    return step_arguments(flash(preset))["cache"]
+
+
+PRESETS = list(CALLS)
+
+
+def expected_calls(preset: str) -> dict[int | None, Counter[str]]:
+    config = flash(preset).config
+    return {i: CALLS[preset][config.layer_kind(i)] for i in range(LAYERS)}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_calls_of_every_layer(preset: str) -> None:
+    assert wrong_calls(decode(preset), expected_calls(preset)) == []
+
+
+def test_calls_do_not_depend_on_the_platform() -> None:
+    program = decode("nvfp4", "cpu")
+    assert wrong_calls(program, expected_calls("nvfp4")) == []
+    assert wrong_contracts(program) == []
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_aliases_of_every_call(preset: str) -> None:
+    assert wrong_contracts(decode(preset)) == []
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_nothing_heavy_beside_a_kernel(preset: str) -> None:
+    assert heavy_remains(decode(preset)) == []
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_no_update_by_xla_makes_a_cache(preset: str) -> None:
+    assert cache_updates(decode(preset), cache_of(preset)) == []
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_leaf_is_donated_and_written_in_place(preset: str) -> None:
+    assert copied_leaves(decode(preset), cache_of(preset)) == []
+
+
+def test_the_step_of_generate_donates_too() -> None:
+    arguments = step_arguments(flash("nvfp4"))
+    traced = _decode_and_sample.trace(**arguments, settings=settings())
+    program = Program(traced.lower(lowering_platforms=("cuda",)))
+    # The buffers of lengths and overflow, a few bytes, go to the sampled tokens and their flags.
+    assert copied_leaves(program, arguments["cache"]) == [
+        ".lengths: not donated",
+        ".overflow: not donated",
+    ]
+    assert Counter(call.op for call in program.calls()) == sum(
+        expected_calls("nvfp4").values(), Counter()
+    )
+
+
+def store(s: int) -> IndexRows:
+    """Indexer keys of eight sequences."""
+    key, scale = (8, s, 128), (8, s, 4)
+    return IndexRows(jax.ShapeDtypeStruct(key, E2M1), jax.ShapeDtypeStruct(scale, UE8M0))
+
+
+def bf16(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+
+# One large call of every op that has a kernel, whether or not the model makes it yet.
+LARGE = {
+    "cache_write": (
+        lambda *operands: cache_write(*operands),
+        (store(1 << 18), store(8192), jax.ShapeDtypeStruct((8, 8192), jnp.int32)),
+    ),
+    "rmsnorm_nvfp4": (
+        lambda x, weight: rmsnorm_nvfp4(x, weight, 1e-6),
+        (bf16(2, 8192, 7168), bf16(7168)),
+    ),
+}
+
+
+@pytest.mark.parametrize("op", [target.removeprefix("dsv4.") for target in library.targets()])
+def test_an_op_alone_is_its_call(op: str) -> None:
+    function, operands = LARGE[op]
+    traced = jax.jit(function).trace(*operands)
+    program = Program(traced.lower(lowering_platforms=("cuda",)))
+    assert wrong_calls(program, {None: Counter({op: 1})}) == []
+    assert wrong_contracts(program) == []
+    assert heavy_remains(program) == []
+
+
+# Wrong variants: every check fails where it should.
+
+
+def wrong_step(
+    monkeypatch: pytest.MonkeyPatch, write: Callable[..., Any], donate: bool = True
+) -> Program:
+    """The step with another `cache_write`, traced afresh."""
+    for module in (attention, compressor, indexer):
+        monkeypatch.setattr(module, "cache_write", write)
+
+    def step(**arguments: Any) -> Any:
+        return _decode.__wrapped__(**arguments)
+
+    jitted = jax.jit(step, static_argnames="model", donate_argnames="cache" if donate else ())
+    traced = jitted.trace(**step_arguments(flash("nvfp4")))
+    return Program(traced.lower(lowering_platforms=("cuda",)))
+
+
+def test_a_scatter_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = wrong_step(monkeypatch, jax.jit(reference_cache_write.cache_write))
+    cache = cache_of("nvfp4")
+    assert len(wrong_calls(program, expected_calls("nvfp4"))) == LAYERS
+    copied = copied_leaves(program, cache)
+    assert len(copied) == len(jax.tree.leaves(cache.layers))
+    assert all(problem.endswith("from stablehlo.scatter") for problem in copied)
+    # Calls of one shape share a function: the window's, and those of a CSA and of an HCA layer.
+    assert len(cache_updates(program, cache)) == 3 + 9 + 5
+    # Named as the op is, so held to what the op promises; only pools exceed 1 MB.
+    assert heavy_remains(program)
+    assert all(p.startswith("cache_write: stablehlo.scatter") for p in heavy_remains(program))
+
+
+def test_a_lost_alias_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = library.call
+    monkeypatch.setattr(library, "call", lambda *operands, aliases, **rest: call(*operands, **rest))
+
+    def fresh(cache: Any, rows: Any, slots: Any) -> Any:
+        return cache_write.__wrapped__(cache, rows, slots)
+
+    fresh.__name__ = "cache_write"
+    program = wrong_step(monkeypatch, jax.jit(fresh))
+    assert wrong_calls(program, expected_calls("nvfp4")) == []
+    assert len(wrong_contracts(program)) == sum(1 for _ in program.calls()) == 10
+    problems = copied_leaves(program, cache_of("nvfp4"))
+    assert len(problems) == len(jax.tree.leaves(cache_of("nvfp4").layers))
+    assert all(problem.endswith("from stablehlo.custom_call") for problem in problems)
+
+
+def test_an_inlined_call_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = wrong_step(monkeypatch, cache_write.__wrapped__)
+    assert wrong_calls(program, expected_calls("nvfp4")) == []
+    assert wrong_contracts(program) == ["cache_write: called from main"] * 10
+
+
+def test_a_missing_donation_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = wrong_step(monkeypatch, cache_write, donate=False)
+    cache = cache_of("nvfp4")
+    problems = copied_leaves(program, cache)
+    assert len(problems) == len(jax.tree.leaves(cache))
+    assert all(problem.endswith("not donated") for problem in problems)
+
+
+def test_swapped_leaves_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two arrays of one shape: each must come back as itself."""
+
+    def swapped(cache: Any, rows: Any, slots: Any) -> Any:
+        parts, structure = jax.tree.flatten(cache_write(cache, rows, slots))
+        if len(parts) == 2 and parts[0].shape == parts[1].shape:
+            parts.reverse()
+        return jax.tree.unflatten(structure, parts)
+
+    problems = copied_leaves(wrong_step(monkeypatch, swapped), cache_of("nvfp4"))
+    assert len(problems) == 6  # kv and gate of three compressor states
+    assert all("state" in problem for problem in problems)
+
+
+def test_work_beside_the_call_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def padded(cache: Any, rows: Any, slots: Any) -> Any:
+        written = cache_write.__wrapped__(cache, rows, slots)
+        return jax.tree.map(lambda part: part.at[0, 0, 0].set(part[0, 1, 0]), written)
+
+    padded.__name__ = "cache_write"
+    program = wrong_step(monkeypatch, jax.jit(padded))
+    assert wrong_calls(program, expected_calls("nvfp4")) == []
+    assert wrong_contracts(program) == []
+    assert heavy_remains(program)
+    assert cache_updates(program, cache_of("nvfp4"))
+
+
+def test_sizes_of_types() -> None:
+    """Bytes and shapes as the checks read them."""
+    dtypes = {E2M1: 512, UE8M0: 1024, jnp.bfloat16: 2048, jnp.int32: 4096, jnp.bool_: 128}
+
+    def same(*arrays: Any) -> Any:
+        return arrays
+
+    operands = [jax.ShapeDtypeStruct((1, 16, 64), dtype) for dtype in dtypes]
+    program = Program(jax.jit(same, keep_unused=True).lower(*operands))
+    values = program.results()
+    assert [_dims(value) for value in values] == [(16, 64)] * len(values)
+    assert [_bytes(value) for value in values] == list(dtypes.values())
