@@ -72,9 +72,9 @@ def agreement(actual: np.ndarray, expected: np.ndarray) -> Agreement:
 
 
 LayerRun = Callable[[np.ndarray, Any, np.ndarray], tuple[Any, Any]]
-"""``(streams [t, hc, dim], tokens [t], nudge [n, t, dim]) -> (streams, unrounded [n, t, dim])``: one
+"""``(streams [t, hc, dim], tokens [t], nudge [n, t, dim]) -> (streams, unrounded)``: one
 layer, ``n`` of its values on the way into the branches rounded and then moved by ``nudge``; also
-those values before rounding."""
+those values before rounding, ``[n, t, dim]``."""
 
 
 def check_layer(
