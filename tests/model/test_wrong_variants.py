@@ -9,7 +9,7 @@ import dsv4_jax
 from dsv4_jax.model import attention, block
 from dsv4_jax.model.step import Step
 from dsv4_jax.ops import swiglu as swiglu_op
-from tests.model.test_golden import run_layer
+from tests.model.test_golden import MOVED, run_layer
 from tests.model.test_transformers import MAX_ABS
 from tests.support.golden_layers import check_layer
 from tests.support.hf_tiny import PROMPT
@@ -85,7 +85,7 @@ def test_wrong_variant_fails_golden(monkeypatch, variant):
     variant(monkeypatch)
     _, params = golden_model()
     embedding = params["embed"]["weight"]
-    result, turned = check_layer(run_layer(2), embedding, tiny_golden(), 2, 1)
+    result, turned = check_layer(run_layer(2), embedding, tiny_golden(), 2, 1, MOVED)
     print(f"{variant.__name__}: {result}, ties turned {turned}")
     assert not result.meets_bar()
 
