@@ -1,5 +1,5 @@
 // Launching from a handler: is this the right device, did the launch succeed, and, in debug mode,
-// did the kernel. Included by handlers and by .cu files; knows nothing of XLA.
+// did the kernel. For handlers and module.cc; knows nothing of XLA.
 #pragma once
 
 #ifdef DSV4_CUDA

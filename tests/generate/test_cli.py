@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jax.errors import JaxRuntimeError
 from typer.testing import CliRunner, Result
 
 from dsv4_jax import __version__, cli
@@ -193,3 +194,16 @@ def test_options_of_typer_are_plain_text(checkpoint: Path) -> None:
     result = _generate(checkpoint, "--ids", "1", "--top-k", "many")
     assert result.exit_code == 2
     assert "--top-k" in result.stderr
+
+
+def test_an_op_that_fails_is_one_line(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library without code for the GPU, say: the op's own message, no traceback."""
+
+    def fail(path: Path, precision: str | None) -> None:
+        raise JaxRuntimeError("UNIMPLEMENTED: dsv4.cache_write: built for sm_90a,\ndevice is sm_80")
+
+    monkeypatch.setattr(cli, "_load", fail)
+    result = _generate(checkpoint, "--ids", "1")
+    assert result.exit_code == 2
+    assert "dsv4.cache_write: built for sm_90a, device is sm_80" in result.stderr
+    assert "Traceback" not in result.stderr
