@@ -122,6 +122,19 @@ def init_cache(
         )
     if draft_tokens < 0:
         raise ValueError(f"init_cache: draft_tokens must be >= 0, got {draft_tokens}")
+    return _empty(config, precision, batch_size, max_len, draft_tokens, mtp)
+
+
+@functools.partial(jax.jit, static_argnums=tuple(range(6)))
+def _empty(
+    config: ModelConfig,
+    precision: Precision,
+    batch_size: int,
+    max_len: int,
+    draft_tokens: int,
+    mtp: bool,
+) -> Cache:
+    """One program for all arrays: array by array a dozen would be compiled."""
     window = config.sliding_window + draft_tokens
 
     def keys(slots: int) -> KvRows:

@@ -36,6 +36,10 @@ OnToken = Callable[[int, int], object]
 
 _SMALLEST_BUCKET = 8
 
+_STEPWISE = 8
+"""Longest prompt that goes through the decode step on the CPU. The bits are those of a prefill, and
+a few more steps cost less than another large program does: seconds to load, longer to compile."""
+
 
 class Model(Protocol):
     """What generation needs of a model; hashable, as a static argument of ``jax.jit``."""
@@ -170,7 +174,7 @@ def prefill(
     _check_room("prefill", np.asarray(cache.lengths, np.int64), counts, cache.max_len)
 
     ids = np.where(real, ids, 0).astype(np.int32)
-    logits = jnp.zeros((b, model.config.vocab_size), jnp.float32)
+    logits = jax.device_put(np.zeros((b, model.config.vocab_size), np.float32))
     total = int(counts.max(initial=0))
     for start in range(0, total, chunk_size):
         rest = total - start
@@ -318,7 +322,7 @@ def _check_seeds(seed: int | Sequence[int], b: int) -> Array:
     for value in seeds:
         if not 0 <= value < 2**32:
             raise ValueError(f"generate: seed must be in [0, 2**32), got {value}")
-    return jnp.asarray(np.array(seeds, np.uint32))
+    return jax.device_put(np.array(seeds, np.uint32))
 
 
 def stream(
@@ -384,13 +388,34 @@ def stream(
 
     def events() -> Iterator[TokenEvent]:
         b = len(rows)
-        padded = np.zeros((b, max(row.size for row in rows)), np.int32)
+        sizes = np.array([row.size for row in rows])
+        longest = int(sizes.max())
+        padded = np.zeros((b, longest), np.int32)
         for i, row in enumerate(rows):
             padded[i, : row.size] = row
         cache = model.init_cache(batch_size=b, max_len=max_len)
-        logits, cache = prefill(model, params, padded, cache, num_tokens=[row.size for row in rows])
-        sampled = _sample_next(logits, cache.lengths, settings)
-        del logits
+
+        def step(tokens: Array | np.ndarray, active: np.ndarray) -> tuple[Sampled, Cache]:
+            return _decode_and_sample(
+                model=model,
+                params=params,
+                tokens=tokens,
+                cache=cache,
+                active=active,
+                settings=settings,
+            )
+
+        if longest <= _STEPWISE and jax.default_backend() == "cpu":
+            # The shorter rows start later, so that the last step has the logits of all.
+            at = sizes - longest
+            sampled, cache = step(padded[:, 0], at >= 0)
+            for _ in range(longest - 1):
+                at = at + 1
+                sampled, cache = step(padded[np.arange(b), np.maximum(at, 0)], at >= 0)
+        else:
+            logits, cache = prefill(model, params, padded, cache, num_tokens=sizes)
+            sampled = _sample_next(logits, cache.lengths, settings)
+            del logits
         active = np.ones(b, np.bool_)
         for count in range(max_new_tokens):
             tokens, valid = jax.device_get(tuple(sampled))
@@ -400,14 +425,7 @@ def stream(
                 yield event
             if not active.any():
                 return
-            sampled, cache = _decode_and_sample(
-                model=model,
-                params=params,
-                tokens=sampled.tokens,
-                cache=cache,
-                active=active.copy(),
-                settings=settings,
-            )
+            sampled, cache = step(sampled.tokens, active.copy())
 
     return events()
 

@@ -14,11 +14,12 @@ from typing import Final, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from dsv4_jax.quant import bits, fp8, mxfp4, nvfp4
 from dsv4_jax.typing import E4M3, UE8M0, Array
 
-__all__ = ["EXACT", "Errors", "Report", "convert", "mxfp4_to_nvfp4", "typed"]
+__all__ = ["EXACT", "Errors", "Report", "byte_type", "convert", "mxfp4_to_nvfp4", "typed"]
 
 Raw = dict[str, Array]
 Group = dict[str, Raw]
@@ -177,10 +178,16 @@ def _bitcast(x: Array, *, kind: str) -> Array:
     return bits.bytes_to_e2m1(x) if kind == "e2m1" else lax.bitcast_convert_type(x, jnp.dtype(kind))
 
 
+def byte_type(leaf: str, form: str) -> DTypeLike | None:
+    """The 8-bit dtype of ``leaf`` in ``form``; ``None``: none, or two values a byte."""
+    dtype = _TYPES.get(form, {}).get(leaf)
+    return None if isinstance(dtype, str) else dtype
+
+
 def typed(leaf: str, array: Array, form: str) -> Array:
     """Gives an array of bytes the dtype that ``leaf`` has in ``form``; others pass through."""
     dtype = _TYPES.get(form, {}).get(leaf)
-    if dtype is None:
+    if dtype is None or array.dtype != jnp.uint8:
         return array
     return _bitcast(array, kind=dtype if isinstance(dtype, str) else jnp.dtype(dtype).name)
 

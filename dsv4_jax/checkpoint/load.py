@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv4_jax.checkpoint.convert import EXACT, Report, convert, mxfp4_to_nvfp4, typed
+from dsv4_jax.checkpoint.convert import EXACT, Report, byte_type, convert, mxfp4_to_nvfp4, typed
 from dsv4_jax.checkpoint.names import Parameter, leaves, set_path, target_format
 from dsv4_jax.checkpoint.place import SLAB_BYTES, Placer, write_slice
 from dsv4_jax.checkpoint.read import Reader, TensorInfo
@@ -75,7 +75,9 @@ class _Loader:
         else:
             raw = {
                 key: {
-                    leaf: self._placer.tensor(tensor)
+                    leaf: self._placer.tensor(
+                        tensor, byte_type(leaf, stored) if stored == target else None
+                    )
                     for leaf, tensor in self._linear(parameter, parameter.name).items()
                 }
                 for key, parameter in job.items()
@@ -113,6 +115,8 @@ class _Loader:
         experts = bool(next(iter(job.values())).experts)
         for key in raw:
             sums.setdefault((key, stored, target), [])
+        if stored == target:
+            return raw
         if (stored, target) != ("mxfp4", "nvfp4"):
             out, errors = convert(raw, stored=stored, target=target, experts=experts)
             for key, found in errors.items():
@@ -168,11 +172,21 @@ class _Loader:
                 for name in names[key][start : start + step]:
                     for leaf, tensor in self._linear(parameter, name).items():
                         stacks.setdefault((key, leaf), []).append(tensor)
+            views = {
+                key: dtype
+                for key in stacks
+                if step == count
+                and stored == target
+                and (dtype := byte_type(key[1], stored)) is not None
+            }
             raw: dict[str, dict[str, Array]] = {}
-            for (key, leaf), array in self._placer.stacks(stacks).items():
+            for (key, leaf), array in self._placer.stacks(stacks, views).items():
                 raw.setdefault(key, {})[leaf] = array
             where = f" from {start}" if step < count else ""
             part = self._convert(job, raw, stored, target, sums, where)
+            if step == count:
+                buffers = part
+                break
             if buffers is None:
                 buffers = jax.tree.map(lambda x: jnp.zeros((count, *x.shape[1:]), x.dtype), part)
             buffers = write_slice(buffers, part, start)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from dsv4_jax.checkpoint.errors import CheckpointError
 from dsv4_jax.checkpoint.read import Reader, TensorInfo
@@ -58,7 +59,7 @@ class Placer:
         self._pending_bytes = 0
 
     def _put(self, host: np.ndarray) -> Array:
-        array = jnp.asarray(host)
+        array = jax.device_put(host)  # `jnp.asarray` would compile a program per shape
         self._pending.append((array, host.nbytes))
         self._pending_bytes += host.nbytes
         return array
@@ -85,15 +86,18 @@ class Placer:
                 f"{tensor.file}: {tensor.raw}: scales must be finite, got NaN (byte 255) at {first}"
             )
 
-    def tensor(self, tensor: TensorInfo) -> Array:
-        """One tensor in its storage dtype (packed and 8-bit floats as uint8), in slabs of rows."""
+    def tensor(self, tensor: TensorInfo, view: DTypeLike | None = None) -> Array:
+        """One tensor in its storage dtype (packed and 8-bit floats as uint8), in slabs of rows.
+
+        With ``view`` the bytes of a tensor of one slab have that 8-bit dtype from the start.
+        """
         dtype = np.dtype(_NUMPY[tensor.dtype])
         rows = tensor.shape[0] if tensor.shape else 1
         if tensor.nbytes <= SLAB_BYTES:
             self._make_room(tensor.nbytes)
             host = np.empty(tensor.shape, dtype)
             self._read(tensor, host)
-            return self._put(host)
+            return self._put(host if view is None else host.view(view))
         row_bytes = tensor.nbytes // rows
         step = max(1, SLAB_BYTES // row_bytes)
         buffer = jnp.zeros(tensor.shape, dtype)
@@ -105,8 +109,15 @@ class Placer:
             buffer = write_slice(buffer, self._put(host), start)
         return buffer
 
-    def stacks(self, stacks: Mapping[Any, Sequence[TensorInfo]]) -> dict[Any, Array]:
-        """Several stacks of equal tensors at once, read in the order of the file."""
+    def stacks(
+        self,
+        stacks: Mapping[Any, Sequence[TensorInfo]],
+        views: Mapping[Any, DTypeLike],
+    ) -> dict[Any, Array]:
+        """Several stacks of equal tensors at once, read in the order of the file.
+
+        The bytes of a stack in ``views`` have that 8-bit dtype from the start.
+        """
         self._make_room(sum(tensor.nbytes for stack in stacks.values() for tensor in stack))
         hosts: dict[Any, np.ndarray] = {}
         reads: list[tuple[str, int, TensorInfo, np.ndarray]] = []
@@ -117,7 +128,10 @@ class Placer:
                 reads.append((tensor.file, tensor.offset, tensor, hosts[key][i]))
         for _, _, tensor, host in sorted(reads, key=lambda read: read[:2]):
             self._read(tensor, host)
-        return {key: self._put(host) for key, host in hosts.items()}
+        return {
+            key: self._put(host.view(views[key]) if key in views else host)
+            for key, host in hosts.items()
+        }
 
     def hash_table(self, tensor: TensorInfo, experts: int) -> Array:
         """``tid2eid`` as int32.
