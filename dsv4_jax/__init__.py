@@ -5,6 +5,7 @@ Importing the package does no work on any device.
 
 from dsv4_jax.cache import Cache as Cache
 from dsv4_jax.cache import rewind as rewind
+from dsv4_jax.checkpoint import bundled_checkpoint as bundled_checkpoint
 from dsv4_jax.checkpoint import from_checkpoint as from_checkpoint
 from dsv4_jax.checkpoint.errors import CheckpointError as CheckpointError
 from dsv4_jax.config import ModelConfig as ModelConfig

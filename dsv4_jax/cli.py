@@ -1,5 +1,6 @@
 """The ``dsv4`` command. Generated text goes to stdout, everything else to stderr."""
 
+import gc
 import json
 import os
 import sys
@@ -15,11 +16,17 @@ from jax.errors import JaxRuntimeError
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from dsv4_jax.env import devices, report
+from dsv4_jax.env import check_writable, compilation_cache, devices, report
 from dsv4_jax.generate import TokenEvent, check_lengths, stream
 from dsv4_jax.precision import Precision
 from dsv4_jax.sampling import SamplingParams
-from dsv4_jax.text import IncrementalDetokenizer, StopMatcher, encode, load_tokenizer
+from dsv4_jax.text import (
+    IncrementalDetokenizer,
+    StopMatcher,
+    bos_token,
+    encode,
+    load_tokenizer,
+)
 from dsv4_jax.version import __version__
 
 __all__ = ["app"]
@@ -34,6 +41,8 @@ app = typer.Typer(
 )
 
 _INTERRUPTED = 130
+
+_LEAST_POSITIONS = 512
 
 
 class _UserError(Exception):
@@ -61,6 +70,41 @@ def _check_devices() -> None:
         devices()
     except RuntimeError as error:
         raise _UserError(f"no device: {error}") from None
+
+
+def _checkpoint(option: Path | None) -> Path:
+    """The directory that ``--checkpoint`` names, else that of the bundled model."""
+    if option is None:
+        from dsv4_jax.checkpoint import bundled_checkpoint
+
+        return bundled_checkpoint()
+    if not option.is_dir():
+        raise _UserError(f"--checkpoint {option} is not a directory")
+    return option
+
+
+def _fast_start(console: Console) -> None:
+    """Keeps compiled programs for the next process; fewer collections while JAX traces."""
+    gc.set_threshold(100_000)  # the default spends a fifth of the tracing on the collector
+    directory = compilation_cache()
+    if directory is None:
+        return
+    if "://" not in directory:
+        try:
+            check_writable(directory)
+        except OSError as error:
+            _say(console, f"no compilation cache: {error}")
+            jax.config.update("jax_enable_compilation_cache", False)
+            return
+    jax.config.update("jax_compilation_cache_dir", directory)
+    # Small programs too: each costs more to compile than to read.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _positions(needed: int, limit: int) -> int:
+    """Positions of a cache for ``needed``: few distinct lengths, since each is compiled anew."""
+    return max(needed, min(limit, max(_LEAST_POSITIONS, 1 << (needed - 1).bit_length())))
 
 
 def _load(checkpoint: Path, precision: str | None) -> tuple[Any, Any]:
@@ -137,6 +181,9 @@ def _prompt_ids(
             except UnicodeDecodeError as error:
                 raise _UserError(f"{prompt_file}: not UTF-8 text: {error}") from None
         found = encode(tokenizer, prompt or "")
+        bos = bos_token(checkpoint, tokenizer)
+        if bos is not None and found[:1] != [bos]:
+            found = [bos, *found]
     if not found:
         raise _UserError("the prompt is empty")
     return found
@@ -235,10 +282,16 @@ def _run(
 
 @app.command()
 def generate(
-    checkpoint: Annotated[Path, typer.Option(help="Directory of the checkpoint.")],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Directory of the checkpoint. Default: the model in the package."),
+    ] = None,
     prompt: Annotated[
         str | None,
-        typer.Option(help="Prompt, tokenised as it is: write special tokens such as BOS yourself."),
+        typer.Option(
+            help="Prompt: write special tokens yourself; BOS alone is added, where "
+            "tokenizer_config.json has add_bos_token."
+        ),
     ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="UTF-8 file with the prompt.")] = None,
     ids: Annotated[str | None, typer.Option(help="Prompt as token ids: '1 2 3'.")] = None,
@@ -255,7 +308,7 @@ def generate(
     top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     max_len: Annotated[
-        int | None, typer.Option(help="Positions of the cache. Default: what is needed.")
+        int | None, typer.Option(help="Positions of the cache. Default: enough.")
     ] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="Text that ends the output; repeatable.")
@@ -270,18 +323,22 @@ def generate(
     """
     console = Console(stderr=True)
     with _readable_errors(console):
-        if not checkpoint.is_dir():
-            raise _UserError(f"--checkpoint {checkpoint} is not a directory")
+        directory = _checkpoint(checkpoint)
         if precision is not None:
             Precision.preset(precision)
-        settings, source = _sampling(checkpoint, temperature, top_p, top_k)
-        tokenizer = load_tokenizer(checkpoint)
+        settings, source = _sampling(directory, temperature, top_p, top_k)
+        tokenizer = load_tokenizer(directory)
         output = _Output(tokenizer, stop or [])
-        tokens = _prompt_ids(tokenizer, checkpoint, prompt, prompt_file, ids)
+        tokens = _prompt_ids(tokenizer, directory, prompt, prompt_file, ids)
         needed = check_lengths([len(tokens)], max_new_tokens, max_len)
         _check_devices()
+        _fast_start(console)
 
-        model, params = _load(checkpoint, precision)
+        kind = "bundled checkpoint" if checkpoint is None else "checkpoint"
+        _say(console, f"{kind}: {directory}")
+        model, params = _load(directory, precision)
+        if max_len is None:
+            needed = _positions(needed, model.config.max_position_embeddings)
         _say(
             console,
             f"sampling: temperature {settings.temperature}, top_p {settings.top_p}, "

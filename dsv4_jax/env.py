@@ -2,20 +2,34 @@
 
 ``DSV4_SYNC=1``: wait for the GPU after every op of ours and name the op in the error, should there
 be one. Read once, at import; XLA then calls the ops one by one instead of from a captured graph.
+
+``XDG_CACHE_HOME``: where the ``dsv4`` command keeps compiled programs (default ``~/.cache``) unless
+``JAX_COMPILATION_CACHE_DIR`` names a place; ``JAX_ENABLE_COMPILATION_CACHE=0`` keeps none.
 """
 
+import hashlib
 import importlib.metadata
 import os
 import platform
+import re
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import jax
 
-__all__ = ["devices", "report", "sync"]
+__all__ = ["check_writable", "compilation_cache", "devices", "report", "sync"]
 
 _VARIABLES = ("DSV4_SYNC",)
 # Not ours, but they decide what runs where.
-_RELATED = ("JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS", "CUDA_VISIBLE_DEVICES")
+_RELATED = (
+    "JAX_PLATFORMS",
+    "JAX_COMPILATION_CACHE_DIR",
+    "JAX_ENABLE_COMPILATION_CACHE",
+    "XDG_CACHE_HOME",
+    "XLA_FLAGS",
+    "CUDA_VISIBLE_DEVICES",
+)
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "jax-cuda13-plugin", "jax-cuda13-pjrt")
 
 
@@ -47,6 +61,47 @@ def devices() -> list[Any]:
         ) from error
 
 
+def compilation_cache() -> str | None:
+    """Where the ``dsv4`` command keeps compiled programs; ``None``: nowhere.
+
+    Our own directory is named after everything that a program may depend on and that JAX does not
+    put into its key: this package, the contract with its library, the instructions of the CPU.
+    """
+    if not jax.config.jax_enable_compilation_cache:  # pyright: ignore[reportAttributeAccessIssue]
+        return None
+    chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if chosen is not None:
+        return chosen or None
+    from dsv4_jax.library import ABI
+    from dsv4_jax.version import __version__
+
+    # As the XDG specification has it, a relative path counts as none.
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    home = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    return str(home / "dsv4_jax" / f"{__version__}-abi{ABI}-{_cpu()}")
+
+
+def _cpu() -> str:
+    """A name for the instruction set: home directories are shared between machines."""
+    try:
+        found = re.search(r"^(?:flags|Features)\s*:.*$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:  # not Linux
+        found = None
+    what = platform.machine() + (found[0] if found else "")
+    return hashlib.sha256(what.encode()).hexdigest()[:12]
+
+
+def check_writable(directory: str) -> None:
+    """Makes the directory (for its owner alone: JAX runs what it reads there) and tries it.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory):
+        pass
+
+
 def report() -> dict[str, str]:
     """Versions, devices, what the compiled library holds and the variables, for a bug report."""
     from dsv4_jax import library  # which itself reads `sync`
@@ -69,6 +124,7 @@ def report() -> dict[str, str]:
     lines["CUDA runtime"] = _cuda_version(info["cuda_runtime"])
     lines["CUDA driver"] = _cuda_version(library.cuda_driver())
     lines["devices"] = _devices()
+    lines["compilation cache"] = compilation_cache() or "off"
     for name in (*_VARIABLES, *_RELATED):
         lines[name] = os.environ.get(name, "not set")
     return lines

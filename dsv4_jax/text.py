@@ -1,18 +1,22 @@
 """Text around the model: the tokenizer, streaming detokenisation, stop strings.
 
 The release's tokenizer is byte-level BPE. Nothing is added to a prompt: its text contains the
-special tokens it needs (model.md 8.1).
+special tokens it needs (model.md 8.1). The exception is BOS, where a ``tokenizer_config.json``
+says ``"add_bos_token": true``; the release has none.
 """
 
 import codecs
+import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, cast
 
 from tokenizers import Tokenizer, decoders
 
-__all__ = ["IncrementalDetokenizer", "StopMatcher", "encode", "load_tokenizer"]
+__all__ = ["IncrementalDetokenizer", "StopMatcher", "bos_token", "encode", "load_tokenizer"]
 
 TOKENIZER_FILE = "tokenizer.json"
+SETTINGS_FILE = "tokenizer_config.json"
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer | None:
@@ -43,6 +47,36 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
             f"encode: text must be valid Unicode, got a lone surrogate at {error.start}"
         ) from error
     return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def bos_token(directory: str | Path, tokenizer: Tokenizer) -> int | None:
+    """The id that a prompt must begin with; ``None``: prompts stay as they are.
+
+    Raises:
+        ValueError: ``tokenizer_config.json`` cannot be read, or its ``bos_token`` is no token.
+    """
+    path = Path(directory) / SETTINGS_FILE
+    if not path.is_file():
+        return None
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(read, dict):
+        raise ValueError(f"{path}: must hold a JSON object, got {type(read).__name__}")
+    settings = cast("dict[str, Any]", read)
+    wanted = settings.get("add_bos_token", False)
+    if not isinstance(wanted, bool):
+        raise ValueError(f"{path}: add_bos_token must be true or false, got {wanted!r}")
+    if not wanted:
+        return None
+    text = settings.get("bos_token")
+    if isinstance(text, dict):  # transformers' AddedToken
+        text = cast("dict[str, Any]", text).get("content")
+    found = tokenizer.token_to_id(text) if isinstance(text, str) else None
+    if found is None:
+        raise ValueError(f"{path}: bos_token must be a token of the tokenizer, got {text!r}")
+    return found
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -6,6 +6,8 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # A cache from another build of the package could hide a changed contract.
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+# Nor is one made: `dsv4 generate` would put it into the home directory.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import jax
 import pytest

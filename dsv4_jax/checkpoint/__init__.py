@@ -6,6 +6,7 @@ need ``config.py``.
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv4_jax.checkpoint.errors import CheckpointError
@@ -16,7 +17,24 @@ if TYPE_CHECKING:
     from dsv4_jax.precision import Precision
     from dsv4_jax.typing import Params
 
-__all__ = ["CheckpointError", "from_checkpoint"]
+__all__ = ["CheckpointError", "bundled_checkpoint", "from_checkpoint"]
+
+
+def bundled_checkpoint() -> Path:
+    """Directory of the small model that comes with the package, for ``from_checkpoint``.
+
+    Its ``README.md`` says what it was trained on and what it can do.
+
+    Raises:
+        CheckpointError: this installation lacks the files.
+    """
+    path = Path(__file__).parents[1] / "data" / "stdlib"
+    if not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path}: this installation lacks the bundled model; install the package again, or "
+            "name another checkpoint"
+        )
+    return path
 
 
 def from_checkpoint(

@@ -407,6 +407,7 @@ library.ABI += 1
 def _cache_in(folder: Path) -> dict[str, str]:
     return {
         "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }

@@ -1,6 +1,7 @@
 """The ``dsv4`` command over the fake model: outputs, messages, exit codes."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,38 @@ def test_prompt_streams_text(checkpoint: Path) -> None:
     for source in (("--prompt", "zA"), ("--prompt-file", prompt)):
         result = _generate(checkpoint, *source, "--max-new-tokens", 3)
         assert result.stdout == byte_tokenizer().decode(range(first + 1, first + 4)) + "\n"
+
+
+def test_bos_comes_first_where_the_tokenizer_says_so(checkpoint: Path) -> None:
+    _with_tokenizer(checkpoint)
+    bos, a = "!", byte_tokenizer().encode("A").ids[0]
+    settings = {"add_bos_token": True, "bos_token": {"content": bos}}
+
+    def counts(*source: str) -> str:
+        return re.findall(r"prefill (\d+) tokens", _generate(checkpoint, *source).stderr)[0]
+
+    assert counts("--prompt", "A") == "1"
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert counts("--prompt", "A") == "2"
+    assert counts("--prompt", bos + "A") == "2"
+    assert counts("--ids", str(a)) == "1"
+    settings["add_bos_token"] = False
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert counts("--prompt", "A") == "1"
+
+
+def test_cache_lengths_are_few(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is compiled anew, so that prompts of all lengths share some; --max-len is exact."""
+    assert [cli._positions(n, 4096) for n in (1, 512, 513, 2048, 4000)] == [
+        512, 512, 1024, 2048, 4096,
+    ]  # fmt: skip
+    assert cli._positions(40, 100) == 100
+    assert cli._positions(5000, 4096) == 5000, "refused later, with the number that was asked for"
+    seen: list[int] = []
+    monkeypatch.setattr(cli, "stream", lambda *_, max_len, **__: seen.append(max_len) or iter(()))
+    _generate(checkpoint, "--ids", "1 2")
+    _generate(checkpoint, "--ids", "1 2", "--max-len", 80)
+    assert seen == [512, 80]
 
 
 def test_stop_cuts_before_it(checkpoint: Path) -> None:
@@ -188,9 +221,6 @@ def test_ctrl_c(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, when: str) ->
 
 
 def test_options_of_typer_are_plain_text(checkpoint: Path) -> None:
-    result = _run("generate", "--ids", "1")
-    assert result.exit_code == 2
-    assert "Missing option '--checkpoint'" in result.stderr
     result = _generate(checkpoint, "--ids", "1", "--top-k", "many")
     assert result.exit_code == 2
     assert "--top-k" in result.stderr
