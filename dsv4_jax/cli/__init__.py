@@ -1,21 +1,22 @@
-"""The ``dsv4`` command. Generated text goes to stdout, everything else to stderr."""
+"""The ``dsv4`` command: ``generate`` and ``env``; the other commands have a module each.
+
+Results go to stdout, everything else to stderr.
+"""
 
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import jax
 import typer
-from jax.errors import JaxRuntimeError
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from dsv4_jax.env import devices, report
+from dsv4_jax.cli.common import UserError, check_devices, compile_clock, readable_errors, say
+from dsv4_jax.env import report
 from dsv4_jax.generate import TokenEvent, check_lengths, stream
 from dsv4_jax.precision import Precision
 from dsv4_jax.sampling import SamplingParams
@@ -33,12 +34,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_INTERRUPTED = 130
-
-
-class _UserError(Exception):
-    """Something the user can put right; shown as one line, exit code 2."""
-
 
 def _version(value: bool) -> None:
     if value:
@@ -55,14 +50,6 @@ def _main(  # pyright: ignore[reportUnusedFunction]
     """DeepSeek-V4 inference in JAX."""
 
 
-def _check_devices() -> None:
-    """Before anything is read: a device to run on."""
-    try:
-        devices()
-    except RuntimeError as error:
-        raise _UserError(f"no device: {error}") from None
-
-
 def _load(checkpoint: Path, precision: str | None) -> tuple[Any, Any]:
     """The model and its parameters."""
     from dsv4_jax.checkpoint import from_checkpoint
@@ -71,50 +58,11 @@ def _load(checkpoint: Path, precision: str | None) -> tuple[Any, Any]:
     return from_checkpoint(checkpoint, precision=chosen)
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _compile_clock() -> Generator[Callable[[], float]]:
-    """Gives a function that returns the seconds JAX has spent tracing and compiling."""
-    spans: list[tuple[float, float]] = []
-
-    def listen(event: str, start_time: float, end_time: float, **_: str | int) -> None:
-        if event.startswith("/jax/core/compile/"):
-            while spans and spans[-1][0] >= start_time:  # work inside this span: count it once
-                spans.pop()
-            spans.append((start_time, end_time))
-
-    jax.monitoring.register_event_time_span_listener(listen)
-    try:
-        yield lambda: sum(end - start for start, end in spans)
-    finally:
-        jax.monitoring.unregister_event_time_span_listener(listen)
-
-
-@contextmanager
-def _readable_errors(console: Console) -> Generator[None]:
-    """Turns user errors into one line and exit code 2, Ctrl-C into 130."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        _say(console, "interrupted")
-        raise typer.Exit(_INTERRUPTED) from None
-    except BrokenPipeError:
-        # The reader of stdout left; point it elsewhere so that the exit flush cannot fail too.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(1) from None
-    except (_UserError, ValueError, OSError, NotImplementedError, JaxRuntimeError) as error:
-        _say(console, "error: " + " ".join(str(error).split()))
-        raise typer.Exit(2) from None
-
-
 def _parse_ids(text: str) -> list[int]:
     try:
         return [int(word) for word in text.replace(",", " ").split()]
     except ValueError:
-        raise _UserError(f"--ids must be integers such as '1 2 3', got {text!r}") from None
+        raise UserError(f"--ids must be integers such as '1 2 3', got {text!r}") from None
 
 
 def _prompt_ids(
@@ -125,20 +73,20 @@ def _prompt_ids(
     ids: str | None,
 ) -> list[int]:
     if sum(option is not None for option in (prompt, prompt_file, ids)) != 1:
-        raise _UserError("give exactly one of --prompt, --prompt-file and --ids")
+        raise UserError("give exactly one of --prompt, --prompt-file and --ids")
     if ids is not None:
         found = _parse_ids(ids)
     else:
         if tokenizer is None:
-            raise _UserError(f"{checkpoint} has no tokenizer.json: give token ids with --ids")
+            raise UserError(f"{checkpoint} has no tokenizer.json: give token ids with --ids")
         if prompt_file is not None:
             try:
                 prompt = prompt_file.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
-                raise _UserError(f"{prompt_file}: not UTF-8 text: {error}") from None
+                raise UserError(f"{prompt_file}: not UTF-8 text: {error}") from None
         found = encode(tokenizer, prompt or "")
     if not found:
-        raise _UserError("the prompt is empty")
+        raise UserError("the prompt is empty")
     return found
 
 
@@ -152,9 +100,9 @@ def _sampling(
         try:
             read = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise _UserError(f"{path}: not valid JSON: {error}") from None
+            raise UserError(f"{path}: not valid JSON: {error}") from None
         if not isinstance(read, dict):
-            raise _UserError(f"{path}: must hold a JSON object, got {type(read).__name__}")
+            raise UserError(f"{path}: must hold a JSON object, got {type(read).__name__}")
         defaults = cast("dict[str, Any]", read)
     if temperature is None:
         sampled = defaults.get("do_sample", "temperature" in defaults)
@@ -170,7 +118,7 @@ class _Output:
 
     def __init__(self, tokenizer: Tokenizer | None, stops: list[str]) -> None:
         if tokenizer is None and stops:
-            raise _UserError("--stop needs a tokenizer.json in the checkpoint")
+            raise UserError("--stop needs a tokenizer.json in the checkpoint")
         self._text = None if tokenizer is None else IncrementalDetokenizer(tokenizer)
         self._stops = StopMatcher(stops)
         self._separator = ""
@@ -209,7 +157,7 @@ def _run(
 ) -> TokenEvent | None:
     """Reads the events to their end; prints the speeds, also after Ctrl-C."""
     steps, last = 0, None
-    with _compile_clock() as compiled:
+    with compile_clock() as compiled:
         start = time.perf_counter()
         first = first_compiled = 0.0
         try:
@@ -224,7 +172,7 @@ def _run(
             total, total_compiled = time.perf_counter() - start, compiled()
             if first:
                 decode = total - first - (total_compiled - first_compiled)
-                _say(
+                say(
                     console,
                     f"prefill {_rate(prompt_tokens, first - first_compiled)}, "
                     f"decode {_rate(steps, decode)}, "
@@ -269,9 +217,9 @@ def generate(
     Without a tokenizer.json the prompt is given with --ids and token ids are printed.
     """
     console = Console(stderr=True)
-    with _readable_errors(console):
+    with readable_errors(console):
         if not checkpoint.is_dir():
-            raise _UserError(f"--checkpoint {checkpoint} is not a directory")
+            raise UserError(f"--checkpoint {checkpoint} is not a directory")
         if precision is not None:
             Precision.preset(precision)
         settings, source = _sampling(checkpoint, temperature, top_p, top_k)
@@ -279,10 +227,10 @@ def generate(
         output = _Output(tokenizer, stop or [])
         tokens = _prompt_ids(tokenizer, checkpoint, prompt, prompt_file, ids)
         needed = check_lengths([len(tokens)], max_new_tokens, max_len)
-        _check_devices()
+        check_devices()
 
         model, params = _load(checkpoint, precision)
-        _say(
+        say(
             console,
             f"sampling: temperature {settings.temperature}, top_p {settings.top_p}, "
             f"top_k {settings.top_k}, seed {seed} ({source})",
@@ -301,7 +249,7 @@ def generate(
         )
         last = _run(console, len(tokens), events, output)
         if last is not None and last.error is not None:
-            raise _UserError(last.error)
+            raise UserError(last.error)
 
 
 @app.command("env")
