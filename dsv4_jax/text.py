@@ -5,12 +5,13 @@ special tokens it needs (model.md 8.1).
 """
 
 import codecs
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders
 
-__all__ = ["IncrementalDetokenizer", "StopMatcher", "encode", "load_tokenizer"]
+__all__ = ["IncrementalDetokenizer", "StopMatcher", "encode", "load_tokenizer", "plain_tokenizer"]
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -43,6 +44,17 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
             f"encode: text must be valid Unicode, got a lone surrogate at {error.start}"
         ) from error
     return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer without its added tokens: text that spells one is text like any other.
+
+    ``Tokenizer.encode_special_tokens`` would do so for tokens marked special only; the release
+    does not mark all of its own.
+    """
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = []
+    return Tokenizer.from_str(json.dumps(state))
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from tokenizers import Tokenizer
 
+from dsv4_jax.cli import evaluate
 from dsv4_jax.cli.common import UserError, check_devices, compile_clock, readable_errors, say
 from dsv4_jax.env import report
 from dsv4_jax.generate import TokenEvent, check_lengths, stream
@@ -250,6 +251,9 @@ def generate(
         last = _run(console, len(tokens), events, output)
         if last is not None and last.error is not None:
             raise UserError(last.error)
+
+
+app.command("eval")(evaluate.command)
 
 
 @app.command("env")

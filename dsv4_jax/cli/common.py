@@ -4,15 +4,32 @@ import os
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import jax
 import typer
 from jax.errors import JaxRuntimeError
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
 
 from dsv4_jax.env import devices
+from dsv4_jax.precision import PRESETS
+from dsv4_jax.text import load_tokenizer, plain_tokenizer
 
-__all__ = ["UserError", "check_devices", "compile_clock", "readable_errors", "say"]
+__all__ = [
+    "UserError",
+    "check_devices",
+    "checkpoint_directory",
+    "checkpoint_tokenizer",
+    "compile_clock",
+    "load_model",
+    "preset_name",
+    "progress_bar",
+    "readable_errors",
+    "say",
+]
 
 _INTERRUPTED = 130
 
@@ -67,3 +84,47 @@ def readable_errors(console: Console) -> Generator[None]:
     except (UserError, ValueError, OSError, NotImplementedError, JaxRuntimeError) as error:
         say(console, "error: " + " ".join(str(error).split()))
         raise typer.Exit(2) from None
+
+
+def checkpoint_directory(checkpoint: Path | None) -> Path:
+    """The directory that ``--checkpoint`` names."""
+    if checkpoint is None:
+        raise UserError("give the directory of a checkpoint with --checkpoint")
+    if not checkpoint.is_dir():
+        raise UserError(f"--checkpoint {checkpoint} is not a directory")
+    return checkpoint
+
+
+def checkpoint_tokenizer(checkpoint: Path) -> Tokenizer:
+    """The checkpoint's tokenizer for plain text, in which special tokens mean nothing."""
+    tokenizer = load_tokenizer(checkpoint)
+    if tokenizer is None:
+        raise UserError(f"{checkpoint} has no tokenizer.json: it is needed to read text")
+    return plain_tokenizer(tokenizer)
+
+
+def load_model(checkpoint: Path, precision: str | None, *, mtp: bool = False) -> tuple[Any, Any]:
+    """The model and its parameters, in a preset or in the format of the files."""
+    from dsv4_jax.checkpoint import from_checkpoint
+
+    return from_checkpoint(checkpoint, precision=precision, mtp=mtp)
+
+
+def preset_name(model: Any) -> str:
+    """What the preset of a model is called."""
+    return next(name for name, preset in PRESETS.items() if preset == model.precision)
+
+
+@contextmanager
+def progress_bar(console: Console, what: str) -> Generator[Callable[[int, int], None]]:
+    """Gives a function of (done, total) that moves a bar, on a terminal."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        task = progress.add_task(what, total=None)
+
+        def move(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        yield move
