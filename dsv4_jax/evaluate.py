@@ -21,7 +21,7 @@ from dsv4_jax.generate import Model
 from dsv4_jax.text import encode
 from dsv4_jax.typing import Array, Float32, Int32, Params
 
-__all__ = ["Document", "Score", "evaluate", "log_softmax", "read_document", "total"]
+__all__ = ["Document", "Score", "evaluate", "log_softmax", "read_document", "shorten", "total"]
 
 Progress = Callable[[int, int], object]
 """Called with (tokens done, tokens in total)."""
@@ -122,6 +122,25 @@ def read_document(tokenizer: Tokenizer, path: Path) -> Document:
             f"{text[at : at + 20]!r} became {decoded[at : at + 20]!r}"
         )
     return Document(str(path), np.array(ids, np.int32), len(data))
+
+
+def shorten(tokenizer: Tokenizer, document: Document, num_tokens: int) -> Document:
+    """The first ``num_tokens`` tokens, or up to a character's tokens fewer: no character is cut.
+
+    Args:
+        tokenizer: the one that `read_document` had.
+
+    Raises:
+        ValueError: not even one character is complete.
+    """
+    if num_tokens >= len(document.tokens):
+        return document
+    text = tokenizer.decode(document.tokens.tolist(), skip_special_tokens=False)
+    for n in range(num_tokens, 0, -1):
+        start = tokenizer.decode(document.tokens[:n].tolist(), skip_special_tokens=False)
+        if start and text.startswith(start):
+            return Document(document.name, document.tokens[:n], len(start.encode("utf-8")))
+    raise ValueError(f"{document.name}: the first {num_tokens} tokens must hold a whole character")
 
 
 def log_softmax(logits: Float32[Array, "*lead v"]) -> Float32[Array, "*lead v"]:

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from dsv4_jax.cli import evaluate
+from dsv4_jax.cli import compare, evaluate
 from dsv4_jax.cli.common import UserError, check_devices, compile_clock, readable_errors, say
 from dsv4_jax.env import report
 from dsv4_jax.generate import TokenEvent, check_lengths, stream
@@ -254,6 +254,7 @@ def generate(
 
 
 app.command("eval")(evaluate.command)
+app.command("compare")(compare.command)
 
 
 @app.command("env")

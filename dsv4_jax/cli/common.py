@@ -29,9 +29,11 @@ __all__ = [
     "progress_bar",
     "readable_errors",
     "say",
+    "table_console",
 ]
 
 _INTERRUPTED = 130
+_PIPE_WIDTH = 120
 
 
 class UserError(Exception):
@@ -44,6 +46,14 @@ def check_devices() -> None:
         devices()
     except RuntimeError as error:
         raise UserError(f"no device: {error}") from None
+
+
+def table_console() -> Console:
+    """For tables on stdout: in a pipe or file they are never so narrow that numbers are cut."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, _PIPE_WIDTH)
+    return console
 
 
 def say(console: Console, text: str) -> None:

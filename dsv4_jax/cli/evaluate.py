@@ -21,6 +21,7 @@ from dsv4_jax.cli.common import (
     progress_bar,
     readable_errors,
     say,
+    table_console,
 )
 from dsv4_jax.evaluate import Score, evaluate, read_document, total
 from dsv4_jax.precision import Precision
@@ -133,7 +134,7 @@ def command(
             }
             typer.echo(json.dumps(report, ensure_ascii=False, allow_nan=False))
         else:
-            Console().print(_table(scores, together))
+            table_console().print(_table(scores, together))
         say(
             console,
             f"{together.num_tokens} tokens in {seconds:.2f} s "

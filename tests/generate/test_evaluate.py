@@ -1,7 +1,5 @@
 """Bits per byte: values against one-shot FP64 sums, independence of batching, the command."""
 
-import dataclasses
-import functools
 import json
 import math
 import shutil
@@ -14,13 +12,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from dsv4_jax import DeepseekV4, cli
+from dsv4_jax import cli
 from dsv4_jax.cli import common
 from dsv4_jax.cli import evaluate as eval_command
 from dsv4_jax.evaluate import Document, Score, evaluate, log_softmax, read_document, total
 from dsv4_jax.text import plain_tokenizer
 from tests.support.fake_model import VOCAB, FakeModel, fake_params
-from tests.support.models import golden_model
+from tests.support.models import golden_layers
 from tests.support.official import TINY, tiny_golden
 from tests.support.tokenizer import ascii_tokenizer, byte_tokenizer
 
@@ -145,26 +143,10 @@ def test_progress_counts_tokens() -> None:
     assert seen == sorted(seen)
 
 
-@functools.cache
-def _short_stack(layers: tuple[int, ...]) -> tuple[DeepseekV4, Any]:
-    """Some layers of the golden model as a model of their own, with its MTP module."""
-    model, params = golden_model()
-    c = model.config
-    config = dataclasses.replace(
-        c,
-        num_hidden_layers=len(layers),
-        num_hash_layers=sum(c.is_hash_layer(i) for i in layers),
-        compress_ratios=(*(c.compress_ratios[i] for i in layers), c.compress_ratios[-1]),
-    )
-    kept = {name: leaf for name, leaf in params.items() if not name.startswith("layers_")}
-    kept |= {f"layers_{i}": params[f"layers_{layer}"] for i, layer in enumerate(layers)}
-    return DeepseekV4(config, model.precision, mtp=True), kept
-
-
 @pytest.mark.slow
 def test_model_bits_and_drafts_equal_one_shot() -> None:
     """A CSA layer and the MTP module, in ragged chunks against single calls."""
-    model, params = _short_stack((2,))
+    model, params = golden_layers((2,))
     ids = tiny_golden()["ids"].astype(np.int32)
     documents = [Document("long", ids[0, :90], 90), Document("short", ids[1, :41], 41)]
     scores = evaluate(model, params, documents, batch_size=2, chunk_size=32, mtp=True)
@@ -272,7 +254,7 @@ def test_table(checkpoint: Path) -> None:
     result = _eval(checkpoint, "--text", path)
     assert result.exit_code == 0
     column = [line.split("│")[1] for line in result.stdout.splitlines() if "│" in line]
-    shown = "".join(column).replace(" ", "")  # folded, as the terminal is narrow
+    shown = "".join(column).replace(" ", "")
     assert shown == str(path).replace(" ", "") + "total"
     bits = -_fake_log2(read_document(ascii_tokenizer(), path).tokens).sum()
     assert f"{bits / 60:.5f}" in result.stdout
