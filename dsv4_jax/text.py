@@ -13,7 +13,14 @@ from typing import Any, cast
 
 from tokenizers import Tokenizer, decoders
 
-__all__ = ["IncrementalDetokenizer", "StopMatcher", "bos_token", "encode", "load_tokenizer"]
+__all__ = [
+    "IncrementalDetokenizer",
+    "StopMatcher",
+    "bos_token",
+    "encode",
+    "load_tokenizer",
+    "plain_tokenizer",
+]
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
@@ -77,6 +84,17 @@ def bos_token(directory: str | Path, tokenizer: Tokenizer) -> int | None:
     if found is None:
         raise ValueError(f"{path}: bos_token must be a token of the tokenizer, got {text!r}")
     return found
+
+
+def plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer without its added tokens: text that spells one is text like any other.
+
+    ``Tokenizer.encode_special_tokens`` would do so for tokens marked special only; the release
+    does not mark all of its own.
+    """
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = []
+    return Tokenizer.from_str(json.dumps(state))
 
 
 def _byte_alphabet() -> dict[str, int]:

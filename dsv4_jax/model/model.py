@@ -144,6 +144,17 @@ class DeepseekV4(nn.Module):
         layers = (*cache.layers[:layer], state, *cache.layers[layer + 1 :])
         return streams, dataclasses.replace(cache, layers=layers)
 
+    def embed_tokens(self, tokens: Int32[Array, "b t"]) -> Float[Array, "b t hc d"]:
+        """The streams before the first layer: the token's embedding row in each of them."""
+        b, t = tokens.shape
+        rows = self._embed(tokens).reshape(b, t, 1, self.config.hidden_size)
+        return jnp.broadcast_to(rows, (b, t, self.config.hc_mult, self.config.hidden_size))
+
+    def head_logits(self, streams: Float[Array, "b t hc d"]) -> Float32[Array, "b t v"]:
+        """Logits of every position from its streams after the last layer (model.md 6.1)."""
+        b, t = streams.shape[:2]
+        return self._head(streams.reshape(b * t, *streams.shape[2:])).reshape(b, t, -1)
+
     def draft(
         self,
         streams: Float[Array, "b t hc d"],
@@ -200,10 +211,7 @@ class DeepseekV4(nn.Module):
         self, tokens: Array, cache: Cache, num_tokens: Array | None
     ) -> tuple[Array, Step, Cache]:
         step, overflow = self._step(tokens, cache, num_tokens, cache.lengths)
-        b, t = step.tokens.shape
-        hc, dim = self.config.hc_mult, self.config.hidden_size
-        rows = self._embed(step.tokens).reshape(b, t, 1, dim)
-        streams = jnp.broadcast_to(rows, (b, t, hc, dim))
+        streams = self.embed_tokens(step.tokens)
         states: list[LayerCache] = []
         for i, block in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):

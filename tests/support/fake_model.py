@@ -68,8 +68,7 @@ class FakeModel:
         num_tokens: jax.Array,
         logits: str,
     ) -> tuple[jax.Array, FakeCache]:
-        """Appends tokens; the only kind of logits offered is ``last``."""
-        assert logits == "last"
+        """Appends tokens; logits of padding mean nothing."""
         self.traces.append(tokens.shape)  # runs once per compilation
 
         def append(state: tuple[jax.Array, ...], column: tuple[jax.Array, jax.Array]):
@@ -81,28 +80,31 @@ class FakeModel:
             mixed = history[:, 0] * jnp.uint32(1664525) + token.astype(jnp.uint32) + jnp.uint32(7)
             history = jnp.where(real[:, None], jnp.stack([mixed, first], axis=1), history)
             at = jnp.where(real, token, at)
-            return (
-                history,
-                lengths + real.astype(jnp.int32),
-                overflow | (wanted & ~real),
-                at,
-            ), None
+            state = (history, lengths + real.astype(jnp.int32), overflow | (wanted & ~real), at)
+            return state, (state if logits == "all" else None)
 
         start = (cache.history, cache.lengths, cache.overflow, tokens[:, 0])
         columns = (tokens.T, jnp.arange(tokens.shape[1], dtype=jnp.int32))
-        (history, lengths, overflow, at), _ = jax.lax.scan(append, start, columns)
+        (history, lengths, overflow, at), steps = jax.lax.scan(append, start, columns)
+        scale = variables["params"]["scale"]
+        if steps is not None:
+            scores = jnp.swapaxes(self._scores(steps[0], steps[1], steps[3], scale), 0, 1)
+        else:
+            scores = self._scores(history, lengths, at, scale)
+        return scores, FakeCache(history, lengths, overflow, cache.max_len)
 
+    def _scores(self, history: Any, lengths: Any, at: Any, scale: Any) -> jax.Array:
+        """Logits ``[..., vocab]`` of states ``[...]``."""
         vocab = jnp.arange(VOCAB, dtype=jnp.uint32)
-        mixed = (history[:, :1] + vocab) * jnp.uint32(2654435761)
+        mixed = (history[..., :1] + vocab) * jnp.uint32(2654435761)
         scores = (mixed >> jnp.uint32(8)).astype(jnp.float32) * jnp.float32(4 / 2**24)
         if self.follow:
-            scores = (vocab[None, :] == (at[:, None] + 1).astype(jnp.uint32)).astype(jnp.float32)
-        scores = scores * variables["params"]["scale"]
-        poisoned = (history[:, 1] == jnp.uint32(self.poison_row % 2**32)) & (
+            scores = (vocab == (at[..., None] + 1).astype(jnp.uint32)).astype(jnp.float32)
+        scores = scores * scale
+        poisoned = (history[..., 1] == jnp.uint32(self.poison_row % 2**32)) & (
             lengths == self.poison_at
         )
-        scores = jnp.where(poisoned[:, None], jnp.nan, scores)
-        return scores, FakeCache(history, lengths, overflow, cache.max_len)
+        return jnp.where(poisoned[..., None], jnp.nan, scores)
 
 
 def fake_params() -> Any:

@@ -40,6 +40,22 @@ def three_layers(preset: str = "official", **overrides: Any) -> tuple[DeepseekV4
     return DeepseekV4(config, model.precision), kept
 
 
+@functools.cache
+def golden_layers(layers: tuple[int, ...], preset: str = "official") -> tuple[DeepseekV4, Any]:
+    """Some layers of the golden model as a model of their own, with its MTP module."""
+    model, params = golden_model(preset)
+    c = model.config
+    config = dataclasses.replace(
+        c,
+        num_hidden_layers=len(layers),
+        num_hash_layers=sum(c.is_hash_layer(i) for i in layers),
+        compress_ratios=(*(c.compress_ratios[i] for i in layers), c.compress_ratios[-1]),
+    )
+    kept = {name: leaf for name, leaf in params.items() if not name.startswith("layers_")}
+    kept |= {f"layers_{i}": params[f"layers_{layer}"] for i, layer in enumerate(layers)}
+    return DeepseekV4(config, model.precision, mtp=True), kept
+
+
 @functools.partial(jax.jit, static_argnames="model")
 def append(
     model: DeepseekV4, params: Any, tokens: jax.Array, cache: Cache, num_tokens: jax.Array

@@ -1,12 +1,27 @@
-"""A tiny byte-level BPE tokenizer: 256 byte tokens, a few merges, two special tokens."""
+"""Tiny byte-level BPE tokenizers."""
+
+from collections.abc import Sequence
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+MERGES = (("t", "h"), ("h", "e"), ("l", "l"), ("Ġ", "a"))
 
-def byte_tokenizer() -> Tokenizer:
-    """Characters outside ASCII are always split into one token per byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("t", "h"), ("h", "e"), ("l", "l"), ("Ġ", "a")]
+
+def byte_tokenizer(merges: Sequence[tuple[str, str]] = MERGES) -> Tokenizer:
+    """256 byte tokens, a few merges, two special tokens.
+
+    Characters outside ASCII are always split into one token per byte. Without merges the ids of
+    plain text are below 256.
+    """
+    return _tokenizer(sorted(pre_tokenizers.ByteLevel.alphabet()), list(merges))
+
+
+def ascii_tokenizer() -> Tokenizer:
+    """96 tokens, printable ASCII and the newline; it drops everything else without a word."""
+    return _tokenizer([*map(chr, range(0x21, 0x7F)), "Ġ", "Ċ"], [])
+
+
+def _tokenizer(alphabet: list[str], merges: list[tuple[str, str]]) -> Tokenizer:
     vocab = {piece: i for i, piece in enumerate([*alphabet, *(a + b for a, b in merges)])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]

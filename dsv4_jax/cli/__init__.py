@@ -1,22 +1,31 @@
-"""The ``dsv4`` command. Generated text goes to stdout, everything else to stderr."""
+"""The ``dsv4`` command: ``generate`` and ``env``; the other commands have a module each.
 
-import gc
+Results go to stdout, everything else to stderr.
+"""
+
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import jax
 import typer
-from jax.errors import JaxRuntimeError
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from dsv4_jax.env import check_writable, compilation_cache, devices, report
+from dsv4_jax.cli import compare, evaluate
+from dsv4_jax.cli.common import (
+    UserError,
+    check_devices,
+    checkpoint_directory,
+    compile_clock,
+    fast_start,
+    readable_errors,
+    say,
+)
+from dsv4_jax.env import report
 from dsv4_jax.generate import TokenEvent, check_lengths, stream
 from dsv4_jax.precision import Precision
 from dsv4_jax.sampling import SamplingParams
@@ -40,13 +49,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_INTERRUPTED = 130
-
 _LEAST_POSITIONS = 512
-
-
-class _UserError(Exception):
-    """Something the user can put right; shown as one line, exit code 2."""
 
 
 def _version(value: bool) -> None:
@@ -64,44 +67,6 @@ def _main(  # pyright: ignore[reportUnusedFunction]
     """DeepSeek-V4 inference in JAX."""
 
 
-def _check_devices() -> None:
-    """Before anything is read: a device to run on."""
-    try:
-        devices()
-    except RuntimeError as error:
-        raise _UserError(f"no device: {error}") from None
-
-
-def _checkpoint(option: Path | None) -> Path:
-    """The directory that ``--checkpoint`` names, else that of the bundled model."""
-    if option is None:
-        from dsv4_jax.checkpoint import bundled_checkpoint
-
-        return bundled_checkpoint()
-    if not option.is_dir():
-        raise _UserError(f"--checkpoint {option} is not a directory")
-    return option
-
-
-def _fast_start(console: Console) -> None:
-    """Keeps compiled programs for the next process; fewer collections while JAX traces."""
-    gc.set_threshold(100_000)  # the default spends a fifth of the tracing on the collector
-    directory = compilation_cache()
-    if directory is None:
-        return
-    if "://" not in directory:
-        try:
-            check_writable(directory)
-        except OSError as error:
-            _say(console, f"no compilation cache: {error}")
-            jax.config.update("jax_enable_compilation_cache", False)
-            return
-    jax.config.update("jax_compilation_cache_dir", directory)
-    # Small programs too: each costs more to compile than to read.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
 def _positions(needed: int, limit: int) -> int:
     """Positions of a cache for ``needed``: few distinct lengths, since each is compiled anew."""
     return max(needed, min(limit, max(_LEAST_POSITIONS, 1 << (needed - 1).bit_length())))
@@ -115,50 +80,11 @@ def _load(checkpoint: Path, precision: str | None) -> tuple[Any, Any]:
     return from_checkpoint(checkpoint, precision=chosen)
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _compile_clock() -> Generator[Callable[[], float]]:
-    """Gives a function that returns the seconds JAX has spent tracing and compiling."""
-    spans: list[tuple[float, float]] = []
-
-    def listen(event: str, start_time: float, end_time: float, **_: str | int) -> None:
-        if event.startswith("/jax/core/compile/"):
-            while spans and spans[-1][0] >= start_time:  # work inside this span: count it once
-                spans.pop()
-            spans.append((start_time, end_time))
-
-    jax.monitoring.register_event_time_span_listener(listen)
-    try:
-        yield lambda: sum(end - start for start, end in spans)
-    finally:
-        jax.monitoring.unregister_event_time_span_listener(listen)
-
-
-@contextmanager
-def _readable_errors(console: Console) -> Generator[None]:
-    """Turns user errors into one line and exit code 2, Ctrl-C into 130."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        _say(console, "interrupted")
-        raise typer.Exit(_INTERRUPTED) from None
-    except BrokenPipeError:
-        # The reader of stdout left; point it elsewhere so that the exit flush cannot fail too.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(1) from None
-    except (_UserError, ValueError, OSError, NotImplementedError, JaxRuntimeError) as error:
-        _say(console, "error: " + " ".join(str(error).split()))
-        raise typer.Exit(2) from None
-
-
 def _parse_ids(text: str) -> list[int]:
     try:
         return [int(word) for word in text.replace(",", " ").split()]
     except ValueError:
-        raise _UserError(f"--ids must be integers such as '1 2 3', got {text!r}") from None
+        raise UserError(f"--ids must be integers such as '1 2 3', got {text!r}") from None
 
 
 def _prompt_ids(
@@ -169,23 +95,23 @@ def _prompt_ids(
     ids: str | None,
 ) -> list[int]:
     if sum(option is not None for option in (prompt, prompt_file, ids)) != 1:
-        raise _UserError("give exactly one of --prompt, --prompt-file and --ids")
+        raise UserError("give exactly one of --prompt, --prompt-file and --ids")
     if ids is not None:
         found = _parse_ids(ids)
     else:
         if tokenizer is None:
-            raise _UserError(f"{checkpoint} has no tokenizer.json: give token ids with --ids")
+            raise UserError(f"{checkpoint} has no tokenizer.json: give token ids with --ids")
         if prompt_file is not None:
             try:
                 prompt = prompt_file.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
-                raise _UserError(f"{prompt_file}: not UTF-8 text: {error}") from None
+                raise UserError(f"{prompt_file}: not UTF-8 text: {error}") from None
         found = encode(tokenizer, prompt or "")
         bos = bos_token(checkpoint, tokenizer)
         if bos is not None and found[:1] != [bos]:
             found = [bos, *found]
     if not found:
-        raise _UserError("the prompt is empty")
+        raise UserError("the prompt is empty")
     return found
 
 
@@ -199,9 +125,9 @@ def _sampling(
         try:
             read = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise _UserError(f"{path}: not valid JSON: {error}") from None
+            raise UserError(f"{path}: not valid JSON: {error}") from None
         if not isinstance(read, dict):
-            raise _UserError(f"{path}: must hold a JSON object, got {type(read).__name__}")
+            raise UserError(f"{path}: must hold a JSON object, got {type(read).__name__}")
         defaults = cast("dict[str, Any]", read)
     if temperature is None:
         sampled = defaults.get("do_sample", "temperature" in defaults)
@@ -217,7 +143,7 @@ class _Output:
 
     def __init__(self, tokenizer: Tokenizer | None, stops: list[str]) -> None:
         if tokenizer is None and stops:
-            raise _UserError("--stop needs a tokenizer.json in the checkpoint")
+            raise UserError("--stop needs a tokenizer.json in the checkpoint")
         self._text = None if tokenizer is None else IncrementalDetokenizer(tokenizer)
         self._stops = StopMatcher(stops)
         self._separator = ""
@@ -256,7 +182,7 @@ def _run(
 ) -> TokenEvent | None:
     """Reads the events to their end; prints the speeds, also after Ctrl-C."""
     steps, last = 0, None
-    with _compile_clock() as compiled:
+    with compile_clock() as compiled:
         start = time.perf_counter()
         first = first_compiled = 0.0
         try:
@@ -271,7 +197,7 @@ def _run(
             total, total_compiled = time.perf_counter() - start, compiled()
             if first:
                 decode = total - first - (total_compiled - first_compiled)
-                _say(
+                say(
                     console,
                     f"prefill {_rate(prompt_tokens, first - first_compiled)}, "
                     f"decode {_rate(steps, decode)}, "
@@ -322,8 +248,8 @@ def generate(
     Without a tokenizer.json the prompt is given with --ids and token ids are printed.
     """
     console = Console(stderr=True)
-    with _readable_errors(console):
-        directory = _checkpoint(checkpoint)
+    with readable_errors(console):
+        directory = checkpoint_directory(checkpoint)
         if precision is not None:
             Precision.preset(precision)
         settings, source = _sampling(directory, temperature, top_p, top_k)
@@ -331,15 +257,15 @@ def generate(
         output = _Output(tokenizer, stop or [])
         tokens = _prompt_ids(tokenizer, directory, prompt, prompt_file, ids)
         needed = check_lengths([len(tokens)], max_new_tokens, max_len)
-        _check_devices()
-        _fast_start(console)
+        check_devices()
+        fast_start(console)
 
         kind = "bundled checkpoint" if checkpoint is None else "checkpoint"
-        _say(console, f"{kind}: {directory}")
+        say(console, f"{kind}: {directory}")
         model, params = _load(directory, precision)
         if max_len is None:
             needed = _positions(needed, model.config.max_position_embeddings)
-        _say(
+        say(
             console,
             f"sampling: temperature {settings.temperature}, top_p {settings.top_p}, "
             f"top_k {settings.top_k}, seed {seed} ({source})",
@@ -358,7 +284,11 @@ def generate(
         )
         last = _run(console, len(tokens), events, output)
         if last is not None and last.error is not None:
-            raise _UserError(last.error)
+            raise UserError(last.error)
+
+
+app.command("eval")(evaluate.command)
+app.command("compare")(compare.command)
 
 
 @app.command("env")

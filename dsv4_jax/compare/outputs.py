@@ -1,0 +1,90 @@
+"""The outputs of all modules of one call, as rows that two models can be compared by."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dsv4_jax.model.compressor import Compressor
+from dsv4_jax.model.hc import HyperConnection
+from dsv4_jax.model.linear import Weight
+from dsv4_jax.model.moe import Gate, Leaves
+from dsv4_jax.typing import Array
+
+__all__ = ["Outputs", "Recorder"]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["values", "rows"], meta_fields=["names"]
+)
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """Outputs of modules: names, values ``[rows, width]`` and which rows count."""
+
+    names: tuple[str, ...]
+    values: tuple[Array, ...]
+    rows: tuple[Array, ...]
+
+
+class Recorder:
+    """Keeps every module's output of one `apply`; parameters that modules hand out are not kept."""
+
+    def __init__(self, experts: int) -> None:
+        self._experts = experts
+        self._modules: list[tuple[tuple[str, ...], type[nn.Module]]] = []
+
+    def keep(self, module: nn.Module, method: str) -> bool:
+        """The filter for ``capture_intermediates``; notes the order of the calls."""
+        kept = method == "__call__" and not isinstance(module, (Weight, Leaves))
+        if kept and module.path:
+            self._modules.append((module.path, type(module)))
+        return kept and bool(module.path)
+
+    def outputs(self, kept: Mapping[str, Any], valid: Array) -> Outputs:
+        """The kept outputs as rows; ``valid [t]`` are the real tokens of the only sequence."""
+        names: list[str] = []
+        values: list[Array] = []
+        rows: list[Array] = []
+
+        def add(name: str, value: Array, real: Array) -> None:
+            names.append(name)
+            values.append(value.reshape(real.shape[0], -1))
+            rows.append(real)
+
+        found = {path: _output(kept, path) for path, _ in self._modules}
+        windows = {
+            path: found[path][1].reshape(-1) >= 0
+            for path, module in self._modules
+            if issubclass(module, Compressor)
+        }
+        for path, module in self._modules:
+            name, value = "/".join(path), found[path]
+            if path in windows:
+                add(name, value[0], windows[path])  # an entry per window that closes
+            elif path[:-1] in windows:
+                add(name, value, windows[path[:-1]])
+            elif issubclass(module, HyperConnection):
+                for part, array in zip(("y", "post", "comb"), value, strict=True):
+                    add(f"{name}:{part}", array, valid)
+            elif issubclass(module, Gate):
+                picks, weights = value
+                add(f"{name}:picks", picks, valid)
+                token = jnp.arange(picks.shape[0])[:, None]
+                spread = jnp.zeros((picks.shape[0], self._experts), jnp.float32)
+                add(f"{name}:weights", spread.at[token, picks].set(weights, mode="drop"), valid)
+            elif name.endswith("indexer"):
+                if value[0] is not None:
+                    add(f"{name}:picks", value[0], valid)
+            else:
+                add(name, value[0] if isinstance(value, tuple) else value, valid)
+        return Outputs(tuple(names), tuple(values), tuple(rows))
+
+
+def _output(kept: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    for name in path:
+        kept = kept[name]
+    return kept["__call__"][0]
