@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from reference import formats
 from reference.rounding import FP32, Rounding, bf
@@ -35,12 +34,10 @@ def attention(
     Returns:
         `[t, h, d]`, before the inverse RoPE.
     """
-    a = jnp.einsum("thd,sd->ths", q, keys, precision=lax.Precision.HIGHEST) * q.shape[-1] ** -0.5
+    a = rounding.einsum("thd,sd->ths", q, keys) * q.shape[-1] ** -0.5
     a = jnp.where(mask[:, None, :], a, -jnp.inf)
     top = jnp.max(a, axis=-1, keepdims=True)
     e = jnp.exp(a - top)
     denominator = jnp.sum(e, axis=-1, keepdims=True) + jnp.exp(sink[:, None] - top)
     e = bf(e) if rounding.bf16_probs else e
-    return rounding.bf(
-        jnp.einsum("ths,sd->thd", e, keys, precision=lax.Precision.HIGHEST) / denominator
-    )
+    return rounding.bf(rounding.einsum("ths,sd->thd", e, keys) / denominator)

@@ -40,8 +40,9 @@ def compressor(
         `[t // m, width]`.
     """
     n, channels = x.shape[0] // m, (2 if m == 4 else 1) * width
-    z = linear.product(x[: n * m], params["wkv"]).reshape(n, m, channels)
-    g = linear.product(x[: n * m], params["wgate"]).reshape(n, m, channels) + params["ape"]
+    z = linear.product(x[: n * m], params["wkv"], rounding).reshape(n, m, channels)
+    g = linear.product(x[: n * m], params["wgate"], rounding).reshape(n, m, channels)
+    g = g + params["ape"]
     if m == 4:
         z, g = overlap(z, width, 0.0), overlap(g, width, -jnp.inf)
     entries = jnp.sum(jax.nn.softmax(g, axis=1) * z, axis=1)

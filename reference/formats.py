@@ -1,9 +1,16 @@
 """Number formats written out: E4M3, E2M1, UE8M0, quantise-dequantise recipes, Hadamard.
 
+The recipes `q8`, `q4`, `nvfp4` and `weight_q8` are differentiable straight through: their
+derivative is that of the identity, as if nothing had been rounded.
+
 No float8 or float4 cast of XLA is used: their saturation differs between backends, and nearest-even
 is easy to spell. Rounders take and return FP32 of any shape; block recipes work along the last
 axis.
 """
+
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +20,26 @@ from jax import lax
 E4M3_MAX = 448.0
 E2M1_MAX = 6.0
 E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+
+
+def _straight_through(recipe: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`recipe(x, ...)` with the derivative of `x`; further arguments get none.
+
+    Further arguments annotated as integers are static.
+    """
+    static = tuple(
+        i
+        for i, parameter in enumerate(inspect.signature(recipe).parameters.values())
+        if parameter.annotation is int
+    )
+    through = jax.custom_jvp(recipe, nondiff_argnums=static)
+
+    def derivative(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+        *fixed, primals, tangents = arguments
+        return through(*primals, *fixed), tangents[0]
+
+    through.defjvp(derivative)
+    return through
 
 
 def decode_e4m3(codes: np.ndarray) -> np.ndarray:
@@ -100,6 +127,7 @@ def _unblock(blocks: jax.Array, n: int) -> jax.Array:
     return blocks.reshape(*blocks.shape[:-2], count * block)[..., :n]
 
 
+@_straight_through
 def q8(x: jax.Array, block: int) -> jax.Array:
     """FP8 quantise-dequantise with power-of-two scales (section 4.5).
 
@@ -112,6 +140,7 @@ def q8(x: jax.Array, block: int) -> jax.Array:
     return _unblock(round_e4m3(b / s) * s, x.shape[-1])
 
 
+@_straight_through
 def q4(x: jax.Array, block: int = 32) -> jax.Array:
     """FP4 quantise-dequantise with power-of-two scales (section 4.5).
 
@@ -145,6 +174,20 @@ def nvfp4_quantize(x: jax.Array, global_scale: jax.Array) -> tuple[jax.Array, ja
     return _unblock(q, x.shape[-1]), s_b[..., 0]
 
 
+@_straight_through
+def weight_q8(w: jax.Array) -> jax.Array:
+    """FP8 weights as the release stores them: `q8` with one scale per 128x128 (section 7.1).
+
+    `w [..., out, in]`, both multiples of 128.
+    """
+    *lead, rows, cols = w.shape
+    tiles = w.reshape(*lead, rows // 128, 128, cols // 128, 128)
+    a = jnp.max(jnp.abs(tiles), axis=(-3, -1), keepdims=True)
+    s = pow2ceil(jnp.maximum(a, np.float32(1e-4)) * np.float32(1 / 448))
+    return (round_e4m3(tiles / s) * s).reshape(w.shape)
+
+
+@_straight_through
 def nvfp4(x: jax.Array, global_scale: jax.Array) -> jax.Array:
     """NVFP4 quantise-dequantise `q * s_b * s2`; arguments as `nvfp4_quantize`."""
     q, s_b = nvfp4_quantize(x, global_scale)

@@ -31,7 +31,7 @@ def indexer(
         `[t, n]`, visible or not.
     """
     rnd = bf if rounding.bf16_scores else lambda x: x
-    score = rnd(jnp.einsum("thd,nd->thn", q, entries, precision=lax.Precision.HIGHEST))
+    score = rnd(rounding.einsum("thd,nd->thn", q, entries))
     return rnd(jnp.sum(rnd(jax.nn.relu(score) * weight[:, :, None]), axis=1))
 
 

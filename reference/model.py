@@ -195,7 +195,7 @@ def head(
     hc = (p[prefix + name] for name in ("hc_head_fn", "hc_head_base", "hc_head_scale"))
     h = mhc_head.mhc_head(streams, *hc, hc_eps=config["hc_eps"], rms_eps=eps, rounding=rounding)
     return linear.product(
-        rmsnorm.rmsnorm(h, p[prefix + "norm.weight"], eps, rounding), p["head.weight"]
+        rmsnorm.rmsnorm(h, p[prefix + "norm.weight"], eps, rounding), p["head.weight"], rounding
     )
 
 

@@ -1,8 +1,6 @@
 """Grouped low-rank output projection of attention (model.md section 3.6)."""
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
 from reference import linear
 from reference.rounding import FP32, Rounding
@@ -19,5 +17,5 @@ def output_projection(
     """
     o = o.reshape(o.shape[0], groups, -1)
     wo_a = wo_a.reshape(groups, -1, o.shape[-1])
-    u = rounding.bf(jnp.einsum("tgi,gri->tgr", o, wo_a, precision=lax.Precision.HIGHEST))
+    u = rounding.bf(rounding.einsum("tgi,gri->tgr", o, wo_a))
     return linear.lin8(u.reshape(len(o), -1), wo_b, rounding)

@@ -4,8 +4,10 @@ All arrays stay FP32; where a rounding is on, their values are representable in 
 """
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 
@@ -35,6 +37,10 @@ class Rounding:
         bf16_probs: `e_u` rounded to BF16 for the value product, but not in the denominator.
         expert_nvfp4: Inputs of routed experts through the NVFP4 recipe with a global scale per
             token (W4A4), instead of `act_fp8`. Not part of the official state.
+        linear_nvfp4: The same for the inputs of the FP8 linears. Not part of the official state.
+        bf16_products: Operands of every product enter as BF16, sums stay FP32: for training on
+            tensor cores. Exact where both operands are representable in BF16 anyway, which `bf16`
+            and weights of an official checkpoint see to.
     """
 
     bf16: bool = False
@@ -45,10 +51,50 @@ class Rounding:
     bf16_q_norm: bool = False
     bf16_probs: bool = False
     expert_nvfp4: bool = False
+    linear_nvfp4: bool = False
+    bf16_products: bool = False
 
     def bf(self, x: jax.Array) -> jax.Array:
         """`bf(x)` when BF16 rounding is on, else `x`."""
         return bf(x) if self.bf16 else x
+
+    def einsum(self, spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+        """`jnp.einsum` of two operands, in FP32 or as `bf16_products` says.
+
+        Every index of an operand must stand in the other one or in the result.
+        """
+        if self.bf16_products:
+            return _bf16_einsum(spec, a, b)
+        return jnp.einsum(spec, a, b, precision=lax.Precision.HIGHEST)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _bf16_einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Product of BF16 operands summed in FP32; its gradients are products of the same kind."""
+    if jax.default_backend() == "cpu":  # XLA's CPU has no such product for every shape
+        return jnp.einsum(spec, bf(a), bf(b), precision=lax.Precision.HIGHEST)
+    return jnp.einsum(
+        spec, a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), preferred_element_type=jnp.float32
+    )
+
+
+def _bf16_einsum_fwd(spec: str, a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple]:
+    if jax.default_backend() != "cpu":
+        a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+    return _bf16_einsum(spec, a, b), (a, b)
+
+
+def _bf16_einsum_bwd(spec: str, operands: tuple, cotangent: jax.Array) -> tuple:
+    inputs, out = spec.split("->")
+    left, right = inputs.split(",")
+    a, b = operands
+    return (
+        _bf16_einsum(f"{out},{right}->{left}", cotangent, b),
+        _bf16_einsum(f"{left},{out}->{right}", a, cotangent),
+    )
+
+
+_bf16_einsum.defvjp(_bf16_einsum_fwd, _bf16_einsum_bwd)
 
 
 FP32 = Rounding()

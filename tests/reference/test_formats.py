@@ -1,10 +1,14 @@
 """Number formats of the reference against ml_dtypes and against the tables of model.md."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
+from dsv4_jax.quant import fp8
 from reference import formats, rope
 from reference.rounding import bf
 from reference.weights import dequantize_official
@@ -265,3 +269,61 @@ def test_dequantize_block_scales_cover_partial_blocks():
     value = dequantize_official(raw)["a.weight"]
     assert_same_bits(value[:128], np.full((128, 3), 2.0))
     assert_same_bits(value[128:], np.full((2, 3), 0.5))
+
+
+RECIPES: dict[str, tuple[Any, tuple]] = {
+    "q8": (formats.q8, (64,)),
+    "q4": (formats.q4, (32,)),
+    "weight_q8": (formats.weight_q8, ()),
+    "nvfp4": (formats.nvfp4, (np.float32(0.01),)),
+}
+
+
+def rounded_values():
+    """Blocks of ordinary, tiny, huge and zero values; what NVFP4's scale of 0.01 clips, too."""
+    x = samples(1.0, 128 * 256).reshape(128, 256)
+    x[:, :32] *= 1e6
+    x[:, 32:64] = 0
+    x[:, 64:128] *= 1e-7
+    return jnp.asarray(x)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_gradient_passes_straight_through(recipe):
+    """That of the identity bit by bit, under jit and through an outer function."""
+    function, arguments = RECIPES[recipe]
+    x = rounded_values()
+    cotangent = jnp.asarray(samples(1.0, x.size)[::-1].reshape(x.shape))
+    grad = jax.jit(jax.grad(lambda x: jnp.sum(cotangent * function(x, *arguments))))(x)
+    assert_same_bits(grad, cotangent)
+    tangent = jax.jvp(lambda x: function(x, *arguments), (x,), (cotangent,))[1]
+    assert_same_bits(tangent, cotangent)
+    assert np.abs(np.asarray(function(x, *arguments)) - x).max() > 0
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_straight_through_leaves_values_alone(recipe):
+    """The same bits plain, under differentiation and without the wrapper."""
+    function, arguments = RECIPES[recipe]
+    x = rounded_values()
+    plain = function.fun(x, *arguments)
+    assert_same_bits(function(x, *arguments), plain)
+    assert_same_bits(jax.jvp(lambda x: function(x, *arguments), (x,), (x,))[0], plain)
+
+
+def test_nvfp4_scale_has_no_gradient():
+    x = rounded_values()[:2]
+    grad = jax.grad(lambda x, scale: formats.nvfp4(x, scale).sum(), 1)(x, jnp.float32(0.01))
+    assert float(grad) == 0
+
+
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_weight_q8_stores_like_dsv4_jax(lead):
+    """Tiles of different magnitudes, one of zeros and one below the floor of 1e-4."""
+    w = samples(1.0, 3 * 256 * 384).reshape(3, 256, 384)
+    w[0, :128, :128], w[0, :128, 128:256] = 0, w[0, :128, 128:256] * 1e-7
+    w[0, 128:, :128] *= 1e5
+    w = jnp.asarray(w if lead else w[0])
+    assert_same_bits(formats.weight_q8(w), fp8.dequantize_weight(fp8.quantize_weight(w)))
+    one = formats.weight_q8(w[..., :128, 256:])
+    assert_same_bits(formats.weight_q8(w)[..., :128, 256:], one)  # tiles are independent
