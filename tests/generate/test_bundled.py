@@ -22,10 +22,13 @@ MOST_BYTES = 12_000_000
 """What the wheel may grow by."""
 
 FILES = {
+    "LICENSE-PSF.txt",
     "README.md",
     "config.json",
+    "curve.png",
     "generation_config.json",
     "model.safetensors",
+    "split.json",
     "tokenizer.json",
     "tokenizer_config.json",
 }
