@@ -166,8 +166,8 @@ def windows(documents: list[np.ndarray], length: int) -> tuple[np.ndarray, np.nd
 class Ahead:
     """A jitted function that is compiled in a thread, by a call with arguments that do not matter.
 
-    The compilation is not `lower().compile()`: JAX 0.10 to 0.11 lose the constants of a function
-    when its compiled form is called after another one of the same kind was traced.
+    Not by `lower().compile()`: a second function compiled so was once refused by JAX 0.10 and 0.11
+    ("compiled for 549 inputs but called with 439"); the cause was not found.
     """
 
     def __init__(

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 import dsv4_jax.checkpoint
 from dsv4_jax import CheckpointError, bundled_checkpoint, cli, env
+from dsv4_jax.cli import common
 from dsv4_jax.text import bos_token
 from tests.support.fake_model import FakeModel, fake_params
 from tests.support.tokenizer import byte_tokenizer
@@ -68,7 +69,7 @@ def test_unwritable_cache_directory(
     """Said once; nothing else changes. A file in the way stops root as well."""
     blocked = checkpoint / "file"
     blocked.write_bytes(b"")
-    monkeypatch.setattr(cli, "compilation_cache", lambda: str(blocked / "dsv4_jax"))
+    monkeypatch.setattr(common, "compilation_cache", lambda: str(blocked / "dsv4_jax"))
     arguments = ["generate", "--checkpoint", str(checkpoint), "--ids", "1", "--max-new-tokens", "2"]
     result = CliRunner().invoke(cli.app, arguments)
     assert (result.exit_code, result.stdout) == (0, "2 3\n")
