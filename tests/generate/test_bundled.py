@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import dsv4_jax
-from dsv4_jax import bundled_checkpoint, generate, prefill
+from dsv4_jax import _ffi, bundled_checkpoint, generate, prefill
 from dsv4_jax.checkpoint import from_checkpoint
 from dsv4_jax.checkpoint.read import read_config
 from dsv4_jax.config import LayerKind, ModelConfig
@@ -106,8 +106,15 @@ def _dsv4(package: Path, cache: Path, *arguments: str) -> subprocess.CompletedPr
         "PYTHONPATH": str(package),
         "XDG_CACHE_HOME": str(cache),
     }
+    # An editable install has a finder of its own, which would come before the copy.
+    code = (
+        "import sys\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in type(f).__module__]\n"
+        "from dsv4_jax.cli import app\n"
+        "app()"
+    )
     return subprocess.run(
-        [sys.executable, "-P", "-c", "from dsv4_jax.cli import app; app()", *arguments],
+        [sys.executable, "-P", "-c", code, *arguments],
         capture_output=True,
         check=False,
         cwd=cache,
@@ -132,6 +139,8 @@ def test_generate_without_a_checkpoint(tmp_path: Path) -> None:
         package / "dsv4_jax",
         ignore=shutil.ignore_patterns("__pycache__"),
     )
+    library = Path(_ffi.__file__)  # beside the package, or elsewhere in an editable install
+    shutil.copy(library, package / "dsv4_jax" / library.name)
     for path in (package, *package.rglob("*")):
         path.chmod(path.stat().st_mode & ~0o222)
     cache = tmp_path / "cache é"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from dsv4_jax import cli
+from dsv4_jax import bundled_checkpoint, cli
 from dsv4_jax.cli import common
 from dsv4_jax.cli import evaluate as eval_command
 from dsv4_jax.evaluate import Document, Score, evaluate, log_softmax, read_document, total
@@ -319,12 +319,13 @@ def test_bad_options_are_one_line(checkpoint: Path, arguments: list[str], messag
     _assert_one_line(result, message)
 
 
-def test_no_checkpoint_no_tokenizer(checkpoint: Path) -> None:
+def test_checkpoint_and_tokenizer(checkpoint: Path) -> None:
     path = _write(checkpoint, "file", "some text")
     (checkpoint / "tokenizer.json").unlink()
     _assert_one_line(_eval(checkpoint, "--text", path), "has no tokenizer.json")
-    with pytest.raises(common.UserError, match="--checkpoint"):
-        common.checkpoint_directory(None)
+    assert common.checkpoint_directory(None) == bundled_checkpoint()
+    with pytest.raises(common.UserError, match=r"--checkpoint .*nowhere is not a directory"):
+        common.checkpoint_directory(checkpoint / "nowhere")
 
 
 def test_D11_tokenizer_of_another_checkpoint(checkpoint: Path) -> None:
