@@ -18,6 +18,7 @@ __all__ = [
     "StopMatcher",
     "bos_token",
     "encode",
+    "json_object",
     "load_tokenizer",
     "plain_tokenizer",
 ]
@@ -56,6 +57,21 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
+def json_object(path: Path) -> dict[str, Any]:
+    """The settings of a JSON file.
+
+    Raises:
+        ValueError: it is not valid JSON, or no object.
+    """
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(read, dict):
+        raise ValueError(f"{path}: must hold a JSON object, got {type(read).__name__}")
+    return cast("dict[str, Any]", read)
+
+
 def bos_token(directory: str | Path, tokenizer: Tokenizer) -> int | None:
     """The id that a prompt must begin with; ``None``: prompts stay as they are.
 
@@ -65,13 +81,7 @@ def bos_token(directory: str | Path, tokenizer: Tokenizer) -> int | None:
     path = Path(directory) / SETTINGS_FILE
     if not path.is_file():
         return None
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(read, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(read).__name__}")
-    settings = cast("dict[str, Any]", read)
+    settings = json_object(path)
     wanted = settings.get("add_bos_token", False)
     if not isinstance(wanted, bool):
         raise ValueError(f"{path}: add_bos_token must be true or false, got {wanted!r}")

@@ -44,7 +44,8 @@ def layer_weights(weights: Weights, config: Config, layer: int) -> Weights:
     return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
 
 
-def _compressor_params(p: Weights, prefix: str) -> Weights:
+def compressor_params(p: Weights, prefix: str) -> Weights:
+    """What `compressor.compressor` needs of the tensors of a layer."""
     names = {"wkv": "wkv.weight", "wgate": "wgate.weight", "ape": "ape", "norm": "norm.weight"}
     return {key: p[prefix + name] for key, name in names.items()}
 
@@ -66,7 +67,7 @@ def select_entries(
     )
     weight = linear.linear(x, p["attn.indexer.weights_proj.weight"], rounding)
     weight = rounding.bf(weight * (width**-0.5 * heads**-0.5))
-    params = _compressor_params(p, "attn.indexer.compressor.")
+    params = compressor_params(p, "attn.indexer.compressor.")
     entries = compressor.compressor(x, params, 4, width, freqs, config["rms_norm_eps"], rounding)
     scores = indexer.indexer(q, indexer.index_quant(entries, rounding), weight, rounding)
     return indexer.topk_visible(scores, visible, config["index_topk"])
@@ -94,7 +95,7 @@ def attention_branch(
     keys = rope.rope_tail(keys, positions, freqs, rounding=rounding)
     mask = visibility.window(t, config["sliding_window"])
     if m:
-        params = _compressor_params(p, "attn.compressor.")
+        params = compressor_params(p, "attn.compressor.")
         entries = compressor.compressor(x, params, m, d, freqs, eps, rounding)
         visible = visibility.entries(t, len(entries), m)
         if m == 4:

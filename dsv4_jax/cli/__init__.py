@@ -3,7 +3,6 @@
 Results go to stdout, everything else to stderr.
 """
 
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -34,6 +33,7 @@ from dsv4_jax.text import (
     StopMatcher,
     bos_token,
     encode,
+    json_object,
     load_tokenizer,
 )
 from dsv4_jax.version import __version__
@@ -120,15 +120,7 @@ def _sampling(
 ) -> tuple[SamplingParams, str]:
     """The settings, and where those that the user did not give come from."""
     path = checkpoint / "generation_config.json"
-    defaults: dict[str, Any] = {}
-    if path.is_file():
-        try:
-            read = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path}: not valid JSON: {error}") from None
-        if not isinstance(read, dict):
-            raise UserError(f"{path}: must hold a JSON object, got {type(read).__name__}")
-        defaults = cast("dict[str, Any]", read)
+    defaults = json_object(path) if path.is_file() else {}
     if temperature is None:
         sampled = defaults.get("do_sample", "temperature" in defaults)
         temperature = defaults.get("temperature", 1.0) if sampled else 0.0

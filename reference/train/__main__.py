@@ -95,11 +95,11 @@ def main() -> None:
 
     for field in dataclasses.fields(Plan):
         name = "--" + field.name.replace("_", "-")
-        if field.type is bool:
-            one.add_argument(name, action="store_true", default=None)
-        else:
-            kind = {"int": int, "float": float}.get(str(field.type), field.type)
-            one.add_argument(name, type=kind, required=field.name == "steps")
+        one.add_argument(
+            name,
+            type=type(field.default) if field.name != "steps" else int,
+            required=field.name == "steps",
+        )
     one.set_defaults(call=run)
     one = commands.add_parser("export", help="weights of a run as a checkpoint")
     one.add_argument("--data", type=Path, required=True, help="folder of tokenizer.json")

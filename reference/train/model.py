@@ -30,6 +30,7 @@ from reference import (
     visibility,
 )
 from reference.attention import key_quant
+from reference.model import compressor_params
 from reference.rounding import OFFICIAL, Rounding, bf
 from reference.train.config import kind
 
@@ -147,7 +148,7 @@ def _index_scores(
     weight = rounding.bf(weight * (width**-0.5 * heads**-0.5))
     entries = compressor.compressor(
         x,
-        _compressor(p, "attn.indexer.compressor."),
+        compressor_params(p, "attn.indexer.compressor."),
         4,
         width,
         freqs,
@@ -156,11 +157,6 @@ def _index_scores(
     )
     q, entries = (indexer.index_quant(y, rounding) for y in (q, entries))
     return indexer.indexer(q, entries, weight, rounding)
-
-
-def _compressor(p: Weights, prefix: str) -> Weights:
-    names = {"wkv": "wkv.weight", "wgate": "wgate.weight", "ape": "ape", "norm": "norm.weight"}
-    return {key: p[prefix + name] for key, name in names.items()}
 
 
 def _selected(scores: jax.Array, visible: jax.Array, k: int) -> jax.Array:
@@ -215,7 +211,7 @@ def _attention(
         scores = None
         if m:
             entries = compressor.compressor(
-                x, _compressor(p, "attn.compressor."), m, d, freqs, eps, rounding
+                x, compressor_params(p, "attn.compressor."), m, d, freqs, eps, rounding
             )
             entries = key_quant(entries, config["qk_rope_head_dim"], rounding)
             visible = visibility.entries(t, n, m)

@@ -38,11 +38,16 @@ def _fill(like: State, arrays: dict[str, np.ndarray]) -> State:
     return jax.tree.unflatten(tree, [jnp.asarray(arrays[name]) for name in names])
 
 
+def _write(arrays: dict[str, np.ndarray], path: Path) -> None:
+    """All of the file or none of it."""
+    partial = path.with_suffix(".partial")
+    save_file(arrays, partial)
+    partial.replace(path)
+
+
 def save_exact(state: State, path: Path) -> None:
     """Every leaf, bit by bit."""
-    partial = path.with_suffix(".partial")
-    save_file({name: np.asarray(leaf) for name, leaf in _leaves(state).items()}, partial)
-    partial.replace(path)
+    _write({name: np.asarray(leaf) for name, leaf in _leaves(state).items()}, path)
 
 
 def load_exact(like: State, path: Path) -> State:
@@ -89,9 +94,7 @@ def save_packed(state: State, path: Path) -> int:
     size = sum(x.nbytes for x in out.values())
     if size > PACKED_LIMIT:
         raise ValueError(f"state: packed takes {size} bytes, the limit is {PACKED_LIMIT}")
-    partial = path.with_suffix(".partial")
-    save_file(out, partial)
-    partial.replace(path)
+    _write(out, path)
     return size
 
 

@@ -25,7 +25,7 @@ WEIGHT_DECAY = 0.1
 BIAS_RATE = 1e-3
 MTP_WEIGHT = 0.2
 INDEX_WEIGHT = 0.1
-LOOP_WEIGHT = 1.0
+LOOP_WEIGHT = 4.0  # times the part of the tokens that are copies
 
 
 class Knobs(NamedTuple):
@@ -192,7 +192,7 @@ def losses(
     mtp = mtp + 0.5 * jnp.sum(jnp.where(draft_text[:, :-1], own, 0)) / n
     agree = jnp.argmax(drafted[:, :-1], -1) == jnp.argmax(logits[:, 1:], -1)
 
-    total = ce + LOOP_WEIGHT * loop * jnp.mean(back > 0) * 4 + MTP_WEIGHT * mtp
+    total = ce + LOOP_WEIGHT * loop * jnp.mean(back > 0) + MTP_WEIGHT * mtp
     total = total + INDEX_WEIGHT * aux.index_kl
     parts = {
         "ce": ce,
