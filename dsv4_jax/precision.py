@@ -28,6 +28,7 @@ __all__ = [
     "ActFormat",
     "LinearFormat",
     "Precision",
+    "Regime",
     "act_format",
     "weight_format",
 ]
@@ -44,6 +45,7 @@ LinearFormat = Literal[
     "nvfp4_w4a16",
 ]
 ActFormat = Literal["nvfp4", "fp8", "bfloat16"]
+Regime = Literal["decode", "prefill"]
 WeightFormat = Literal["float32", "bfloat16", "fp8", "mxfp4", "nvfp4"]
 
 LINEAR_FORMATS: Final[tuple[str, ...]] = get_args(LinearFormat)
@@ -89,9 +91,11 @@ class Precision:
         q_norm: ``bfloat16`` rounds every step of the per-head query norm as the official code
             does, ``float32`` rounds once.
         streams: residual streams and every activation between ops: ``bfloat16`` | ``float32``.
-        regime: pins the kernel regime of every op (``None``: chosen by the number of tokens).
-            The ``jnp`` ops of this version know only ``"any"``: bitwise independent of the call's
-            shape on the CPU; on a GPU, XLA picks its kernels by shape.
+        regime: pins the kernels of the linears and experts on a GPU: ``decode`` takes tiles of up
+            to 32 tokens, whose sums two or more groups of warps share; ``prefill`` wider ones;
+            ``None`` chooses by the number of tokens in the call. Inside one regime a row has the
+            same bits whatever the call holds; on the CPU always. The ops that are not foreign
+            calls are XLA's, which picks its kernels by shape on a GPU.
 
     Raises:
         ValueError: a field holds a word that is not among its choices.
@@ -113,13 +117,13 @@ class Precision:
     index_scores: Literal["float32", "bfloat16"] = "float32"
     q_norm: Literal["bfloat16", "float32"] = "bfloat16"
     streams: Literal["bfloat16", "float32"] = "bfloat16"
-    regime: Literal["any"] | None = None
+    regime: Regime | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name == "regime":
-                choices: tuple[str | None, ...] = (None, "any")
+                choices: tuple[str | None, ...] = (None, *get_args(Regime))
             else:
                 choices = _CHOICES.get(field.name, LINEAR_FORMATS)
             if value not in choices:

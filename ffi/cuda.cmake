@@ -38,6 +38,10 @@ find_package(Threads REQUIRED)
 message(STATUS "CUDA: ${nvcc} for ${DSV4_CUDA_ARCHS}")
 
 string(REPLACE "," ";" archs "${DSV4_CUDA_ARCHS}")
+set(defines -DNDEBUG -DDSV4_CUDA)
+if("90a" IN_LIST archs)
+  list(APPEND defines -DDSV4_SM90)  # the files named so are there
+endif()
 foreach(source IN LISTS cuda_sources)
   set(file_archs ${archs})
   if(source MATCHES "_sm([0-9]+)\\.cu$")
@@ -56,7 +60,7 @@ foreach(source IN LISTS cuda_sources)
   add_custom_command(
     OUTPUT "${object}"
     COMMAND "${nvcc}" -c "${CMAKE_CURRENT_SOURCE_DIR}/${source}" -o "${object}"
-      ${gencode} -std=c++17 -O3 -DNDEBUG -DDSV4_CUDA --fmad=false -lineinfo --threads 0
+      ${gencode} -std=c++17 -O3 ${defines} --fmad=false -lineinfo --threads 0
       -cudart static -Xcompiler -fPIC,-fvisibility=hidden,-Wall
       "-I${CMAKE_CURRENT_SOURCE_DIR}" "-I${DSV4_CUDA_INCLUDE}" "-I${DSV4_CUDA_INCLUDE}/cccl"
       -MD -MF "${object}.d"

@@ -8,8 +8,19 @@
 namespace dsv4 {
 
 Target CacheWriteTarget();
+Target DenseLinearTarget();
+Target Fp8LinearTarget();
+Target MoeTarget();
+Target Mxfp4LinearTarget();
+Target Nvfp4LinearTarget();
 Target RmsnormNvfp4Target();
+Target RouterTarget();
 
-inline auto Targets() { return std::array{CacheWriteTarget(), RmsnormNvfp4Target()}; }
+inline auto Targets() {
+  return std::array{
+      CacheWriteTarget(),  DenseLinearTarget(), Fp8LinearTarget(),    MoeTarget(),
+      Mxfp4LinearTarget(), Nvfp4LinearTarget(), RmsnormNvfp4Target(), RouterTarget(),
+  };
+}
 
 }  // namespace dsv4

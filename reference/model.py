@@ -130,7 +130,19 @@ def moe_branch(
     )
     s1, s2, s3 = (p[f"ffn.shared_experts.{w}.weight"] for w in ("w1", "w2", "w3"))
     limit = config["swiglu_limit"]
-    return moe.moe(x, expert_idx, expert_weight, w1, w2, w3, s1, s2, s3, limit, rounding)
+    return moe.moe(
+        x,
+        expert_idx,
+        expert_weight,
+        jnp.ones(len(x), bool),
+        w1,
+        w2,
+        w3,
+        moe.shared_expert(x, s1, s2, s3, limit, rounding),
+        limit=limit,
+        dtype=jnp.bfloat16 if rounding.bf16 else jnp.float32,
+        rounding=rounding,
+    )
 
 
 def layer(

@@ -1,11 +1,14 @@
 """Routed experts and the shared expert (model.md sections 5.2 and 5.3)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
-from reference import linear
-from reference.rounding import FP32, Rounding
+from reference.linear import lin4, lin8
+from reference.rounding import FP32, Rounding, bf
 
 
 def swiglu(a: jax.Array, b: jax.Array, limit: float) -> jax.Array:
@@ -25,8 +28,8 @@ def shared_expert(
 
     `x [t, dim]`, `w1, w3 [i, dim]`, `w2 [dim, i]` -> `[t, dim]`.
     """
-    h = swiglu(linear.lin8(x, w1, rounding), linear.lin8(x, w3, rounding), limit)
-    return linear.lin8(rounding.bf(h), w2, rounding)
+    h = swiglu(lin8(x, w1, rounding), lin8(x, w3, rounding), limit)
+    return lin8(rounding.bf(h), w2, rounding)
 
 
 def routed_experts(
@@ -61,8 +64,8 @@ def routed_experts(
 
     def add_expert(total: jax.Array, expert: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         weight, w1, w2, w3 = expert
-        h = swiglu(linear.lin4(x, w1, rounding), linear.lin4(x, w3, rounding), limit)
-        return total + linear.lin4(rounding.bf(weight[:, None] * h), w2, rounding), None
+        h = swiglu(lin4(x, w1, rounding), lin4(x, w3, rounding), limit)
+        return total + lin4(rounding.bf(weight[:, None] * h), w2, rounding), None
 
     return lax.scan(add_expert, jnp.zeros_like(x), (dense.T, w1, w2, w3))[0]
 
@@ -71,15 +74,48 @@ def moe(
     x: jax.Array,
     expert_idx: jax.Array,
     expert_weight: jax.Array,
+    valid: jax.Array,
     w1: jax.Array,
     w2: jax.Array,
     w3: jax.Array,
-    shared_w1: jax.Array,
-    shared_w2: jax.Array,
-    shared_w3: jax.Array,
+    shared: jax.Array | None = None,
+    *,
     limit: float,
+    linear: str | None = None,
+    first_expert: int = 0,
+    dtype: DTypeLike = jnp.float32,
+    regime: str | None = None,
+    power_of_two: bool = False,
     rounding: Rounding = FP32,
 ) -> jax.Array:
-    """`bf(routed_experts(x) + shared_expert(x))`, the sum in FP32; `[t, dim]` -> `[t, dim]`."""
-    routed = routed_experts(x, expert_idx, expert_weight, w1, w2, w3, limit, rounding)
-    return rounding.bf(routed + shared_expert(x, shared_w1, shared_w2, shared_w3, limit, rounding))
+    """`routed_experts(x) + shared`, the sum in FP32 and rounded once to `dtype`; `[t, dim]`.
+
+    Args:
+        x: `[t, dim]`.
+        expert_idx: `[t, k]`, distinct in each row; ids outside `first_expert .. first_expert + e`
+            add nothing.
+        expert_weight: `[t, k]`.
+        valid: `[t]`, false where the experts add nothing.
+        w1: Gate, `[e, i, dim]`.
+        w2: Down, `[e, dim, i]`.
+        w3: Up, `[e, i, dim]`.
+        shared: `[t, dim]`, or None.
+        limit: `swiglu_limit`.
+        linear: A format such as `mxfp4_w4a8`, whose rounding points replace those of `rounding`.
+        first_expert: Id of the first expert of the stacks.
+        dtype: Of the result's values; the array stays FP32.
+        rounding: Rounding points.
+    """
+    if linear is not None:
+        rounding = dataclasses.replace(
+            rounding,
+            bf16=linear != "float32",
+            act_fp8=linear.endswith("a8"),
+            expert_nvfp4=linear.endswith("a4"),
+        )
+    x = jnp.where(valid[:, None], x, 0)
+    weight = jnp.where(valid[:, None], expert_weight, 0)
+    total = routed_experts(x, expert_idx - first_expert, weight, w1, w2, w3, limit, rounding)
+    if shared is not None:
+        total = total + shared
+    return bf(total) if dtype == jnp.bfloat16 else total

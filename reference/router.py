@@ -14,6 +14,7 @@ def router(
     expert_idx: jax.Array | None,
     k: int,
     scale: float,
+    regime: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Experts of each token and their weights.
 
@@ -28,6 +29,7 @@ def router(
         expert_idx: `tid2eid[tokens] [t, k]` in hash layers, else None.
         k: Picks per token.
         scale: `routed_scaling_factor`.
+        regime: Which kernel serves the product; here there is one.
 
     Returns:
         `expert_idx [t, k]` and `expert_weight [t, k]`.

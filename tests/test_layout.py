@@ -17,20 +17,14 @@ ROOT = Path(__file__).parents[1]
 IN_JAX = frozenset(
     {
         "compressor",
-        "dense_linear",
-        "fp8_linear",
         "hadamard",
         "head_norm",
         "index_topk",
         "mhc_head",
         "mhc_post",
         "mhc_pre",
-        "moe",
-        "mxfp4_linear",
-        "nvfp4_linear",
         "rmsnorm",
         "rope",
-        "router",
         "sparse_attention",
         "swiglu",
     }

@@ -36,13 +36,13 @@ class Attention(nn.Module):
         c, p = self.config, self.precision
         heads, dim = c.num_attention_heads, c.head_dim
         self.attn_sink = self.param("attn_sink", nn.initializers.zeros, (heads,), jnp.float32)
-        self.wq_a = Linear(c.q_lora_rank, c.hidden_size, p.wq_a)
+        self.wq_a = Linear(c.q_lora_rank, c.hidden_size, p.wq_a, p.regime)
         self.q_norm = RMSNorm(c.q_lora_rank, p.dense, c.rms_norm_eps)
-        self.wq_b = Linear(heads * dim, c.q_lora_rank, p.wq_b)
-        self.wkv = Linear(dim, c.hidden_size, p.wkv)
+        self.wq_b = Linear(heads * dim, c.q_lora_rank, p.wq_b, p.regime)
+        self.wkv = Linear(dim, c.hidden_size, p.wkv, p.regime)
         self.kv_norm = RMSNorm(dim, p.dense, c.rms_norm_eps)
-        self.wo_a = Linear(c.o_groups * c.o_lora_rank, heads * dim // c.o_groups, p.wo_a)
-        self.wo_b = Linear(c.hidden_size, c.o_groups * c.o_lora_rank, p.wo_b)
+        self.wo_a = Linear(c.o_groups * c.o_lora_rank, heads * dim // c.o_groups, p.wo_a, p.regime)
+        self.wo_b = Linear(c.hidden_size, c.o_groups * c.o_lora_rank, p.wo_b, p.regime)
         if self.kind is not LayerKind.SWA:
             self.compressor = Compressor(c, p, self.kind, dim)
         if self.kind is LayerKind.CSA:

@@ -44,8 +44,9 @@ class Compressor(nn.Module):
         """Entries in ``x``'s dtype, their pool slots (-1: not closed) and the new state."""
         b, t = step.tokens.shape
         ratio = self.kind.value
-        kv = dense_linear(x, self.wkv()).reshape(b, t, -1)
-        gate = dense_linear(x, self.wgate()).reshape(b, t, -1)
+        regime = self.precision.regime
+        kv = dense_linear(x, self.wkv(), regime=regime).reshape(b, t, -1)
+        gate = dense_linear(x, self.wgate(), regime=regime).reshape(b, t, -1)
         gate = gate + self.ape[step.positions % ratio]
         entry, window, closed = compressor(
             kv, gate, state.kv, state.gate, step.start, step.taken, ratio=ratio

@@ -31,7 +31,7 @@ class Indexer(nn.Module):
     def setup(self) -> None:
         c, p = self.config, self.precision
         heads, dim = c.index_n_heads, c.index_head_dim
-        self.wq_b = Linear(heads * dim, c.q_lora_rank, p.indexer_wq_b)
+        self.wq_b = Linear(heads * dim, c.q_lora_rank, p.indexer_wq_b, p.regime)
         self.weights_proj = Weight((heads, c.hidden_size), p.dense)
         self.compressor = Compressor(c, p, LayerKind.CSA, dim)
 
@@ -59,7 +59,9 @@ class Indexer(nn.Module):
         index = cache_write(index, rows, slots)
         query = rope(self.wq_b(qr).reshape(b, t, heads, dim), step.positions, frequencies)
         query = index_dequant(self._stored(query))
-        weight = round_to(dense_linear(x, self.weights_proj()), x.dtype).astype(jnp.float32)
+        weight = dense_linear(
+            x, self.weights_proj(), dtype=x.dtype, regime=self.precision.regime
+        ).astype(jnp.float32)
         weight = round_to(weight * jnp.float32(dim**-0.5 * heads**-0.5), x.dtype)
         if index.key.shape[1] <= self.config.index_topk:
             return None, index, state  # the pool can never hold more than top-k entries

@@ -6,16 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
-from dsv4_jax.ops._round import round_to
 from dsv4_jax.ops.dense_linear import dense_linear
 from dsv4_jax.ops.fp8_linear import fp8_linear
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
 from dsv4_jax.ops.rmsnorm import rmsnorm
-from dsv4_jax.precision import LinearFormat, act_format, weight_format
+from dsv4_jax.precision import LinearFormat, Regime, act_format, weight_format
 from dsv4_jax.quant import fp8, mxfp4, nvfp4
-from dsv4_jax.typing import Array, Float, Float32
+from dsv4_jax.typing import Array, Float
 
 __all__ = ["Linear", "RMSNorm", "Weight", "linear", "linear_leaves"]
 
@@ -71,19 +71,23 @@ def linear_leaves(
 
 
 def linear(
-    x: Float[Array, "t *g k"], leaves: Mapping[str, Array], form: LinearFormat
-) -> Float32[Array, "t *g n"]:
-    """The op that serves a linear format; FP32 result, not rounded."""
-    stored = weight_format(form)
-    act = act_format(form)
+    x: Float[Array, "t *g k"],
+    leaves: Mapping[str, Array],
+    form: LinearFormat,
+    dtype: DTypeLike = jnp.float32,
+    regime: Regime | None = None,
+) -> Float[Array, "t *g n"]:
+    """The op that serves a linear format; FP32 sums, rounded once to ``dtype``."""
+    stored, act = weight_format(form), act_format(form)
+    settings: dict[str, Any] = {"dtype": dtype, "regime": regime}
     if stored == "fp8":
-        return fp8_linear(x, leaves["weight"], leaves["scale"], act=act)
+        return fp8_linear(x, leaves["weight"], leaves["scale"], act=act, **settings)
     if stored == "mxfp4":
-        return mxfp4_linear(x, leaves["weight"], leaves["scale"], act=act)
+        return mxfp4_linear(x, leaves["weight"], leaves["scale"], act=act, **settings)
     if stored == "nvfp4":
         scales = leaves["block_scale"], leaves["global_scale"]
-        return nvfp4_linear(x, leaves["weight"], *scales, act=act)
-    return dense_linear(x, leaves["weight"])
+        return nvfp4_linear(x, leaves["weight"], *scales, act=act, **settings)
+    return dense_linear(x, leaves["weight"], **settings)
 
 
 class Linear(nn.Module):
@@ -92,12 +96,13 @@ class Linear(nn.Module):
     features: int
     inputs: int
     form: LinearFormat
+    regime: Regime | None = None
 
     def setup(self) -> None:
         self.leaves = linear_leaves(self, (self.features, self.inputs), self.form)
 
     def __call__(self, x: Float[Array, "t *g k"]) -> Float[Array, "t *g n"]:
-        return round_to(linear(x, self.leaves, self.form), x.dtype)
+        return linear(x, self.leaves, self.form, x.dtype, self.regime)
 
 
 class Weight(nn.Module):

@@ -183,7 +183,9 @@ class DeepseekV4(nn.Module):
         embedded = self._embed(step.tokens)
         state = LayerCache(window=cache.mtp.window)
         streams, hidden, state = self.mtp_0.predict(streams, embedded, state, step)
-        out = dense_linear(hidden, self.head()).reshape(*next_tokens.shape, -1)
+        out = dense_linear(hidden, self.head(), regime=self.precision.regime).reshape(
+            *next_tokens.shape, -1
+        )
         mtp = MtpCache(state.window, cache.mtp.lengths + step.taken)
         out = jnp.where(step.valid[..., None], out, 0)
         cache = dataclasses.replace(cache, mtp=mtp, overflow=cache.overflow | overflow)
@@ -227,4 +229,6 @@ class DeepseekV4(nn.Module):
         return streams, step, cache
 
     def _head(self, streams: Float[Array, "n hc d"]) -> Float32[Array, "n v"]:
-        return dense_linear(self.norm(self.hc_head(streams)), self.head())
+        return dense_linear(
+            self.norm(self.hc_head(streams)), self.head(), regime=self.precision.regime
+        )

@@ -6,11 +6,10 @@ from flax import linen as nn
 
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.model.linear import Linear, linear_leaves
-from dsv4_jax.ops._round import round_to
 from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.router import router
 from dsv4_jax.ops.swiglu import swiglu
-from dsv4_jax.precision import LinearFormat, Precision
+from dsv4_jax.precision import LinearFormat, Precision, Regime
 from dsv4_jax.typing import Array, Bool, Float, Float32, Int32
 
 __all__ = ["MoE"]
@@ -21,6 +20,7 @@ class Experts(nn.Module):
 
     config: ModelConfig
     form: LinearFormat
+    regime: Regime | None
 
     def setup(self) -> None:
         c = self.config
@@ -31,8 +31,13 @@ class Experts(nn.Module):
         self.w3 = Leaves(up, self.form)
 
     def __call__(
-        self, x: Array, idx: Array, weight: Array, valid: Bool[Array, "t"]
-    ) -> Float32[Array, "t d"]:
+        self,
+        x: Float[Array, "t d"],
+        idx: Int32[Array, "t k"],
+        weight: Float32[Array, "t k"],
+        valid: Bool[Array, "t"],
+        shared: Float[Array, "t d"],
+    ) -> Float[Array, "t d"]:
         return moe(
             x,
             idx,
@@ -41,8 +46,11 @@ class Experts(nn.Module):
             self.w1(),
             self.w2(),
             self.w3(),
+            shared,
             linear=self.form,
             limit=self.config.swiglu_limit,
+            dtype=x.dtype,
+            regime=self.regime,
         )
 
 
@@ -64,12 +72,13 @@ class SharedExpert(nn.Module):
 
     config: ModelConfig
     form: LinearFormat
+    regime: Regime | None
 
     def setup(self) -> None:
         c = self.config
-        self.w1 = Linear(c.moe_intermediate_size, c.hidden_size, self.form)
-        self.w2 = Linear(c.hidden_size, c.moe_intermediate_size, self.form)
-        self.w3 = Linear(c.moe_intermediate_size, c.hidden_size, self.form)
+        self.w1 = Linear(c.moe_intermediate_size, c.hidden_size, self.form, self.regime)
+        self.w2 = Linear(c.hidden_size, c.moe_intermediate_size, self.form, self.regime)
+        self.w3 = Linear(c.moe_intermediate_size, c.hidden_size, self.form, self.regime)
 
     def __call__(self, x: Float[Array, "t d"]) -> Float[Array, "t d"]:
         return self.w2(swiglu(self.w1(x), self.w3(x), limit=self.config.swiglu_limit))
@@ -81,6 +90,7 @@ class Gate(nn.Module):
     config: ModelConfig
     dtype: str
     hashed: bool
+    regime: Regime | None
 
     def setup(self) -> None:
         c = self.config
@@ -106,6 +116,7 @@ class Gate(nn.Module):
             jnp.take(self.tid2eid, tokens, axis=0, mode="clip") if self.hashed else None,
             k=c.num_experts_per_tok,
             scale=c.routed_scaling_factor,
+            regime=self.regime,
         )
 
 
@@ -125,13 +136,12 @@ class MoE(nn.Module):
 
     def setup(self) -> None:
         c, p = self.config, self.precision
-        self.gate = Gate(c, p.dense, self.hashed)
-        self.experts = Experts(c, self.experts_form)
-        self.shared_experts = SharedExpert(c, p.shared_expert)
+        self.gate = Gate(c, p.dense, self.hashed, p.regime)
+        self.experts = Experts(c, self.experts_form, p.regime)
+        self.shared_experts = SharedExpert(c, p.shared_expert, p.regime)
 
     def __call__(
         self, x: Float[Array, "t d"], tokens: Int32[Array, "t"], valid: Bool[Array, "t"]
     ) -> Float[Array, "t d"]:
         idx, weight = self.gate(x, tokens)
-        routed = self.experts(x, idx, weight, valid)
-        return round_to(routed + self.shared_experts(x).astype(jnp.float32), x.dtype)
+        return self.experts(x, idx, weight, valid, self.shared_experts(x))

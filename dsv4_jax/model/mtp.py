@@ -19,8 +19,8 @@ class MtpModule(Block):
     def setup(self) -> None:
         super().setup()
         c, p = self.config, self.precision
-        self.e_proj = Linear(c.hidden_size, c.hidden_size, p.mtp_proj)
-        self.h_proj = Linear(c.hidden_size, c.hidden_size, p.mtp_proj)
+        self.e_proj = Linear(c.hidden_size, c.hidden_size, p.mtp_proj, p.regime)
+        self.h_proj = Linear(c.hidden_size, c.hidden_size, p.mtp_proj, p.regime)
         self.enorm = RMSNorm(c.hidden_size, p.dense, c.rms_norm_eps)
         self.hnorm = RMSNorm(c.hidden_size, p.dense, c.rms_norm_eps)
         self.norm = RMSNorm(c.hidden_size, p.dense, c.rms_norm_eps)

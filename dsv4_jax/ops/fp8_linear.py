@@ -5,57 +5,60 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from dsv4_jax.ops._act import quantized_act
-from dsv4_jax.ops._check import FLOATS, check_choice, check_operand
-from dsv4_jax.ops._rows import row_dot
-from dsv4_jax.precision import ActFormat
+from dsv4_jax.ops._check import check_choice, check_operand
+from dsv4_jax.ops._linear import check_linear, linear_call
+from dsv4_jax.precision import Regime
 from dsv4_jax.quant import fp8
-from dsv4_jax.typing import E4M3, UE8M0, Array, Float, Float8e4m3fn, Float8e8m0fnu, Float32
+from dsv4_jax.typing import E4M3, UE8M0, Array, Float, Float8e4m3fn, Float8e8m0fnu
 
 __all__ = ["fp8_linear"]
 
 
-@functools.partial(jax.jit, static_argnames=("act",))
+@functools.partial(jax.jit, static_argnames=("act", "dtype", "regime"))
 def fp8_linear(
     x: Float[Array, "t *g k"],
     weight: Float8e4m3fn[Array, "n k"],
     scale: Float8e8m0fnu[Array, "tn tk"],
     *,
     act: Literal["fp8", "bfloat16"] = "fp8",
-) -> Float32[Array, "t *g m"]:
-    """``y = act(x) . (weight * scale)^T``, FP32 sums, not rounded.
+    dtype: DTypeLike = jnp.float32,
+    regime: Regime | None = None,
+) -> Float[Array, "t *g m"]:
+    """``y = act(x) . (weight * scale)^T`` with FP32 sums, rounded once to ``dtype``.
 
-    With a group axis in ``x`` the rows of ``weight`` are split evenly over the groups.
+    With a group axis in ``x`` the rows of ``weight`` are split evenly over the groups. A token
+    depends on no other. NaN in ``x`` makes its row NaN; +-Inf stays infinite, with ``fp8`` too (448
+    times the scale of the largest finite number is beyond FP32). Scale byte 0 is 2^-127, 255 is
+    NaN; a weight is rounded to BF16, which changes none that is above 2^-126. Under `jax.vmap` a
+    launch per element. No gradient. Arrays on several devices are gathered unless the call is
+    inside `jax.shard_map`.
 
     Args:
         x: activations, BF16 or FP32.
-        act: ``fp8`` quantises ``x`` per token and 128 inputs (``w8a8``); ``bfloat16`` keeps it
+        weight: codes; both sizes may be any.
+        scale: one per tile of 128x128, edge tiles included.
+        act: ``fp8`` quantises ``x`` per token and 128 inputs (``w8a8``); ``bfloat16`` rounds it
             (``w8a16``).
+        dtype: of the result, ``float32`` or ``bfloat16``.
+        regime: of the kernel on a GPU, ``decode`` or ``prefill``; ``None``: by the number of
+            tokens. A row has the same bits in every call of one regime. Without effect on the CPU,
+            where it has them in every call.
 
     Raises:
         TypeError: a dtype is not accepted.
-        ValueError: ``act`` is unknown, or shapes of ``x``, ``weight`` and ``scale`` disagree.
+        ValueError: ``act`` or ``regime`` is unknown, or shapes of ``x``, ``weight`` and ``scale``
+            disagree.
     """
-    check_operand("fp8_linear", "x", x, "t g? k", FLOATS)
-    check_operand("fp8_linear", "weight", weight, "n k", (E4M3,))
+    check_linear("fp8_linear", x, weight, E4M3, dtype, regime)
     check_operand("fp8_linear", "scale", scale, "tn tk", (UE8M0,))
     check_choice("fp8_linear", "act", act, ("fp8", "bfloat16"))
     n, k = weight.shape
     expected = (-(-n // fp8.WEIGHT_BLOCK), -(-k // fp8.WEIGHT_BLOCK))
-    if x.shape[-1] != k:
-        raise ValueError(f"fp8_linear: x must end in weight's {k} inputs, got {list(x.shape)}")
     if scale.shape != expected:
         raise ValueError(
             f"fp8_linear: scale must be {list(expected)} for weight {[n, k]}, "
             f"got {list(scale.shape)}"
         )
-    if x.ndim == 3 and n % x.shape[1]:
-        raise ValueError(
-            f"fp8_linear: weight must split evenly over x's {x.shape[1]} groups, got {[n, k]}"
-        )
-    wide = fp8.dequantize_weight(fp8.Fp8(weight, scale)).astype(jnp.bfloat16)
-    if x.ndim == 3:
-        wide = wide.reshape(x.shape[1], n // x.shape[1], k)
-    activation: ActFormat = act
-    return row_dot(quantized_act(x, activation).value, wide)
+    return linear_call("fp8_linear", x, weight, (scale,), act=act, dtype=dtype, regime=regime)

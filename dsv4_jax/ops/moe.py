@@ -5,9 +5,10 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
+from jax.typing import DTypeLike
 
-from dsv4_jax.ops._act import quantized_act
+from dsv4_jax import library
 from dsv4_jax.ops._check import (
     BOOL,
     FLOAT32,
@@ -16,17 +17,28 @@ from dsv4_jax.ops._check import (
     check_choice,
     check_operand,
 )
-from dsv4_jax.ops._round import round_to
-from dsv4_jax.ops._rows import ROW_TILE, tile_dot
-from dsv4_jax.ops.swiglu import clamped_swiglu
-from dsv4_jax.precision import LINEAR_FORMATS, LinearFormat, act_format, weight_format
-from dsv4_jax.quant import bits, fp8, mxfp4, nvfp4
+from dsv4_jax.ops._linear import REGIMES, check_result
+from dsv4_jax.ops._moe_jax import moe_jax
+from dsv4_jax.precision import LINEAR_FORMATS, LinearFormat, Regime, act_format, weight_format
+from dsv4_jax.quant import fp8, mxfp4, nvfp4
 from dsv4_jax.typing import E2M1, E4M3, UE8M0, Array, Bool, Float, Float32, Int32
 
-__all__ = ["moe"]
+__all__ = ["KERNEL_FORMATS", "moe"]
+
+BFLOAT16 = (jnp.dtype(jnp.bfloat16),)
+KERNEL_FORMATS = ("mxfp4_w4a8", "mxfp4_w4a16", "nvfp4_w4a4", "nvfp4_w4a8", "nvfp4_w4a16")
+"""Formats that have a kernel, for BF16 activations."""
+
+# Values of the C++ enums (ffi/common/linear.h).
+_WEIGHT_FORM = {"mxfp4": np.int32(2), "nvfp4": np.int32(3)}
+_ACT_FORM = {"bfloat16": np.int32(0), "fp8": np.int32(1), "nvfp4": np.int32(2)}
+_SCALES = {"fp8": ("scale",), "mxfp4": ("scale",), "nvfp4": ("block_scale", "global_scale")}
+_INT32 = jnp.iinfo(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("linear", "limit"))
+@functools.partial(
+    jax.jit, static_argnames=("linear", "limit", "first_expert", "dtype", "regime", "power_of_two")
+)
 def moe(
     x: Float[Array, "t d"],
     expert_idx: Int32[Array, "t k"],
@@ -35,38 +47,68 @@ def moe(
     w1: Mapping[str, Array],
     w2: Mapping[str, Array],
     w3: Mapping[str, Array],
+    shared: Float[Array, "t d"] | None = None,
     *,
     linear: LinearFormat,
     limit: float,
-) -> Float32[Array, "t d"]:
-    """``sum_i w2_e(round(weight_i * swiglu(w1_e x, w3_e x)))`` over each token's picks, FP32.
+    first_expert: int = 0,
+    dtype: DTypeLike = jnp.float32,
+    regime: Regime | None = None,
+    power_of_two: bool = False,
+) -> Float[Array, "t d"]:
+    """``sum_i w2_e(round(weight_i * swiglu(w1_e x, w3_e x))) + shared``, ``i`` a token's picks.
 
     The routing weight enters before the intermediate is quantised for ``w2``; products round to
-    ``x``'s dtype as the official code does; picks are summed in ascending expert order. Pairs of
-    (token, pick) are grouped by expert into tiles of ``ROW_TILE`` rows, one expert each, so a
-    row's result does not depend on the other tokens of the call.
+    ``x``'s dtype as the official code does; picks are summed in FP32 in their order, ``shared``
+    last, and the sum is rounded once. A token's result does not depend on the others.
+
+    ``mxfp4_w4a8``, ``mxfp4_w4a16``, ``nvfp4_w4a4``, ``nvfp4_w4a8`` and ``nvfp4_w4a16`` with BF16
+    ``x`` are one foreign call; the other formats and FP32 ``x`` are `jax.numpy`. No gradient.
+    Arrays on several devices are gathered unless the call is inside `jax.shard_map`, where each
+    device may hold some of the experts: the sum of the FP32 results of all is the whole.
 
     Args:
-        expert_idx: ascending along the last axis (as `router` returns it); an id outside the
-            experts contributes nothing.
-        valid: tokens that are not padding; the others get zeros and touch no weights.
-        w1, w2, w3: leaves of the stacked weights: ``weight`` and its scales.
+        expert_idx: ascending along the last axis (as `router` returns it).
+        valid: tokens that are not padding; to the others the experts add nothing, and they touch no
+            weights.
+        w1, w2, w3: leaves of the stacked weights ``[e, i, d]``, ``[e, d, i]``, ``[e, i, d]``:
+            ``weight`` and its scales.
+        shared: what is added last, in ``x``'s dtype.
+        limit: of the gate from above, of the other factor from both sides.
+        first_expert: id of the first expert of the stack; ids outside ``first_expert ..
+            first_expert + e - 1`` add nothing.
+        dtype: of the result: FP32, or BF16 (nearest even).
+        regime: of the kernels on a GPU, ``decode`` or ``prefill``; ``None``: by the number of picks
+            an expert. A token has the same bits in every call of one regime. Without effect on the
+            CPU and on formats without a kernel.
+        power_of_two: the caller's word that every block scale of ``nvfp4_w4a8`` is zero or a power
+            of two (`nvfp4.scales_are_powers_of_two` looks), as in weights that were MXFP4 once:
+            the scales then go into E4M3 exactly and the products run on FP8 tensor cores. Without
+            effect on the CPU.
 
     Raises:
         TypeError: a dtype is not accepted.
-        ValueError: shapes disagree, or ``linear`` is not a format or not that of the leaves.
+        ValueError: shapes disagree, there is no expert or no pick, ``linear`` is not a format or
+            not that of the leaves, ``first_expert`` is not an id, ``regime`` is another one, or
+            ``power_of_two`` is said of another format.
     """
     check_choice("moe", "linear", linear, LINEAR_FORMATS)
+    dtype = jnp.dtype(dtype)
+    check_result("moe", dtype, regime)
     check_operand("moe", "x", x, "t d", FLOATS)
     check_operand("moe", "expert_idx", expert_idx, "t k", INTEGERS)
     check_operand("moe", "expert_weight", expert_weight, "t k", FLOAT32)
     check_operand("moe", "valid", valid, "t", BOOL)
     for name, leaves in {"w1": w1, "w2": w2, "w3": w3}.items():
         _check_leaves(name, leaves, weight_format(linear))
+    if power_of_two and linear != "nvfp4_w4a8":
+        raise ValueError(f"moe: power_of_two is of nvfp4_w4a8 alone, got linear {linear!r}")
     t, k = expert_idx.shape
     experts, inter, dim = w1["weight"].shape
     if x.shape != (t, dim):
         raise ValueError(f"moe: x must be {[t, dim]}, got {list(x.shape)}")
+    if k == 0:
+        raise ValueError(f"moe: expert_idx must hold at least one pick, got {[t, k]}")
     if expert_weight.shape != (t, k) or valid.shape != (t,):
         raise ValueError(
             f"moe: expert_weight and valid must be {[t, k]} and {[t]}, "
@@ -77,64 +119,67 @@ def moe(
             f"moe: w1, w3 must be [e, i, d] and w2 [e, d, i], got {list(w1['weight'].shape)}, "
             f"{list(w3['weight'].shape)}, {list(w2['weight'].shape)}"
         )
-    if t == 0:
-        return jnp.zeros((0, dim), jnp.float32)
-    # XLA widens a whole FP8, FP4 or BF16 stack to slice one expert of it; bytes it leaves alone.
-    gate_w, down_w, up_w = (jax.tree.map(bits.byte_view, dict(w)) for w in (w1, w2, w3))
-
-    # Tiles: pairs sorted by expert, every expert's run padded to whole tiles.
-    pairs = t * k
-    pair_expert = jnp.where(valid[:, None], expert_idx, experts).reshape(-1)
-    pair_expert = jnp.where((pair_expert >= 0) & (pair_expert < experts), pair_expert, experts)
-    order = jnp.argsort(pair_expert, stable=True)
-    count = jnp.zeros(experts + 1, jnp.int32).at[pair_expert].add(1)
-    first_pair = jnp.cumsum(count) - count
-    tiles = (count[:experts] + ROW_TILE - 1) // ROW_TILE
-    last_tile = jnp.cumsum(tiles)
-    first_tile = jnp.concatenate([last_tile - tiles, last_tile[-1:]])
-    sorted_expert = pair_expert[order]
-    rank = jnp.arange(pairs, dtype=jnp.int32) - first_pair[sorted_expert]
-    slot_sorted = first_tile[sorted_expert] * ROW_TILE + rank
-    max_tiles = pairs // ROW_TILE + min(experts, pairs)
-    slots = max_tiles * ROW_TILE
-    tile_expert = jnp.searchsorted(last_tile, jnp.arange(max_tiles, dtype=jnp.int32), side="right")
-    slot_sorted = jnp.where(sorted_expert < experts, slot_sorted, slots)
-    slot_pair = (
-        jnp.full(slots, pairs, jnp.int32).at[slot_sorted].set(order.astype(jnp.int32), mode="drop")
+    if 0 in (experts, inter, dim):
+        raise ValueError(f"moe: w1 must not be empty, got {list(w1['weight'].shape)}")
+    if not 0 <= first_expert <= _INT32.max - experts:
+        raise ValueError(
+            f"moe: first_expert must be 0..{_INT32.max - experts} for {experts} experts, "
+            f"got {first_expert}"
+        )
+    if shared is not None:
+        check_operand("moe", "shared", shared, "t d", (x.dtype,))
+        if shared.shape != x.shape:
+            raise ValueError(f"moe: shared must be {list(x.shape)}, got {list(shared.shape)}")
+    if linear not in KERNEL_FORMATS or x.dtype != jnp.bfloat16:
+        return moe_jax(
+            x,
+            expert_idx,
+            expert_weight,
+            valid,
+            w1,
+            w2,
+            w3,
+            shared,
+            linear=linear,
+            limit=limit,
+            first_expert=first_expert,
+            dtype=dtype,
+        )
+    if expert_idx.dtype != jnp.int32:  # saturate instead of wrapping round onto an expert
+        expert_idx = jnp.clip(expert_idx, _INT32.min, _INT32.max).astype(jnp.int32)
+    form = weight_format(linear)
+    scratch = (_scratch_bytes(t, k, experts, dim, inter),)
+    y, _ = library.call(
+        "moe",
+        [jax.ShapeDtypeStruct((t, dim), dtype), jax.ShapeDtypeStruct(scratch, jnp.uint8)],
+        x,
+        expert_idx,
+        expert_weight,
+        valid.astype(jnp.uint8),
+        *(w[leaf] for w in (w1, w3, w2) for leaf in ("weight", *_SCALES[form])),
+        *(() if shared is None else (shared,)),
+        form=_WEIGHT_FORM[form],
+        act=_ACT_FORM[act_format(linear)],
+        regime=np.int32(REGIMES[regime]),
+        first_expert=np.int32(first_expert),
+        has_shared=np.int32(shared is not None),
+        power_of_two=np.int32(power_of_two),
+        limit=np.float32(limit),
     )
-    pair_slot = jnp.full(pairs, slots, jnp.int32).at[order].set(slot_sorted.astype(jnp.int32))
+    return y
 
-    quantized = _activation(x, linear)
-    value = jnp.concatenate([quantized[0], jnp.zeros_like(quantized[0][:1])])
-    token_scale = jnp.concatenate([quantized[1], jnp.ones_like(quantized[1][:1])])
-    pair_weight = jnp.concatenate([expert_weight.reshape(-1), jnp.zeros(1, jnp.float32)])
 
-    def run_tile(i: Array, out: Array) -> Array:
-        expert = tile_expert[i]
-        pair = lax.dynamic_slice_in_dim(slot_pair, i * ROW_TILE, ROW_TILE)
-        token = pair // k  # the sentinel pair lands on the appended zero row
-        rows, scale = value[token], token_scale[token][:, None]
-        gate = round_to(_product(rows, gate_w, expert, linear) * scale, x.dtype)
-        up = round_to(_product(rows, up_w, expert, linear) * scale, x.dtype)
-        h = clamped_swiglu(gate, up, limit)
-        h = round_to(pair_weight[pair][:, None] * h, x.dtype)
-        h_value, h_scale = _activation(h, linear)
-        y = _product(h_value, down_w, expert, linear) * h_scale[:, None]
-        return lax.dynamic_update_slice_in_dim(out, round_to(y, x.dtype), i * ROW_TILE, axis=0)
-
-    # One more row, never written: the zeros of pairs that have no slot.
-    out = lax.fori_loop(0, last_tile[-1], run_tile, jnp.zeros((slots + 1, dim), x.dtype))
-    pick_slot = pair_slot.reshape(t, k)
-    total = out[pick_slot[:, 0]].astype(jnp.float32)
-    for i in range(1, k):
-        total = total + out[pick_slot[:, i]].astype(jnp.float32)
-    return total
+def _scratch_bytes(t: int, k: int, experts: int, dim: int, inter: int) -> int:
+    """``MoeScratchBytes`` of ffi/moe/moe.h: sorted pairs, and room between the experts' runs."""
+    pairs = t * k
+    slots = pairs + 63 * min(experts, pairs)
+    padded = -(-dim // 128) * 128 + -(-inter // 128) * 128
+    return slots * (2 * (padded + dim + inter) + 32) + 4 * pairs + 4096
 
 
 def _check_leaves(name: str, leaves: Mapping[str, Array], form: str) -> None:
     """Leaves, dtypes and scale shapes of one stacked weight."""
-    scales = {"fp8": ["scale"], "mxfp4": ["scale"], "nvfp4": ["block_scale", "global_scale"]}
-    want = {"weight", *scales.get(form, [])}
+    want = {"weight", *_SCALES.get(form, ())}
     if set(leaves) != want:
         raise ValueError(
             f"moe: {name} must have the leaves {sorted(want)} for {form}, got {sorted(leaves)}"
@@ -159,35 +204,3 @@ def _check_leaves(name: str, leaves: Mapping[str, Array], form: str) -> None:
                 f"moe: {name} {leaf} must be {list(shape)} for weight {[e, n, k]} in groups of "
                 f"{block}, got {list(leaves[leaf].shape)}"
             )
-
-
-def _activation(x: Array, linear: LinearFormat) -> tuple[Array, Array]:
-    """Operand of the product and its FP32 scale per row."""
-    ones = jnp.ones(x.shape[:1], jnp.float32)
-    if linear == "float32":
-        return x.astype(jnp.float32), ones
-    q = quantized_act(x, act_format(linear))
-    return q.value, ones if q.global_scale is None else q.global_scale
-
-
-def _product(rows: Array, view: Mapping[str, Array], expert: Array, linear: LinearFormat) -> Array:
-    """``rows . W_expert^T`` in FP32, the weight's own global scale applied."""
-    leaf = {
-        name: lax.dynamic_index_in_dim(array, expert, keepdims=False)
-        for name, array in view.items()
-    }
-    form = weight_format(linear)
-    if form == "mxfp4":
-        scale = bits.decode_ue8m0(bits.ue8m0_from_exponent(leaf["scale"]))
-        wide = bits.decode_e2m1_bytes(leaf["weight"]) * jnp.repeat(scale, mxfp4.BLOCK, axis=-1)
-    elif form == "nvfp4":
-        scale = bits.decode_e4m3(lax.bitcast_convert_type(leaf["block_scale"], E4M3))
-        wide = bits.decode_e2m1_bytes(leaf["weight"]) * jnp.repeat(scale, nvfp4.BLOCK, axis=-1)
-        return tile_dot(rows, wide.astype(jnp.bfloat16)) * leaf["global_scale"]
-    elif form == "fp8":
-        code = lax.bitcast_convert_type(leaf["weight"], E4M3)
-        wide = fp8.dequantize_weight(fp8.Fp8(code, bits.ue8m0_from_exponent(leaf["scale"])))
-    else:
-        weight = bits.from_byte_view(leaf["weight"], jnp.dtype(form))
-        return tile_dot(rows, weight.astype(rows.dtype))
-    return tile_dot(rows, wide.astype(jnp.bfloat16))

@@ -4,17 +4,24 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
 
+from dsv4_jax import library
 from dsv4_jax.ops._check import FLOAT32, FLOATS, INTEGERS, check_operand
-from dsv4_jax.ops._rows import row_tiled
 from dsv4_jax.ops.dense_linear import dense_linear
+from dsv4_jax.precision import Regime
 from dsv4_jax.typing import Array, Float, Float32, Int32
 
-__all__ = ["router"]
+__all__ = ["MAX_EXPERTS", "MAX_PICKS", "router"]
+
+MAX_EXPERTS = 1024
+MAX_PICKS = 32
+"""Limits of the kernel (``ffi/router/router.h``)."""
+
+_INT32 = jnp.iinfo(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("k", "scale"))
+@functools.partial(jax.jit, static_argnames=("k", "scale", "regime"))
 def router(
     x: Float[Array, "t d"],
     weight: Float[Array, "e d"],
@@ -23,19 +30,28 @@ def router(
     *,
     k: int,
     scale: float,
+    regime: Regime | None = None,
 ) -> tuple[Int32[Array, "t k"], Float32[Array, "t k"]]:
     """Expert ids in ascending order and their weights.
 
     ``score = sqrt(softplus(weight . x))``; the ``k`` largest ``score + bias`` are taken, ties to
     the lower id, or ``expert_idx`` when the layer routes by token id;
-    ``expert_weight = score / sum(score over the picks) * scale``.
+    ``expert_weight = score / sum(score over the picks) * scale``, the sum in the order of the ids.
 
-    An id outside the experts has weight 0 and no part in the sum.
+    One launch after the product. An id outside the experts has weight 0 and no part in the sum.
+    NaN, of a logit or a bias, counts as the largest score, and a pick with a NaN logit makes all
+    weights of its token NaN. A score below 2^-126 is 0. No gradient. Arrays on several devices are
+    gathered unless the call is inside `jax.shard_map`.
+
+    Args:
+        k: picks of a token, at most 32.
+        scale: of the weights.
+        regime: of the product, as in `dense_linear`; the rest has one kernel.
 
     Raises:
         TypeError: a dtype is not accepted.
-        ValueError: neither or both of ``bias`` and ``expert_idx`` are given, a shape disagrees, or
-            ``k`` exceeds the experts.
+        ValueError: neither or both of ``bias`` and ``expert_idx`` are given, a shape disagrees,
+            there are more than 1024 experts, or ``k`` exceeds them or 32.
     """
     if (bias is None) == (expert_idx is None):
         raise ValueError("router: give exactly one of bias and expert_idx")
@@ -47,8 +63,13 @@ def router(
             f"{list(weight.shape)}"
         )
     t, experts = x.shape[0], weight.shape[0]
-    if not 1 <= k <= experts:
-        raise ValueError(f"router: k must be 1..{experts} (experts), got {k}")
+    if not 1 <= experts <= MAX_EXPERTS:
+        raise ValueError(
+            f"router: weight must have 1..{MAX_EXPERTS} experts, got {list(weight.shape)}"
+        )
+    most = min(experts, MAX_PICKS)
+    if not 1 <= k <= most:
+        raise ValueError(f"router: k must be 1..{most} (of {experts} experts), got {k}")
     if bias is not None:
         check_operand("router", "bias", bias, "e", FLOAT32)
     if expert_idx is not None:
@@ -57,19 +78,17 @@ def router(
         raise ValueError(f"router: bias must be [{experts}], got {list(bias.shape)}")
     if expert_idx is not None and expert_idx.shape != (t, k):
         raise ValueError(f"router: expert_idx must be {[t, k]}, got {list(expert_idx.shape)}")
-    score = row_tiled(_sqrt_softplus, dense_linear(x, weight))
-    if expert_idx is None:
-        _, expert_idx = lax.top_k(score + bias, k)
-    expert_idx = jnp.sort(expert_idx, axis=-1)
-    inside = (expert_idx >= 0) & (expert_idx < experts)
-    picked = jnp.take_along_axis(score, jnp.where(inside, expert_idx, 0), axis=-1)
-    picked = jnp.where(inside, picked, 0)
-    total = picked[:, 0]
-    for i in range(1, k):
-        total = total + picked[:, i]
-    return expert_idx, picked / total[:, None] * jnp.float32(scale)
-
-
-def _sqrt_softplus(z: Array) -> Array:
-    """``exp(z / 2)`` below -20, where softplus is ``exp(z)`` to FP32 and would soon underflow."""
-    return jnp.where(z < -20, jnp.exp(0.5 * z), jnp.sqrt(jax.nn.softplus(jnp.maximum(z, -20))))
+    if expert_idx is not None and expert_idx.dtype != jnp.int32:
+        # Saturate instead of wrapping round onto an expert.
+        expert_idx = jnp.clip(expert_idx, _INT32.min, _INT32.max).astype(jnp.int32)
+    logits = dense_linear(x, weight, regime=regime)
+    selectors = [operand for operand in (bias, expert_idx) if operand is not None]
+    idx, picked = library.call(
+        "router",
+        [jax.ShapeDtypeStruct((t, k), jnp.int32), jax.ShapeDtypeStruct((t, k), jnp.float32)],
+        logits,
+        *selectors,
+        given=np.int32(expert_idx is not None),
+        scale=np.float32(scale),
+    )
+    return idx, picked

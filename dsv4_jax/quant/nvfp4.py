@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from dsv4_jax.quant.bits import (
+    byte_view,
     decode_e2m1,
     decode_e4m3,
     encode_e2m1,
@@ -17,7 +18,15 @@ from dsv4_jax.quant.bits import (
 )
 from dsv4_jax.typing import Array, Float4e2m1fn, Float8e4m3fn, Float32
 
-__all__ = ["BLOCK", "Nvfp4", "dequantize", "dequantize_blocks", "quantize", "token_global_scale"]
+__all__ = [
+    "BLOCK",
+    "Nvfp4",
+    "dequantize",
+    "dequantize_blocks",
+    "quantize",
+    "scales_are_powers_of_two",
+    "token_global_scale",
+]
 
 BLOCK = 16
 E2M1_MAX = 6.0
@@ -82,3 +91,14 @@ def dequantize(q: Nvfp4) -> Float32[Array, "*lead n"]:
     """``code * block_scale * global_scale`` in FP32."""
     s2 = jnp.broadcast_to(q.global_scale, q.code.shape[:-1])[..., None]
     return dequantize_blocks(q) * s2
+
+
+def scales_are_powers_of_two(block_scale: Float8e4m3fn[Array, "..."]) -> Array:
+    """Whether every block scale is zero or a power of two (a bool scalar; NaN and negative: no).
+
+    True of weights that were cast from MXFP4 without loss (performance.md 1). A scale has to be
+    looked at once, at load; `moe` takes the answer as ``power_of_two``.
+    """
+    byte = byte_view(block_scale)
+    subnormal = (byte == 0) | (byte == 1) | (byte == 2) | (byte == 4)
+    return jnp.all(subnormal | ((byte >= 8) & (byte < 0x7F) & (byte & 7 == 0)))

@@ -105,6 +105,9 @@ class Guarded {
     Poison();
   }
   Guarded(Guarded&&) = default;
+  Guarded(const Guarded& other) : Guarded(other.size(), other.offset_ - kGuardBytes) {
+    std::memcpy(data(), other.data(), bytes_);
+  }
 
   int64_t size() const { return bytes_ / static_cast<int64_t>(sizeof(T)); }
   T* data() { return reinterpret_cast<T*>(storage_.data() + offset_); }

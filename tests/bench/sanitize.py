@@ -19,7 +19,13 @@ import numpy as np
 
 from dsv4_jax import library
 from dsv4_jax.ops.cache_write import cache_write
+from dsv4_jax.ops.dense_linear import dense_linear
+from dsv4_jax.ops.fp8_linear import fp8_linear
+from dsv4_jax.ops.moe import moe
+from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
+from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
 from dsv4_jax.ops.rmsnorm_nvfp4 import rmsnorm_nvfp4
+from dsv4_jax.ops.router import router
 from dsv4_jax.typing import E2M1, E4M3, UE8M0
 from tests.bench.timing import random_bytes
 
@@ -51,9 +57,147 @@ def _cache_write() -> Iterator[Any]:
     yield jax.jit(lambda c, r, j: cache_write(c, r, j), donate_argnums=0)(cache, rows, slots)
 
 
+def _router() -> Iterator[Any]:
+    """Less than a warp of experts and the most, more tokens than thread blocks, wild ids."""
+    rng = np.random.default_rng(0)
+    for t, experts, k in ((1, 5, 5), (3, 256, 6), (40, 384, 6), (3000, 40, 2), (7, 1024, 32)):
+        x = jnp.asarray(rng.standard_normal((t, 64)), jnp.bfloat16)
+        weight = jnp.asarray(rng.standard_normal((experts, 64)), jnp.bfloat16)
+        bias = jnp.asarray(rng.standard_normal(experts), jnp.float32)
+        given = rng.integers(0, experts, (t, k))
+        given[::3, 0] = 2**31 - 1
+        given[1::3, 0] = -1
+        yield router(x.at[0, 0].set(jnp.nan), weight, bias, None, k=k, scale=2.5)
+        yield router(x, weight, None, jnp.asarray(given, jnp.int32), k=k, scale=2.5)
+
+
+def _moe_weights(form: str, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Random codes ``[e, out, in]`` with scales around one."""
+    block, dtype = (32, UE8M0) if form == "mxfp4" else (16, E4M3)
+    name = "scale" if form == "mxfp4" else "block_scale"
+    exponents = np.random.default_rng(1).integers(-4, 1, (*shape[:2], shape[2] // block))
+    scale = jnp.asarray(2.0**exponents, jnp.float32).astype(dtype)
+    leaves = {"weight": random_bytes(2, shape, E2M1), name: scale}
+    return leaves if form == "mxfp4" else leaves | {"global_scale": jnp.full(shape[0], 0.1)}
+
+
+def _moe() -> Iterator[Any]:
+    """Every regime and format; sizes that fill the tiles and that do not; any routing."""
+    rng = np.random.default_rng(0)
+    experts, k = 6, 3
+    for form in ("mxfp4_w4a8", "nvfp4_w4a4", "nvfp4_w4a16", "nvfp4_w4a8"):
+        stored = form.split("_")[0]
+        odd = (96, 160) if stored == "mxfp4" else (48, 80)
+        for inter, d in ((512, 512), odd):
+            w1, w3 = (_moe_weights(stored, (experts, inter, d)) for _ in range(2))
+            w2 = _moe_weights(stored, (experts, d, inter))
+            for t in (1, 40, 400):
+                x = jnp.asarray(rng.standard_normal((t, d)), jnp.bfloat16)
+                weight = jnp.asarray(rng.uniform(0.1, 1, (t, k)), jnp.float32)
+                spread = np.sort(rng.permuted(np.tile(np.arange(experts), (t, 1)), axis=1)[:, :k])
+                wild = spread.copy()
+                wild[::3, 0], wild[1::3, 2] = -(2**31), 2**31 - 1
+                one = np.full((t, k), 2)  # all to one expert
+                routings = ((spread, np.ones(t, bool)), (wild, np.arange(t) % 4 != 1))
+                for idx, valid in (*routings, (one, np.ones(t, bool)))[: 2 if t < 400 else 3]:
+                    operands = (
+                        x,
+                        jnp.asarray(idx, jnp.int32),
+                        weight,
+                        jnp.asarray(valid),
+                        w1,
+                        w2,
+                        w3,
+                    )
+                    settings = {"linear": form, "limit": 10.0}
+                    if form == "nvfp4_w4a8":
+                        yield moe(*operands, **settings, power_of_two=True)
+                    elif t == 40:
+                        yield moe(*operands, **settings, first_expert=1, regime="prefill")
+                    else:
+                        yield moe(*operands, x, **settings, dtype=jnp.bfloat16)
+
+
+LINEAR_SHAPES = (
+    # (t, groups (0: no axis), k, n)
+    *((t, 0, 512, 208) for t in (1, 3, 9, 40, 200)),
+    *((t, 0, 352, 137) for t in (1, 3, 9, 40, 200)),
+    *((t, 4, 256, 512) for t in (1, 9, 200)),
+    (3, 2, 96, 46),
+    (2, 0, 4096, 64),
+)
+"""Inputs a multiple of 128 and not, rows a multiple of 16 and not, groups that end inside tiles."""
+
+
+def _linear(
+    op: Callable[..., jax.Array],
+    weights: Callable[[int, int], tuple[Any, ...]],
+    acts: tuple[str, ...],
+    shapes: tuple[tuple[int, int, int, int], ...] = LINEAR_SHAPES,
+) -> Iterator[Any]:
+    """Every activation format and regime, both dtypes of ``x`` and of the result."""
+    for i, (t, groups, k, n) in enumerate(shapes):
+        stored = weights(n, k)
+        x = np.random.default_rng(i).standard_normal((t, groups, k) if groups else (t, k))
+        for act in acts:
+            settings: dict[str, Any] = {"act": act} if act else {}
+            wide = act != "" and i % 2 == 1  # dense_linear takes BF16 only
+            for regime, dtype in (
+                (None, jnp.bfloat16),
+                ("decode", jnp.float32),
+                ("prefill", jnp.bfloat16),
+            ):
+                operand = jnp.asarray(x, jnp.float32 if wide else jnp.bfloat16)
+                yield op(operand, *stored, dtype=dtype, regime=regime, **settings)
+                if act == "nvfp4":
+                    scale = jnp.float32(0.01)
+                    yield op(operand, *stored, scale, dtype=dtype, regime=regime, **settings)
+
+
+def _dense_linear() -> Iterator[Any]:
+    """Any number of inputs, too."""
+    weights = lambda n, k: (random_bytes(0, (n, k), jnp.bfloat16),)  # noqa: E731
+    shapes = (*LINEAR_SHAPES, (3, 0, 37, 19), (20, 3, 45, 21))
+    return _linear(dense_linear, weights, ("",), shapes)
+
+
+def _fp8_linear() -> Iterator[Any]:
+    """Edge tiles, any number of inputs."""
+
+    def weights(n: int, k: int) -> tuple[Any, ...]:
+        return random_bytes(0, (n, k), E4M3), random_bytes(1, (-(-n // 128), -(-k // 128)), UE8M0)
+
+    shapes = (*LINEAR_SHAPES, (3, 0, 37, 19), (20, 3, 45, 21))
+    return _linear(fp8_linear, weights, ("fp8", "bfloat16"), shapes)
+
+
+def _mxfp4_linear() -> Iterator[Any]:
+    def weights(n: int, k: int) -> tuple[Any, ...]:
+        return random_bytes(0, (n, k), E2M1), random_bytes(1, (n, k // 32), UE8M0)
+
+    return _linear(mxfp4_linear, weights, ("fp8", "bfloat16"))
+
+
+def _nvfp4_linear() -> Iterator[Any]:
+    """Rows of 16 inputs more than a multiple of 32, too."""
+
+    def weights(n: int, k: int) -> tuple[Any, ...]:
+        codes, scales = random_bytes(0, (n, k), E2M1), random_bytes(1, (n, k // 16), E4M3)
+        return codes, scales, jnp.float32(0.01)
+
+    shapes = (*LINEAR_SHAPES, (3, 0, 16, 8), (20, 0, 176, 24))
+    return _linear(nvfp4_linear, weights, ("nvfp4", "fp8", "bfloat16"), shapes)
+
+
 CASES: dict[str, Callable[[], Iterator[Any]]] = {
     "dsv4.cache_write": _cache_write,
+    "dsv4.moe": _moe,
+    "dsv4.dense_linear": _dense_linear,
+    "dsv4.fp8_linear": _fp8_linear,
+    "dsv4.mxfp4_linear": _mxfp4_linear,
+    "dsv4.nvfp4_linear": _nvfp4_linear,
     "dsv4.rmsnorm_nvfp4": _rmsnorm_nvfp4,
+    "dsv4.router": _router,
 }
 """One function per target of the library; a target without one is an error."""
 

@@ -75,9 +75,9 @@ def measured(op: Any = cache_write, **settings: Any) -> timing.Result:
 
 def test_right_result(capsys: pytest.CaptureFixture[str]) -> None:
     result = measured(max_us=1e9)
-    assert result.ok and result.bar == "<= 1e+09 us"
+    assert result.ok and result.bar == "H200: <= 1e+09 us"
     assert result.launches == timing.FEWEST_LAUNCHES
-    assert result.floor_us == round(512 / timing.COPY_CEILING * 1e6, 3)
+    assert result.floor_us == round(512 / timing.H200.copy * 1e6, 3)
     assert math.isclose(result.gb_s, 512 / result.us / 1e3, abs_tol=0.1)
     assert "op tiny" in capsys.readouterr().out
 
@@ -107,11 +107,30 @@ def test_side_effects_are_only_for_the_measurement() -> None:
 
 
 @pytest.mark.parametrize("bar", [{"max_us": 1e-9}, {"min_fraction": 0.9}])
-def test_missed_bar(bar: dict[str, float]) -> None:
+def test_missed_bar(bar: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enforced on the GPU that the bars are for, shown on any."""
     result = measured(**bar)
-    assert not result.ok
+    assert not result.ok and result.bar.startswith("H200: ")
+    assert timing.table([result]).endswith("slower")
+    result.require()
+    monkeypatch.setattr(timing, "BAR_GPU", result.gpu)
+    assert not measured(**bar).bar.startswith("H200")
+    assert timing.table([result]).endswith("MISSED")
     with pytest.raises(AssertionError, match="op tiny"):
         result.require()
+
+
+def test_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar in us is scaled by the floors of the two GPUs."""
+    found = timing.measured_ceilings(size=64, read_bytes=1 << 20)
+    assert min(found.read, found.copy, found.bf16, found.fp8) > 0
+    slow = dataclasses.replace(timing.H200, bf16=timing.H200.bf16 / 2)
+    monkeypatch.setattr(timing, "ceilings", lambda: slow)
+    assert measured(flops=787e6).floor_us == 2.0
+    assert measured(flops=1428e6, flops_at="fp8").floor_us == 1.0
+    monkeypatch.setattr(timing._Replays, "us", lambda _: 10.0 * timing.FEWEST_LAUNCHES)
+    for max_us, ok in ((6.0, True), (4.0, False)):
+        assert measured(flops=787e6, max_us=max_us).ok == ok
 
 
 def test_flops_make_the_floor() -> None:
@@ -180,6 +199,40 @@ ENTRY %main (p: f32[4,100]) -> f32[4,100] {
   %c = f32[4,100]{1,0} copy(%p)
 }
 """
+
+
+def test_an_op_of_xla_stays_in_the_loop() -> None:
+    """Held back by the carry; without that XLA computes it once, before the loop."""
+
+    def before_the_loop(op: Any) -> str:
+        def run(carry: jax.Array, x: jax.Array) -> jax.Array:
+            return jax.lax.fori_loop(0, 50, lambda _, carry: op(carry, x), carry)
+
+        args = jnp.zeros((4, 4)), jnp.zeros((4, 4), jnp.uint8)
+        return jax.jit(run).lower(*args).compile().as_text().split("ENTRY")[1]
+
+    def free(_: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.sin(x.astype(jnp.float32))
+
+    def kept(carry: jax.Array, x: jax.Array) -> jax.Array:
+        return free(carry, x ^ timing.held(carry))
+
+    assert "/sin" in before_the_loop(free) and "/sin" not in before_the_loop(kept)
+    x = jnp.arange(16, dtype=jnp.uint8).reshape(4, 4)
+    for bits in (0, 0x7FFFFFFF, 0xFFFFFFFF):
+        assert not timing.held(jax.lax.bitcast_convert_type(jnp.uint32(bits), jnp.float32)[None])
+    result = timing.measure(
+        "xla",
+        "tiny",
+        kept,
+        lambda i: (timing.filled(0xFF, (4, 4), jnp.float32), (x + i,)),
+        lambda i, y: np.testing.assert_allclose(y, np.sin(np.asarray(x + i, np.float32)), 1e-5),
+        target=None,
+        launch_bytes=80.0,
+        evict_bytes=0.0,
+        **TINY,
+    )
+    assert result.us > 0
 
 
 def test_program() -> None:

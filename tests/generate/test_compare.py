@@ -89,9 +89,9 @@ def test_every_module_is_there() -> None:
     rest = [
         *("attn/wo_a", "attn/wo_b", "attn"),
         *("hc_ffn:y", "hc_ffn:post", "hc_ffn:comb", "ffn_norm"),
-        *("ffn/gate:picks", "ffn/gate:weights", "ffn/experts"),
+        *("ffn/gate:picks", "ffn/gate:weights"),
         *(f"ffn/shared_experts/{name}" for name in ("w1", "w3", "w2")),
-        *("ffn/shared_experts", "ffn"),
+        *("ffn/shared_experts", "ffn/experts", "ffn"),
     ]
     paths = [[op.path for op in layer.operations] for layer in found.layers]
     assert paths == [shared + rest, shared + compressed + rest]

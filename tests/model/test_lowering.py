@@ -24,24 +24,57 @@ from dsv4_jax.config import LayerKind
 from dsv4_jax.generate import _decode, _decode_and_sample, _Settings
 from dsv4_jax.model import attention, compressor, indexer
 from dsv4_jax.ops.cache_write import cache_write
+from dsv4_jax.ops.dense_linear import dense_linear
+from dsv4_jax.ops.fp8_linear import fp8_linear
+from dsv4_jax.ops.moe import moe
+from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
+from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
 from dsv4_jax.ops.rmsnorm_nvfp4 import rmsnorm_nvfp4
+from dsv4_jax.ops.router import router
 from dsv4_jax.quant.kv import IndexRows
-from dsv4_jax.typing import E2M1, UE8M0
+from dsv4_jax.typing import E2M1, E4M3, UE8M0
 from reference import cache_write as reference_cache_write
 
 SWA, HCA, CSA = LayerKind.SWA, LayerKind.HCA, LayerKind.CSA
 
-WRITES = {
+WRITES: dict[LayerKind | None, Counter[str]] = {
+    None: Counter(),
     SWA: Counter(cache_write=1),  # window
     HCA: Counter(cache_write=3),  # window, pool, compressor state
     CSA: Counter(cache_write=5),  # window, pool, state, index keys, the indexer's state
 }
-CALLS = {"official": WRITES, "nvfp4": WRITES}
-"""Foreign calls of one decode step by preset and kind of layer; none are made outside layers."""
+EXPERTS = Counter(router=1, moe=1)
+DENSE: dict[LayerKind | None, Counter[str]] = {
+    None: Counter(dense_linear=1),  # head
+    SWA: Counter(dense_linear=1),  # router
+    HCA: Counter(dense_linear=3),  # router, keys and gates of the compressor
+    CSA: Counter(dense_linear=6),  # router, the compressor, the indexer's, the heads' weights
+}
+# wq_a, wq_b, wkv, wo_a, wo_b and three of the shared expert; CSA layers have the indexer's wq_b.
+LINEARS = {None: 0, SWA: 8, HCA: 8, CSA: 9}
+
+
+def _calls(linear: str) -> dict[LayerKind | None, Counter[str]]:
+    return {
+        kind: WRITES[kind] + EXPERTS + DENSE[kind] + Counter({linear: count})
+        if kind
+        else DENSE[kind]
+        for kind, count in LINEARS.items()
+    }
+
+
+CALLS = {"official": _calls("fp8_linear"), "nvfp4": _calls("nvfp4_linear")}
+"""Foreign calls of one decode step by preset and kind of layer, ``None``: outside of layers."""
 
 ALIASES: dict[str, Callable[[int], dict[int, int]]] = {
     "cache_write": lambda n: {i: 1 + i for i in range(n)},
+    "dense_linear": lambda n: {},
+    "fp8_linear": lambda n: {},
+    "moe": lambda n: {},
+    "mxfp4_linear": lambda n: {},
+    "nvfp4_linear": lambda n: {},
     "rmsnorm_nvfp4": lambda n: {},
+    "router": lambda n: {},
 }
 """Result -> operand with the same buffer, by op, for a call with ``n`` results."""
 
@@ -303,7 +336,8 @@ PRESETS = list(CALLS)
 
 def expected_calls(preset: str) -> dict[int | None, Counter[str]]:
     config = flash(preset).config
-    return {i: CALLS[preset][config.layer_kind(i)] for i in range(LAYERS)}
+    layers = {i: CALLS[preset][config.layer_kind(i)] for i in range(LAYERS)}
+    return {None: CALLS[preset][None], **layers}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -337,6 +371,21 @@ def test_every_leaf_is_donated_and_written_in_place(preset: str) -> None:
     assert copied_leaves(decode(preset), cache_of(preset)) == []
 
 
+@pytest.mark.parametrize(("regime", "number"), [(None, 0), ("decode", 1), ("prefill", 2)])
+def test_the_regime_reaches_every_product(regime: Any, number: int) -> None:
+    model = flash("nvfp4")
+    model = model.clone(precision=dataclasses.replace(model.precision, regime=regime))
+    traced = _decode.trace(**step_arguments(model))
+    program = Program(traced.lower(lowering_platforms=("cuda",)))
+    found = Counter[tuple[str, int]]()
+    for call in program.calls():
+        config = str(call.operation.attributes["mhlo.backend_config"])
+        found.update((call.op, int(n)) for n in re.findall(r"regime = (\d) : i32", config))
+    expected = sum(expected_calls("nvfp4").values(), Counter())
+    products = ("dense_linear", "nvfp4_linear", "moe")
+    assert found == Counter({(op, number): expected[op] for op in products})
+
+
 def test_the_step_of_generate_donates_too() -> None:
     arguments = step_arguments(flash("nvfp4"))
     traced = _decode_and_sample.trace(**arguments, settings=settings())
@@ -357,8 +406,17 @@ def store(s: int) -> IndexRows:
     return IndexRows(jax.ShapeDtypeStruct(key, E2M1), jax.ShapeDtypeStruct(scale, UE8M0))
 
 
+def typed(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
 def bf16(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    return typed(jnp.bfloat16, *shape)
+
+
+def stack(e: int, n: int, k: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """MXFP4 experts."""
+    return {"weight": typed(E2M1, e, n, k), "scale": typed(UE8M0, e, n, k // 32)}
 
 
 # One large call of every op that has a kernel, whether or not the model makes it yet.
@@ -367,11 +425,49 @@ LARGE = {
         lambda *operands: cache_write(*operands),
         (store(1 << 18), store(8192), jax.ShapeDtypeStruct((8, 8192), jnp.int32)),
     ),
+    "moe": (
+        lambda *operands: moe(*operands, linear="mxfp4_w4a8", limit=10.0, dtype=jnp.bfloat16),
+        (
+            *(bf16(4096, 4096), typed(jnp.int32, 4096, 6), typed(jnp.float32, 4096, 6)),
+            typed(jnp.bool_, 4096),
+            *(stack(256, 2048, 4096), stack(256, 4096, 2048), stack(256, 2048, 4096)),
+            bf16(4096, 4096),
+        ),
+    ),
+    "dense_linear": (
+        lambda *operands: dense_linear(*operands),
+        (bf16(8192, 7168), bf16(512, 7168)),
+    ),
+    "fp8_linear": (
+        lambda *operands: fp8_linear(*operands, dtype=jnp.bfloat16),
+        (bf16(512, 8, 4096), typed(E4M3, 8192, 4096), typed(UE8M0, 64, 32)),
+    ),
+    "mxfp4_linear": (
+        lambda *operands: mxfp4_linear(*operands, regime="decode"),
+        (bf16(8, 7168), typed(E2M1, 3072, 7168), typed(UE8M0, 3072, 224)),
+    ),
+    "nvfp4_linear": (
+        lambda *operands: nvfp4_linear(*operands, regime="prefill"),
+        (
+            bf16(8192, 7168),
+            typed(E2M1, 1536, 7168),
+            typed(E4M3, 1536, 448),
+            typed(jnp.float32),
+            typed(jnp.float32),
+        ),
+    ),
     "rmsnorm_nvfp4": (
         lambda x, weight: rmsnorm_nvfp4(x, weight, 1e-6),
         (bf16(2, 8192, 7168), bf16(7168)),
     ),
+    "router": (
+        lambda x, weight, bias: router(x, weight, bias, None, k=6, scale=2.5),
+        (bf16(4096, 4096), bf16(256, 4096), typed(jnp.float32, 256)),
+    ),
 }
+
+WITHIN = {"router": Counter(dense_linear=1)}
+"""Ops that an op calls."""
 
 
 @pytest.mark.parametrize("op", [target.removeprefix("dsv4.") for target in library.targets()])
@@ -379,7 +475,7 @@ def test_an_op_alone_is_its_call(op: str) -> None:
     function, operands = LARGE[op]
     traced = jax.jit(function).trace(*operands)
     program = Program(traced.lower(lowering_platforms=("cuda",)))
-    assert wrong_calls(program, {None: Counter({op: 1})}) == []
+    assert wrong_calls(program, {None: Counter({op: 1}) + WITHIN.get(op, Counter())}) == []
     assert wrong_contracts(program) == []
     assert heavy_remains(program) == []
 
@@ -418,7 +514,8 @@ def test_a_scatter_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_lost_alias_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     call = library.call
-    monkeypatch.setattr(library, "call", lambda *operands, aliases, **rest: call(*operands, **rest))
+    drop = lambda *operands, aliases=None, **rest: call(*operands, **rest)  # noqa: E731
+    monkeypatch.setattr(library, "call", drop)
 
     def fresh(cache: Any, rows: Any, slots: Any) -> Any:
         return cache_write.__wrapped__(cache, rows, slots)
@@ -426,7 +523,8 @@ def test_a_lost_alias_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     fresh.__name__ = "cache_write"
     program = wrong_step(monkeypatch, jax.jit(fresh))
     assert wrong_calls(program, expected_calls("nvfp4")) == []
-    assert len(wrong_contracts(program)) == sum(1 for _ in program.calls()) == 10
+    writes = sum(call.op == "cache_write" for call in program.calls())
+    assert len(wrong_contracts(program)) == writes == 10
     problems = copied_leaves(program, cache_of("nvfp4"))
     assert len(problems) == len(jax.tree.leaves(cache_of("nvfp4").layers))
     assert all(problem.endswith("from stablehlo.custom_call") for problem in problems)

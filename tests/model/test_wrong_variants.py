@@ -73,7 +73,7 @@ def experts_unclamped(monkeypatch):
         return jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
 
     monkeypatch.setattr(swiglu_op, "clamped_swiglu", wrong)
-    monkeypatch.setattr("dsv4_jax.ops.moe.clamped_swiglu", wrong)
+    monkeypatch.setattr("dsv4_jax.ops._moe_jax.clamped_swiglu", wrong)
 
 
 VARIANTS = [comb_transposed, entry_one_token_late, window_one_too_narrow, sink_in_numerator]

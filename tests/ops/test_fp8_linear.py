@@ -1,48 +1,91 @@
-"""fp8_linear against dequantised operands in FP64."""
+"""fp8_linear against the reference in FP64, its codes against the tables."""
+
+from typing import Any
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 from dsv4_jax.ops.fp8_linear import fp8_linear
-from dsv4_jax.quant import fp8
+from dsv4_jax.typing import E4M3, UE8M0
 from reference import formats
-from tests.support.numerics import assert_near, f64
-from tests.support.op_cases import normal
+from tests.support import linears
+from tests.support.linears import SHAPES, assert_product, exact, operands, product_problems
+from tests.support.numerics import assert_same_bits
 
-# FP32 sums of exact products, relative to the sum of their magnitudes.
-REL = 1e-6
+OP = "fp8_linear"
+MORE = {"odd": (5, 0, 37, 19), "odd-tiles": (2, 0, 131, 130), "groups-in-a-tile": (4, 3, 200, 96)}
+ACTS = ("fp8", "bfloat16")
 
 
-@pytest.mark.parametrize("act", ["fp8", "bfloat16"])
-@pytest.mark.parametrize(
-    ("n", "k", "dtype"),
-    [
-        (160, 192, jnp.bfloat16),
-        (160, 192, jnp.float32),
-        (128, 256, jnp.bfloat16),
-        (24, 40, jnp.bfloat16),
-    ],
-)
-def test_against_fp64(act: str, n: int, k: int, dtype: jnp.dtype) -> None:
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("shape", (SHAPES | MORE).values(), ids=SHAPES | MORE)
+def test_against_reference(shape: linears.Shape, act: str) -> None:
     """Whole and edge tiles; activations quantised per token and 128 inputs, or in BF16."""
-    q = fp8.quantize_weight(normal(1, n, k))
-    w = formats.decode_e4m3(np.asarray(q.code).view(np.uint8)).astype(np.float64)
-    scale = f64(formats.decode_ue8m0(np.asarray(q.scale).view(np.uint8)))
-    w *= np.kron(scale, np.ones((128, 128)))[:n, :k]
-    x = normal(0, 3, k, dtype=dtype)
-    wide = formats.q8(x.astype(jnp.float32), 128) if act == "fp8" else x.astype(jnp.bfloat16)
-    got = fp8_linear(x, *q, act=act)
-    assert got.dtype == jnp.float32
-    assert_near(got, f64(wide) @ w.T, REL * (np.abs(f64(wide)) @ np.abs(w).T))
+    assert_product(OP, operands(OP, shape), jnp.float32, act=act)
+    assert_product(OP, operands(OP, shape, jnp.float32), jnp.bfloat16, act=act)
 
 
-def test_groups() -> None:
-    """A group is quantised on its own and meets its own rows."""
-    q = fp8.quantize_weight(normal(1, 256, 128))
-    x = normal(0, 5, 2, 128, dtype=jnp.bfloat16)
-    w = f64(fp8.dequantize_weight(q)).reshape(2, 128, 128)
-    wide = f64(formats.q8(x.astype(jnp.float32), 128))
-    want = np.einsum("tgk,gnk->tgn", wide, w)
-    size = np.einsum("tgk,gnk->tgn", np.abs(wide), np.abs(w))
-    assert_near(fp8_linear(x, *q), want, REL * size)
+def test_every_code_and_scale() -> None:
+    """A16, A17: 256 codes under 256 scale bytes, two tiles of one input each."""
+    code = np.tile(np.arange(256, dtype=np.uint8), 256)
+    scale = np.repeat(np.arange(256, dtype=np.uint8), 2)
+    x = jnp.ones((1, 1), jnp.bfloat16)
+    got = fp8_linear(
+        x,
+        jnp.asarray(code[:, None]).view(E4M3),
+        jnp.asarray(scale[:, None]).view(UE8M0),
+        act="bfloat16",
+    )
+    with np.errstate(over="ignore", invalid="ignore"):
+        value = formats.decode_e4m3(code) * formats.decode_ue8m0(np.repeat(scale, 128))
+        want = value.astype(ml_dtypes.bfloat16).astype(np.float32) + np.float32(0)
+    assert_same_bits(got, want[None])
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_rounding(act: str) -> None:
+    linears.check_rounding(OP, act=act)
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_rows(act: str) -> None:
+    linears.check_rows(OP, act=act)
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_regimes(act: str) -> None:
+    linears.check_regimes(OP, act=act)
+
+
+def test_empty() -> None:
+    linears.check_empty(OP)
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_bad_token_stays_alone(bad: float, act: str) -> None:
+    linears.check_bad_rows(OP, bad, act=act)
+
+
+WRONG = {
+    "scales-by-row": lambda x, w, s: (x, w, s.T),
+    "scales-shifted": lambda x, w, s: (x, w, jnp.roll(s, 1, 1)),
+    "groups-swapped": lambda x, w, s: (x[:, ::-1], w, s),
+    "last-block-left-out": lambda x, w, s: (x.at[..., -16:].set(0), w, s),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_wrong_variant_fails(wrong: Any) -> None:
+    x, w, _ = operands(OP, SHAPES["groups-of-tiles"])
+    scale = jnp.asarray([[120, 122], [119, 121]], jnp.uint8).view(UE8M0)
+    assert product_problems(fp8_linear(x, w, scale), exact(OP, x, w, scale)) == []
+    assert product_problems(fp8_linear(x, w, scale), exact(OP, *wrong(x, w, scale)))
+
+
+def test_wrong_activations_fail() -> None:
+    x, *weights = operands(OP, SHAPES["edges"])
+    for act, other in (ACTS, ACTS[::-1]):
+        assert product_problems(fp8_linear(x, *weights, act=act), exact(OP, x, *weights, act=other))

@@ -1,37 +1,97 @@
-"""mxfp4_linear against dequantised operands in FP64."""
+"""mxfp4_linear against the reference in FP64, its codes against the tables."""
+
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
-from dsv4_jax.quant import bits, mxfp4
+from dsv4_jax.quant import bits
+from dsv4_jax.typing import UE8M0
 from reference import formats
-from tests.support.numerics import assert_near, f64
-from tests.support.op_cases import normal
+from tests.support import linears
+from tests.support.linears import SHAPES, assert_product, exact, operands, product_problems
+from tests.support.numerics import assert_same_bits
 
-# FP32 sums of exact products, relative to the sum of their magnitudes.
-REL = 1e-6
+OP = "mxfp4_linear"
+ACTS = ("fp8", "bfloat16")
 
 
-@pytest.mark.parametrize("act", ["fp8", "bfloat16"])
-@pytest.mark.parametrize(
-    ("n", "k", "groups", "dtype"),
-    [(40, 192, 0, jnp.bfloat16), (8, 32, 0, jnp.float32), (40, 160, 2, jnp.bfloat16)],
-)
-def test_against_fp64(act: str, n: int, k: int, groups: int, dtype: jnp.dtype) -> None:
-    q = mxfp4.quantize(normal(1, n, k))
-    w = f64(formats.decode_e2m1_packed(np.asarray(bits.e2m1_to_bytes(q.code))))
-    w *= np.repeat(f64(formats.decode_ue8m0(np.asarray(q.scale).view(np.uint8))), 32, axis=-1)
-    x = normal(0, *((3, groups, k) if groups else (3, k)), dtype=dtype)
-    wide = formats.q8(x.astype(jnp.float32), 128) if act == "fp8" else x.astype(jnp.bfloat16)
-    wide = f64(wide)
-    got = mxfp4_linear(x, *q, act=act)
-    if groups:
-        w = w.reshape(groups, n // groups, k)
-        want = np.einsum("tgk,gnk->tgn", wide, w)
-        size = np.einsum("tgk,gnk->tgn", np.abs(wide), np.abs(w))
-    else:
-        want, size = wide @ w.T, np.abs(wide) @ np.abs(w).T
-    assert got.dtype == jnp.float32
-    assert_near(got, want, REL * size)
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_against_reference(shape: linears.Shape, act: str) -> None:
+    assert_product(OP, operands(OP, shape), jnp.float32, act=act)
+    assert_product(OP, operands(OP, shape, jnp.float32), jnp.bfloat16, act=act)
+
+
+def test_every_code_and_scale() -> None:
+    """A16, A17: 16 codes under 256 scale bytes, each in both nibbles."""
+    code, scale, at = (x.ravel() for x in np.meshgrid(range(16), range(256), (4, 31)))
+    packed = np.zeros((len(code), 16), np.uint8)
+    packed[np.arange(len(code)), at // 2] = code << 4 * (at % 2)
+    x = np.zeros((2, 32), np.float32)
+    x[0, 4] = x[1, 31] = 1
+    scales = jnp.asarray(scale[:, None].astype(np.uint8)).view(UE8M0)
+    got = mxfp4_linear(
+        jnp.asarray(x, jnp.bfloat16),
+        bits.bytes_to_e2m1(jnp.asarray(packed)),
+        scales,
+        act="bfloat16",
+    )
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = formats.decode_e2m1_packed(code.astype(np.uint8))[::2]
+        want = values * formats.decode_ue8m0(scale) + np.float32(0)
+    got = np.where(at == 4, *np.asarray(got))
+    assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_rounding(act: str) -> None:
+    linears.check_rounding(OP, act=act)
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_rows(act: str) -> None:
+    linears.check_rows(OP, act=act)
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_regimes(act: str) -> None:
+    linears.check_regimes(OP, act=act)
+
+
+def test_empty() -> None:
+    linears.check_empty(OP)
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_bad_token_stays_alone(bad: float, act: str) -> None:
+    linears.check_bad_rows(OP, bad, act=act)
+
+
+def nibbles_swapped(x: Any, w: Any, s: Any) -> Any:
+    pairs = bits.e2m1_to_bytes(w)
+    return x, bits.bytes_to_e2m1(pairs << 4 | pairs >> 4), s
+
+
+WRONG = {
+    "nibbles-swapped": nibbles_swapped,
+    "scales-shifted": lambda x, w, s: (x, w, jnp.roll(s, 1, 1)),
+    "groups-swapped": lambda x, w, s: (x[:, ::-1], w, s),
+    "last-block-left-out": lambda x, w, s: (x.at[..., -16:].set(0), w, s),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_wrong_variant_fails(wrong: Any) -> None:
+    x, w, s = operands(OP, SHAPES["groups"])
+    assert product_problems(mxfp4_linear(x, w, s), exact(OP, *wrong(x, w, s)))
+
+
+def test_wrong_activations_fail() -> None:
+    x, *weights = operands(OP, SHAPES["edges"])
+    for act, other in (ACTS, ACTS[::-1]):
+        got = mxfp4_linear(x, *weights, act=act)
+        assert product_problems(got, exact(OP, x, *weights, act=other))

@@ -1,45 +1,154 @@
-"""nvfp4_linear against dequantised operands in FP64."""
+"""nvfp4_linear against the reference in FP64, its codes against the tables."""
+
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
-from dsv4_jax.quant import bits, nvfp4
+from dsv4_jax.quant import bits
+from dsv4_jax.typing import E4M3
 from reference import formats
-from tests.support.numerics import assert_near, f64
-from tests.support.op_cases import normal
+from tests.support import linears
+from tests.support.linears import SHAPES, assert_product, exact, operands, product_problems
+from tests.support.numerics import assert_same_bits, f64
 
-# FP32 sums of exact products and two global scales, relative to the sum of magnitudes.
-REL = 1e-6
+OP = "nvfp4_linear"
+MORE = {"one-block": (3, 0, 16, 8), "blocks": (2, 0, 176, 24), "blocks-groups": (9, 2, 48, 10)}
+ACTS = ("nvfp4", "fp8", "bfloat16")
 
 
-@pytest.mark.parametrize("act", ["nvfp4", "fp8", "bfloat16"])
-@pytest.mark.parametrize(
-    ("n", "k", "groups", "dtype"),
-    [(40, 192, 0, jnp.bfloat16), (8, 16, 0, jnp.float32), (40, 160, 2, jnp.bfloat16)],
-)
-def test_against_fp64(act: str, n: int, k: int, groups: int, dtype: jnp.dtype) -> None:
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("shape", (SHAPES | MORE).values(), ids=SHAPES | MORE)
+def test_against_reference(shape: linears.Shape, act: str) -> None:
     """The activation's global scale is its row's own and folds into the epilogue."""
-    wide = normal(1, n, k)
-    q = nvfp4.quantize(wide, nvfp4.tensor_global_scale(wide))
-    w = f64(formats.decode_e2m1_packed(np.asarray(bits.e2m1_to_bytes(q.code))))
-    w *= np.repeat(formats.decode_e4m3(np.asarray(q.block_scale).view(np.uint8)), 16, axis=-1)
-    w *= float(q.global_scale)
-    x = normal(0, *((3, groups, k) if groups else (3, k)), dtype=dtype)
-    x32 = x.astype(jnp.float32)
+    assert_product(OP, operands(OP, shape), jnp.float32, act=act)
+    assert_product(OP, operands(OP, shape, jnp.float32), jnp.bfloat16, act=act)
+
+
+@pytest.mark.parametrize("scale", [2.0**-8, 0.0123, 1e-3, 1.0])
+@pytest.mark.parametrize("shape", ["edges", "groups"])
+def test_static_scale_against_reference(shape: str, scale: float) -> None:
+    """Too small a scale saturates, too large a one rounds to zero; both as the format defines."""
+    for dtype in (jnp.float32, jnp.bfloat16):
+        arguments = (*operands(OP, SHAPES[shape], dtype), jnp.float32(scale))
+        assert_product(OP, arguments, dtype, act="nvfp4")
+
+
+@pytest.mark.parametrize(
+    ("scale", "used"),
+    [
+        *((scale, 2.0**-100) for scale in (1e-38, 1e-45, 0.0, -1.0, -np.inf)),
+        *((scale, 2.0**100) for scale in (1e38, np.inf)),
+    ],
+)
+def test_static_scale_is_clamped(scale: float, used: float) -> None:
+    """A14: 2^-100..2^100."""
+    arguments = operands(OP, SHAPES["small"])
+    got = nvfp4_linear(*arguments, jnp.float32(scale))
+    assert_same_bits(got, nvfp4_linear(*arguments, jnp.float32(used)))
+    assert np.isfinite(f64(got)).all()
+
+
+def test_static_scale_of_a_token() -> None:
+    """The token's own scale, given as a static one, changes no bit."""
+    x, *weights = operands(OP, SHAPES["one-row"])
+    own = formats.nvfp4_token_scale(x.astype(jnp.float32))[0, 0]
+    assert_same_bits(nvfp4_linear(x, *weights, own), nvfp4_linear(x, *weights))
+
+
+def test_every_code_and_scale() -> None:
+    """A16, A17: 16 codes under 256 scale bytes, each in both nibbles."""
+    code, scale, at = (x.ravel() for x in np.meshgrid(range(16), range(256), (4, 15)))
+    packed = np.zeros((len(code), 8), np.uint8)
+    packed[np.arange(len(code)), at // 2] = code << 4 * (at % 2)
+    x = np.zeros((2, 16), np.float32)
+    x[0, 4] = x[1, 15] = 1
+    weights = (
+        bits.bytes_to_e2m1(jnp.asarray(packed)),
+        jnp.asarray(scale[:, None].astype(np.uint8)).view(E4M3),
+        jnp.float32(1),
+    )
+    values = formats.decode_e2m1_packed(code.astype(np.uint8))[::2]
+    want = values * formats.decode_e4m3(scale) + np.float32(0)
+    for act in ("bfloat16", "fp8"):
+        got = nvfp4_linear(jnp.asarray(x, jnp.bfloat16), *weights, act=act)
+        assert_same_bits(np.where(at == 4, *np.asarray(got)), want, act)
+    # 6 under a static scale of 1 is the code 6 with the block scale 1.
+    got = nvfp4_linear(jnp.asarray(6 * x, jnp.bfloat16), *weights, jnp.float32(1))
+    assert_same_bits(np.where(at == 4, *np.asarray(got)), 6 * want, "nvfp4")
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_rounding(act: str) -> None:
+    linears.check_rounding(OP, act=act)
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_rows(act: str) -> None:
+    linears.check_rows(OP, act=act)
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_regimes(act: str) -> None:
+    linears.check_regimes(OP, act=act)
+
+
+def test_empty() -> None:
+    linears.check_empty(OP)
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_bad_token_stays_alone(bad: float, act: str) -> None:
+    row = linears.check_bad_rows(OP, bad, act=act)
     if act == "nvfp4":
-        s2 = formats.nvfp4_token_scale(x32)
-        value, scale = formats.nvfp4_quantize(x32, s2)
-        a = f64(value) * np.repeat(f64(scale), 16, axis=-1) * f64(s2)
-    else:
-        a = f64(formats.q8(x32, 128) if act == "fp8" else x.astype(jnp.bfloat16))
-    got = nvfp4_linear(x, *q, act=act)
-    if groups:
-        w = w.reshape(groups, n // groups, k)
-        want = np.einsum("tgk,gnk->tgn", a, w)
-        size = np.einsum("tgk,gnk->tgn", np.abs(a), np.abs(w))
-    else:
-        want, size = a @ w.T, np.abs(a) @ np.abs(w).T
-    assert got.dtype == jnp.float32
-    assert_near(got, want, REL * size)
+        assert np.isnan(f64(row)).all() == np.isnan(bad)
+
+
+def test_nan_under_a_static_scale() -> None:
+    """NaN reaches its row through the block's scale."""
+    x, *weights = operands(OP, SHAPES["edges"])
+    clean = nvfp4_linear(x, *weights, jnp.float32(0.01))
+    dirty = nvfp4_linear(x.at[2, 33].set(jnp.nan), *weights, jnp.float32(0.01))
+    assert np.isnan(f64(dirty[2])).all()
+    others = np.arange(17) != 2
+    assert_same_bits(np.asarray(dirty)[others], np.asarray(clean)[others])
+
+
+def test_zero_tokens() -> None:
+    """A15."""
+    x, *weights = operands(OP, SHAPES["small"])
+    for zero in (0.0, -0.0):
+        got = f64(nvfp4_linear(x.at[1].set(zero), *weights))
+        assert (got[1] == 0).all()
+
+
+def nibbles_swapped(x: Any, w: Any, *scales: Any) -> Any:
+    pairs = bits.e2m1_to_bytes(w)
+    return x, bits.bytes_to_e2m1(pairs << 4 | pairs >> 4), *scales
+
+
+WRONG = {
+    "nibbles-swapped": nibbles_swapped,
+    "scales-shifted": lambda x, w, s, s2: (x, w, jnp.roll(s, 1, 1), s2),
+    "global-scale-divides": lambda x, w, s, s2: (x, w, s, 1 / s2),
+    "groups-swapped": lambda x, w, s, s2: (x[:, ::-1], w, s, s2),
+    "last-block-left-out": lambda x, w, s, s2: (x.at[..., -16:].set(0), w, s, s2),
+    "static-scale": lambda *operands: (*operands, jnp.float32(0.0123)),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_wrong_variant_fails(wrong: Any) -> None:
+    arguments = operands(OP, SHAPES["groups"])
+    assert product_problems(nvfp4_linear(*arguments), exact(OP, *wrong(*arguments)))
+
+
+def test_wrong_activations_fail() -> None:
+    arguments = operands(OP, SHAPES["edges"])
+    for act in ACTS:
+        got = nvfp4_linear(*arguments, act=act)
+        for other in set(ACTS) - {act}:
+            assert product_problems(got, exact(OP, *arguments, act=other))

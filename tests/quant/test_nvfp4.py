@@ -143,3 +143,19 @@ def test_jit_changes_nothing() -> None:
     assert_same_bits(raw(jitted.code), raw(eager.code))
     assert_same_bits(raw(jitted.block_scale), raw(eager.block_scale))
     assert_same_bits(jitted.global_scale, eager.global_scale)
+
+
+def test_scales_that_are_powers_of_two() -> None:
+    """Every byte by itself against its value: zero and the powers, none negative, no NaN."""
+    bytes_ = np.arange(256, dtype=np.uint8)
+    value = formats.decode_e4m3(bytes_).astype(np.float64)
+    want = [
+        (v == 0 and byte < 128) or (v > 0 and np.frexp(v)[0] == 0.5) for byte, v in enumerate(value)
+    ]
+    for byte, yes in enumerate(want):
+        scale = jnp.asarray(np.full((2, 3), byte, np.uint8).view(ml_dtypes.float8_e4m3fn))
+        assert bool(nvfp4.scales_are_powers_of_two(scale)) == yes, byte
+    mixed = np.array([[8, 16], [0, 1]], np.uint8)
+    assert nvfp4.scales_are_powers_of_two(jnp.asarray(mixed.view(ml_dtypes.float8_e4m3fn)))
+    mixed[1, 0] = 9
+    assert not nvfp4.scales_are_powers_of_two(jnp.asarray(mixed.view(ml_dtypes.float8_e4m3fn)))

@@ -62,13 +62,17 @@ def normal(seed: int, *shape: int, scale: float = 1.0, dtype: Any = jnp.float32)
 
 def expert_leaves(seed: int, shape: tuple[int, int, int], form: str) -> dict[str, jax.Array]:
     """A stacked weight ``[e, out, in]`` in a storage format, its leaves named as in the model."""
-    w = normal(seed, *shape, scale=shape[-1] ** -0.5)
+    return _leaves(normal(seed, *shape, scale=shape[-1] ** -0.5), form)
+
+
+@functools.partial(jax.jit, static_argnames="form")
+def _leaves(w: jax.Array, form: str) -> dict[str, jax.Array]:
     if form == "mxfp4":
         return dict(zip(("weight", "scale"), mxfp4.quantize(w), strict=True))
     if form == "fp8":
         return dict(zip(("weight", "scale"), fp8.quantize_weight(w), strict=True))
     if form == "nvfp4":
-        scale = nvfp4.token_global_scale(w.reshape(shape[0], -1))
+        scale = nvfp4.token_global_scale(w.reshape(w.shape[0], -1))
         q = nvfp4.quantize(w, scale[:, None])
         return {"weight": q.code, "block_scale": q.block_scale, "global_scale": scale}
     return {"weight": w.astype(jnp.dtype(form))}
@@ -139,30 +143,31 @@ def _router(hashed: bool) -> OpCase:
     return OpCase(lambda x, idx: router(x, weight, None, idx, **settings), (x, idx))
 
 
-def _dense_linear(dtype: Any, groups: int = 0) -> OpCase:
-    weight = normal(1, 40, 96, dtype=dtype)
-    shape = (MAX_ROWS, groups, 96) if groups else (MAX_ROWS, 96)
-    return OpCase(lambda x: dense_linear(x, weight), (normal(0, *shape, dtype=dtype),))
+def _dense_linear(stored: Any, groups: int = 0, **settings: Any) -> OpCase:
+    weight = normal(1, 40, 96, dtype=stored)
+    x = _linear_x(96, groups, stored)
+    return OpCase(lambda x: dense_linear(x, weight, **settings), (x,))
 
 
-def _fp8_linear(act: Any, groups: int = 0) -> OpCase:
-    code, scale = fp8.quantize_weight(normal(1, 160, 192))
-    shape = (MAX_ROWS, groups, 192) if groups else (MAX_ROWS, 192)
-    x = normal(0, *shape, dtype=jnp.bfloat16)
-    return OpCase(lambda x: fp8_linear(x, code, scale, act=act), (x,))
+def _linear_x(k: int, groups: int, dtype: Any = jnp.bfloat16) -> jax.Array:
+    shape = (MAX_ROWS, groups, k) if groups else (MAX_ROWS, k)
+    return normal(0, *shape, dtype=dtype)
 
 
-def _mxfp4_linear(act: Any) -> OpCase:
-    code, scale = mxfp4.quantize(normal(1, 40, 192))
-    x = normal(0, MAX_ROWS, 192, dtype=jnp.bfloat16)
-    return OpCase(lambda x: mxfp4_linear(x, code, scale, act=act), (x,))
+def _fp8_linear(groups: int = 0, **settings: Any) -> OpCase:
+    code, scale = jax.jit(fp8.quantize_weight)(normal(1, 160, 192))
+    return OpCase(lambda x: fp8_linear(x, code, scale, **settings), (_linear_x(192, groups),))
 
 
-def _nvfp4_linear(act: Any) -> OpCase:
-    w = normal(1, 40, 192)
-    q = nvfp4.quantize(w, nvfp4.tensor_global_scale(w))
-    x = normal(0, MAX_ROWS, 192, dtype=jnp.bfloat16)
-    return OpCase(lambda x: nvfp4_linear(x, *q, act=act), (x,))
+def _mxfp4_linear(groups: int = 0, **settings: Any) -> OpCase:
+    code, scale = jax.jit(mxfp4.quantize)(normal(1, 40, 192))
+    return OpCase(lambda x: mxfp4_linear(x, code, scale, **settings), (_linear_x(192, groups),))
+
+
+def _nvfp4_linear(groups: int = 0, static: bool = False, **settings: Any) -> OpCase:
+    q = jax.jit(lambda w: nvfp4.quantize(w, nvfp4.tensor_global_scale(w)))(normal(1, 40, 192))
+    scales = (jnp.float32(0.0123),) if static else ()
+    return OpCase(lambda x: nvfp4_linear(x, *q, *scales, **settings), (_linear_x(192, groups),))
 
 
 def _swiglu() -> OpCase:
@@ -171,7 +176,7 @@ def _swiglu() -> OpCase:
     return OpCase(functools.partial(swiglu, limit=10.0), (gate, up))
 
 
-def _moe(linear: Any) -> OpCase:
+def _moe(linear: Any, shared: bool = False) -> OpCase:
     form = linear.split("_")[0]
     w1, w3 = (expert_leaves(seed, (5, 64, 96), form) for seed in (1, 3))
     w2 = expert_leaves(2, (5, 96, 64), form)
@@ -180,9 +185,14 @@ def _moe(linear: Any) -> OpCase:
     weight = jnp.asarray(rng.uniform(0.1, 1, (MAX_ROWS, 3)), jnp.float32)
     dtype = jnp.float32 if linear == "float32" else jnp.bfloat16
     x = normal(0, MAX_ROWS, 96, dtype=dtype)
-    valid = jnp.arange(MAX_ROWS) != 2
+    rows = x, idx, weight, jnp.arange(MAX_ROWS) != 2
+    settings: dict[str, Any] = {"linear": linear, "limit": 10.0}
+    if not shared:
+        return OpCase(lambda *rows: moe(*rows, w1, w2, w3, **settings), rows)
+    settings |= {"first_expert": 1, "dtype": dtype}
     return OpCase(
-        lambda *rows: moe(*rows, w1, w2, w3, linear=linear, limit=10.0), (x, idx, weight, valid)
+        lambda *rows: moe(*rows[:4], w1, w2, w3, rows[4], **settings),
+        (*rows, normal(6, MAX_ROWS, 96, dtype=dtype)),
     )
 
 
@@ -293,14 +303,19 @@ CASES: dict[str, Callable[[], OpCase]] = {
         "router-hash": lambda: _router(True),
         "dense_linear-bfloat16": lambda: _dense_linear(jnp.bfloat16),
         "dense_linear-float32": lambda: _dense_linear(jnp.float32),
-        "dense_linear-groups": lambda: _dense_linear(jnp.bfloat16, 2),
-        "fp8_linear-w8a8": lambda: _fp8_linear("fp8"),
-        "fp8_linear-w8a16-groups": lambda: _fp8_linear("bfloat16", 2),
-        "mxfp4_linear-w4a8": lambda: _mxfp4_linear("fp8"),
-        "nvfp4_linear-w4a4": lambda: _nvfp4_linear("nvfp4"),
+        "dense_linear-groups": lambda: _dense_linear(jnp.bfloat16, 2, dtype=jnp.bfloat16),
+        "fp8_linear-w8a8": lambda: _fp8_linear(dtype=jnp.bfloat16, regime="decode"),
+        "fp8_linear-w8a16-groups": lambda: _fp8_linear(2, act="bfloat16"),
+        "mxfp4_linear-w4a8": lambda: _mxfp4_linear(),
+        "mxfp4_linear-w4a16": lambda: _mxfp4_linear(act="bfloat16", regime="prefill"),
+        "nvfp4_linear-w4a4": lambda: _nvfp4_linear(),
+        "nvfp4_linear-w4a4-static": lambda: _nvfp4_linear(static=True, dtype=jnp.bfloat16),
+        "nvfp4_linear-w4a8-groups": lambda: _nvfp4_linear(2, act="fp8"),
+        "nvfp4_linear-w4a16": lambda: _nvfp4_linear(act="bfloat16"),
         "swiglu": _swiglu,
         "moe-mxfp4_w4a8": lambda: _moe("mxfp4_w4a8"),
         "moe-nvfp4_w4a4": lambda: _moe("nvfp4_w4a4"),
+        "moe-nvfp4_w4a16-shared": lambda: _moe("nvfp4_w4a16", True),
         "compressor-4": lambda: _compressor(4),
         "compressor-128": lambda: _compressor(128),
         "index_topk-mxfp4": lambda: _index_topk("mxfp4"),

@@ -1,0 +1,104 @@
+"""What the linears share: checks of operands and the call; see ffi/common/linear.h."""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from dsv4_jax import library
+from dsv4_jax.ops._check import FLOAT32, FLOATS, check_choice, check_operand
+from dsv4_jax.precision import Regime
+from dsv4_jax.typing import Array
+
+__all__ = [
+    "REGIMES",
+    "check_linear",
+    "check_result",
+    "check_scalar",
+    "linear_call",
+    "scratch_bytes",
+]
+
+_ACTS: Final = {"bfloat16": 0, "fp8": 1, "nvfp4": 2}
+REGIMES: Final = {None: 0, "decode": 1, "prefill": 2}
+
+
+def check_linear(
+    op: str, x: Array, weight: Array, stored: DTypeLike, dtype: DTypeLike, regime: Regime | None
+) -> None:
+    """What holds for every form of weights.
+
+    Raises:
+        TypeError: ``x``, ``weight`` or the result has a dtype that is not accepted.
+        ValueError: ranks, inner sizes or groups disagree, or ``regime`` is unknown.
+    """
+    check_operand(op, "x", x, "t g? k", FLOATS)
+    check_operand(op, "weight", weight, "n k", (jnp.dtype(stored),))
+    check_result(op, dtype, regime)
+    n, k = weight.shape
+    if x.shape[-1] != k or k == 0:
+        rule = f"x must end in weight's {k} inputs" if k else "weight must have inputs"
+        raise ValueError(f"{op}: {rule}, got {list((x if k else weight).shape)}")
+    check_groups(op, x, n, k)
+
+
+def check_result(op: str, dtype: DTypeLike, regime: Regime | None) -> None:
+    """The two settings that every linear takes."""
+    if jnp.dtype(dtype) not in FLOATS:
+        raise TypeError(f"{op}: dtype must be bfloat16 or float32, got {jnp.dtype(dtype)}")
+    check_choice(op, "regime", regime, tuple(REGIMES))
+
+
+def check_groups(op: str, x: Array, n: int, k: int) -> None:
+    """Raises `ValueError` when the groups of ``x`` do not share the weight's rows evenly."""
+    if x.ndim == 3 and (x.shape[1] == 0 or n % x.shape[1]):
+        raise ValueError(
+            f"{op}: weight must split evenly over x's {x.shape[1]} groups, got {[n, k]}"
+        )
+
+
+def check_scalar(op: str, name: str, x: Array) -> None:
+    """A global scale: FP32 without axes."""
+    check_operand(op, name, x, "*lead", FLOAT32)
+    if x.shape != ():
+        raise ValueError(f"{op}: {name} must be a scalar, got {list(x.shape)}")
+
+
+def scratch_bytes(t: int, groups: int, k: int) -> int:
+    """``LinearScratchBytes`` of ffi/common/linear.h."""
+    tokens, inputs = -(-t // 128) * 128, -(-k // 128) * 128
+    return tokens * groups * (inputs * 2 + 4) + 256
+
+
+def linear_call(
+    op: str,
+    x: Array,
+    weight: Array,
+    scales: Sequence[Array],
+    *,
+    act: str | None,
+    dtype: DTypeLike,
+    regime: Regime | None,
+) -> Array:
+    """Calls ``dsv4.<op>`` with checked operands: ``y [t, n]`` or ``[t, g, n / g]``."""
+    t, k = x.shape[0], x.shape[-1]
+    groups = x.shape[1] if x.ndim == 3 else 1
+    n = weight.shape[0]
+    shape = (t, groups, n // groups) if x.ndim == 3 else (t, n)
+    attributes: dict[str, Any] = {} if act is None else {"act": np.int32(_ACTS[act])}
+    y, _ = library.call(
+        op,
+        [
+            jax.ShapeDtypeStruct(shape, dtype),
+            jax.ShapeDtypeStruct((scratch_bytes(t, groups, k),), jnp.uint8),
+        ],
+        x,
+        weight,
+        *scales,
+        **attributes,
+        regime=np.int32(REGIMES[regime]),
+    )
+    return y

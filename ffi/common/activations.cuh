@@ -1,0 +1,238 @@
+// Activations on the GPU: quantised, decoded to the exact BF16 values, and laid out for the MMA
+// steps of a weight format (common/weights.cuh).
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "common/bits.h"
+#include "common/linear.h"
+#include "common/nvfp4.h"
+#include "common/weights.cuh"
+
+namespace dsv4 {
+
+constexpr int kChunk = 8;  // inputs a lane takes at a time
+constexpr int kWarpChunk = 32 * kChunk;
+constexpr int kBatch = 4;  // chunks of a lane on their way at a time
+
+// Largest magnitude among `kLanes` neighbouring lanes, as bits: NaN above all.
+template <int kLanes>
+__device__ __forceinline__ uint32_t MaxOfLanes(uint32_t bits) {
+#pragma unroll
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    bits = max(bits, __shfl_xor_sync(0xFFFFFFFFu, bits, half));
+  }
+  return bits;
+}
+
+__device__ __forceinline__ uint32_t MagnitudeOf(const float (&v)[kChunk]) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) bits = max(bits, __float_as_uint(v[i]) & 0x7FFFFFFFu);
+  return bits;
+}
+
+// Eight inputs of a row from `at`; zeros from `k` on.
+__device__ __forceinline__ void LoadChunk(const void* row, bool x_float32, int64_t at, int64_t k,
+                                          float (&v)[kChunk]) {
+  if (x_float32) {
+    const float* x = static_cast<const float*>(row);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) v[i] = at + i < k ? __ldg(x + at + i) : 0.0f;
+    return;
+  }
+  const uint16_t* x = static_cast<const uint16_t*>(row) + at;
+  if (at + kChunk <= k && reinterpret_cast<uintptr_t>(x) % 16 == 0) {
+    const uint4 words = __ldg(reinterpret_cast<const uint4*>(x));
+    const uint32_t w[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      v[2 * i] = __uint_as_float(w[i] << 16);
+      v[2 * i + 1] = __uint_as_float(w[i] & 0xFFFF0000u);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) v[i] = at + i < k ? Bf16ToFloat(__ldg(x + i)) : 0.0f;
+}
+
+// q8 (model.md 4.5) of 128 inputs over 16 lanes: codes in pairs, the scale returned.
+__device__ __forceinline__ float EncodeFp8(const float (&v)[kChunk],
+                                           uint16_t (&codes)[kChunk / 2]) {
+  const uint32_t largest = MaxOfLanes<16>(MagnitudeOf(v));
+  float amax = fminf(fmaxf(__uint_as_float(largest), 1e-4f), kFloat32Max);
+  amax = __fmul_rn(amax, 1.0f / kE4m3Max);
+  const uint32_t bits = __float_as_uint(amax);
+  const uint32_t exponent = (bits >> 23) + ((bits & 0x7FFFFFu) != 0);
+  const float inverse = __uint_as_float((254 - exponent) << 23);
+#pragma unroll
+  for (int i = 0; i < kChunk; i += 2) {
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"
+        : "=h"(codes[i / 2])
+        : "f"(__fmul_rn(v[i + 1], inverse)), "f"(__fmul_rn(v[i], inverse)));
+  }
+  return largest > 0x7F800000u ? __uint_as_float(0x7FC00000u) : __uint_as_float(exponent << 23);
+}
+
+// The same, decoded again.
+__device__ __forceinline__ void RoundFp8(float (&v)[kChunk]) {
+  uint16_t codes[kChunk / 2];
+  const float scale = EncodeFp8(v, codes);
+#pragma unroll
+  for (int i = 0; i < kChunk; i += 2) {
+    uint32_t halves;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(codes[i / 2]));
+    const float2 pair = __half22float2(reinterpret_cast<const __half2&>(halves));
+    v[i] = __fmul_rn(pair.x, scale);
+    v[i + 1] = __fmul_rn(pair.y, scale);
+  }
+}
+
+// NVFP4 (model.md 9.2) of 16 inputs over two lanes: code * block scale, without `global`.
+__device__ __forceinline__ void RoundNvfp4(float (&v)[kChunk], float global) {
+  const float amax = __uint_as_float(MaxOfLanes<2>(MagnitudeOf(v)));
+  const float six_global = __fmul_rn(kE2m1Max, global);
+  const float block = DecodeE4m3(EncodeE4m3(UnroundedBlockScale(amax, six_global)));
+  const float step = __fmul_rn(block, global), inverse = __frcp_rn(step);
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    // Ties lie at quarters: only near one does the quotient's rounding matter.
+    float quotient = __fmul_rn(v[i], inverse);
+    const float quarters = __fmul_rn(quotient, 4.0f);
+    if (!(fabsf(quarters - rintf(quarters)) > 1e-4f)) quotient = __fdiv_rn(v[i], step);
+    const uint32_t code = EncodeE2m1(quotient);
+    const float magnitude = __fmul_rn(__uint_as_float((code & 7u) << 22), 0x1p126f);
+    v[i] = __fmul_rn(copysignf(magnitude, v[i]), block);
+  }
+}
+
+// Largest magnitude of a row, or of every `step_chunks`-th chunk of it, by a warp.
+__device__ __forceinline__ uint32_t RowMagnitude(const void* row, bool x_float32, int64_t k,
+                                                 int first = 0, int step_chunks = 1) {
+  uint32_t largest = 0;
+  const int stride = step_chunks * kWarpChunk;
+  for (int64_t at = first * kWarpChunk + threadIdx.x % 32 * kChunk; at < k; at += kBatch * stride) {
+    float v[kBatch][kChunk];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) LoadChunk(row, x_float32, at + i * stride, k, v[i]);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) largest = max(largest, MagnitudeOf(v[i]));
+  }
+  return MaxOfLanes<32>(largest);
+}
+
+// One FP32 scale of a row, by a warp.
+__device__ __forceinline__ float RowScale(const void* row, bool x_float32, int64_t k,
+                                          const float* act_scale) {
+  if (act_scale != nullptr) return StaticGlobalScale(__ldg(act_scale));
+  return TokenGlobalScale(__uint_as_float(RowMagnitude(row, x_float32, k)));
+}
+
+__device__ __forceinline__ void RoundChunk(float (&v)[kChunk], ActForm act, float global) {
+  if (act == ActForm::kFp8) RoundFp8(v);
+  if (act == ActForm::kNvfp4) RoundNvfp4(v, global);
+}
+
+// The i-th of a chunk's four pairs, in the order of a lane's MMA positions.
+template <WeightForm kForm>
+__device__ __forceinline__ uint32_t PairOf(const float (&v)[kChunk], int i) {
+  int first = 2 * i, second = first + 1;
+  if (kForm == WeightForm::kFp8) first = i / 2 * 4 + i % 2, second = first + 2;
+  if (kForm == WeightForm::kMxfp4 || kForm == WeightForm::kNvfp4) first = i, second = i + 4;
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(v[first], v[second]);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+// A 4 x 4 transposition of words among lanes c = 0..3 that lie 2^kShift apart.
+template <int kShift>
+__device__ __forceinline__ void Transpose(uint32_t (&w)[4], int c) {
+  const bool odd = c & 1, high = c & 2;
+  const uint32_t a = __shfl_xor_sync(0xFFFFFFFFu, odd ? w[0] : w[1], 1 << kShift);
+  const uint32_t b = __shfl_xor_sync(0xFFFFFFFFu, odd ? w[2] : w[3], 1 << kShift);
+  (odd ? w[0] : w[1]) = a;
+  (odd ? w[2] : w[3]) = b;
+  const uint32_t d = __shfl_xor_sync(0xFFFFFFFFu, high ? w[0] : w[2], 2 << kShift);
+  const uint32_t e = __shfl_xor_sync(0xFFFFFFFFu, high ? w[1] : w[3], 2 << kShift);
+  (high ? w[0] : w[2]) = d;
+  (high ? w[1] : w[3]) = e;
+}
+
+// One row by a warp: rounded, and laid out as column `column` of a tile of `width`. Lanes that hold
+// the same four pairs of a piece's lanes c trade them for whole lines of 16 bytes.
+template <WeightForm kForm>
+__device__ __forceinline__ void StoreRow(const void* row, bool x_float32, int64_t k, int64_t padded,
+                                         ActForm act, float global, int width, int column,
+                                         uint16_t* tile, int first = 0, int step_chunks = 1) {
+  constexpr int kShift = kForm == WeightForm::kBf16 ? 0 : kForm == WeightForm::kFp8 ? 1 : 2;
+  const int lane = threadIdx.x % 32, c = lane >> kShift & 3, low = lane & ((1 << kShift) - 1);
+  const int stride = step_chunks * kWarpChunk;
+  for (int64_t base = first * kWarpChunk; base < padded; base += kBatch * stride) {
+    float v[kBatch][kChunk];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      LoadChunk(row, x_float32, base + i * stride + lane * kChunk, k, v[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int64_t at = base + i * stride + lane * kChunk;
+      if (base + i * stride >= padded) break;
+      RoundChunk(v[i], act, global);
+      uint32_t pairs[4];
+#pragma unroll
+      for (int p = 0; p < 4; ++p) pairs[p] = PairOf<kForm>(v[i], p);
+      Transpose<kShift>(pairs, c);
+      if (at >= padded) continue;
+      constexpr int kInputs = Weights<kForm>::kPieceInputs;
+      const int64_t step = at / kInputs * Weights<kForm>::kSteps + 2 * low + (c >> 1);
+      const int64_t line = (2 * step + (c & 1)) * width + column;
+      *reinterpret_cast<uint4*>(tile + line * 8) =
+          make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    }
+  }
+}
+
+// The same as E4M3 codes, stage by stage followed by the columns' scales per 128 inputs, for the
+// products with E4M3 on both sides.
+template <WeightForm kForm>
+__device__ __forceinline__ void StoreFp8Row(const void* row, bool x_float32, int64_t k,
+                                            int64_t padded, int width, int column, uint8_t* tile,
+                                            int first = 0, int step_chunks = 1) {
+  constexpr bool kEight = kForm == WeightForm::kFp8;
+  constexpr int kShift = kEight ? 1 : 2, kStage = kEight ? 128 : 256;
+  const int lane = threadIdx.x % 32, c = lane >> kShift & 3;
+  const int stride = step_chunks * kWarpChunk;
+  for (int64_t base = first * kWarpChunk; base < padded; base += kBatch * stride) {
+    float v[kBatch][kChunk];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      LoadChunk(row, x_float32, base + i * stride + lane * kChunk, k, v[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int64_t at = base + i * stride + lane * kChunk;
+      if (base + i * stride >= padded) break;
+      uint16_t codes[kChunk / 2];
+      const float scale = EncodeFp8(v[i], codes);
+      // Codes 0..3 go to the lower 16 inputs of an MMA step, 4..7 to the upper.
+      uint32_t words[4] = {codes[0] | static_cast<uint32_t>(codes[1]) << 16,
+                           codes[2] | static_cast<uint32_t>(codes[3]) << 16, 0, 0};
+      Transpose<kShift>(words, c);
+      if (at >= padded) continue;
+      uint8_t* const stage = tile + at / kStage * kStage / 32 * 33 * width;
+      const int in = static_cast<int>(at % kStage);
+      if (lane % 16 == 0) {
+        reinterpret_cast<float*>(stage + kStage * width)[in / 128 * width + column] = scale;
+      }
+      if (c > 1) continue;
+      // 32 inputs a step: a piece of 64 bytes has 2 of E4M3, 4 of 4 bits.
+      const int step = kEight ? in / 64 * 2 + (lane & 1) : in / 128 * 4 + (lane & 3);
+      *reinterpret_cast<uint4*>(stage + ((2 * step + c) * width + column) * 16) =
+          make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  }
+}
+
+}  // namespace dsv4

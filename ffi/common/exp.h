@@ -1,0 +1,49 @@
+// exp and log1p in FP32 from sums, products and quotients alone, so that CPU and GPU agree on
+// every bit where nothing is contracted.
+#pragma once
+
+#include <cstdint>
+
+#include "common/bits.h"
+
+namespace dsv4 {
+
+// Within 1 ulp. Results below 2^-126 are 0; NaN stays NaN.
+DSV4_HOST_DEVICE inline float Exp(float x) {
+  constexpr float kLog2E = 1.44269504f;
+  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // the first of few bits
+  constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer
+  const float shifted = x * kLog2E + kRound;
+  const float n = shifted - kRound;
+  const float r = (x - n * kLn2High) - n * kLn2Low;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const float y = (p * (r * r) + r) + 1.0f;
+  // 2^n as a product of two, for n = 128.
+  const uint32_t exponent = FloatBits(shifted) - FloatBits(kRound);
+  const uint32_t half = static_cast<uint32_t>(static_cast<int32_t>(exponent) >> 1);
+  const float scaled =
+      y * FloatFromBits((half + 127u) << 23) * FloatFromBits((exponent - half + 127u) << 23);
+  if (x < -87.33654f) return 0.0f;
+  return x > 88.72283f ? FloatFromBits(0x7F800000u) : scaled;
+}
+
+// log(1 + x) for 0 <= x <= 1, within 2 ulp: twice the inverse tanh of x / (2 + x).
+DSV4_HOST_DEVICE inline float Log1pUnit(float x) {
+  const float s = x / (2.0f + x);
+  const float q = s * s;
+  float p = 2.0f / 15;
+  p = p * q + 2.0f / 13;
+  p = p * q + 2.0f / 11;
+  p = p * q + 2.0f / 9;
+  p = p * q + 2.0f / 7;
+  p = p * q + 2.0f / 5;
+  p = p * q + 2.0f / 3;
+  return s * q * p + 2.0f * s;
+}
+
+}  // namespace dsv4

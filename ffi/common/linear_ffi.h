@@ -1,0 +1,165 @@
+// What the handlers of the linears share: the check of operands, results and attributes.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "common/bytes.h"
+#include "common/handler.h"
+#include "common/linear.h"
+
+namespace dsv4 {
+
+using LinearResult = ffi::Result<ffi::AnyBuffer>;
+
+// The operands of one call; what a form of weights does not have is nullptr.
+struct LinearOperands {
+  const char* op;
+  WeightForm form;
+  const ffi::AnyBuffer& x;                        // [t, k] or [t, g, k]
+  const ffi::AnyBuffer& weight;                   // [n, k]
+  const ffi::AnyBuffer* scale = nullptr;          // all but kBf16
+  const ffi::AnyBuffer* global_scale = nullptr;   // kNvfp4: []
+  const ffi::RemainingArgs* act_scale = nullptr;  // kNvfp4: [], if static
+};
+
+inline ffi::DataType LinearWeightDtype(WeightForm form) {
+  switch (form) {
+    case WeightForm::kBf16:
+      return ffi::DataType::BF16;
+    case WeightForm::kFp8:
+      return ffi::DataType::F8E4M3FN;
+    default:
+      return ffi::DataType::F4E2M1FN;
+  }
+}
+
+inline ffi::Error CheckLinearScale(const LinearOperands& in, const std::string& name, int64_t n,
+                                   int64_t k) {
+  const ffi::AnyBuffer& scale = *in.scale;
+  if (in.form == WeightForm::kFp8) {
+    DSV4_RETURN_IF_ERROR(CheckDtype(in.op, name, scale.element_type(), {ffi::DataType::F8E8M0FNU}));
+    return CheckShape(in.op, name, scale.dimensions(), {(n + 127) / 128, (k + 127) / 128});
+  }
+  const bool mxfp4 = in.form == WeightForm::kMxfp4;
+  const int64_t block = mxfp4 ? 32 : 16;
+  DSV4_RETURN_IF_ERROR(CheckDtype(in.op, name, scale.element_type(),
+                                  {mxfp4 ? ffi::DataType::F8E8M0FNU : ffi::DataType::F8E4M3FN}));
+  if (k % block != 0) {
+    return InvalidArgument(in.op, "weight must have a multiple of " + std::to_string(block) +
+                                      " inputs, got " + ToString(in.weight.dimensions()));
+  }
+  return CheckShape(in.op, name, scale.dimensions(), {n, k / block});
+}
+
+inline ffi::Error CheckLinearScalar(const LinearOperands& in, const std::string& name,
+                                    const ffi::AnyBuffer& scalar, const float*& data) {
+  DSV4_RETURN_IF_ERROR(CheckDtype(in.op, name, scalar.element_type(), {ffi::DataType::F32}));
+  DSV4_RETURN_IF_ERROR(CheckShape(in.op, name, scalar.dimensions(), {}));
+  data = static_cast<const float*>(scalar.untyped_data());
+  return ffi::Error::Success();
+}
+
+inline ffi::Error CheckLinearAttributes(const LinearOperands& in, int32_t act, int32_t regime,
+                                        LinearParams& params) {
+  const bool act_fits =
+      act == static_cast<int32_t>(ActForm::kBf16) ||
+      (act == static_cast<int32_t>(ActForm::kFp8) && in.form != WeightForm::kBf16) ||
+      (act == static_cast<int32_t>(ActForm::kNvfp4) && in.form == WeightForm::kNvfp4);
+  if (!act_fits) {
+    return InvalidArgument(
+        in.op, std::string("act must be 0 (bfloat16)") +
+                   (in.form == WeightForm::kNvfp4 ? ", 1 (fp8) or 2 (nvfp4)" : " or 1 (fp8)") +
+                   ", got " + std::to_string(act));
+  }
+  if (regime < 0 || regime > static_cast<int32_t>(Regime::kPrefill)) {
+    return InvalidArgument(in.op,
+                           "regime must be 0 (by the number of tokens), 1 (decode) or 2 (prefill), "
+                           "got " +
+                               std::to_string(regime));
+  }
+  params.act = static_cast<ActForm>(act);
+  params.regime = static_cast<Regime>(regime);
+  return ffi::Error::Success();
+}
+
+inline ffi::Error FillLinear(const LinearOperands& in, int32_t act, int32_t regime, LinearResult y,
+                             LinearResult scratch, LinearParams& params) {
+  DSV4_RETURN_IF_ERROR(CheckLinearAttributes(in, act, regime, params));
+  const bool dense = in.form == WeightForm::kBf16;
+  DSV4_RETURN_IF_ERROR(dense ? CheckDtype(in.op, "x", in.x.element_type(), {ffi::DataType::BF16})
+                             : CheckDtype(in.op, "x", in.x.element_type(),
+                                          {ffi::DataType::BF16, ffi::DataType::F32}));
+  DSV4_RETURN_IF_ERROR(
+      CheckDtype(in.op, "weight", in.weight.element_type(), {LinearWeightDtype(in.form)}));
+  DSV4_RETURN_IF_ERROR(
+      CheckDtype(in.op, "y", y->element_type(), {ffi::DataType::BF16, ffi::DataType::F32}));
+  DSV4_RETURN_IF_ERROR(CheckDtype(in.op, "scratch", scratch->element_type(), {ffi::DataType::U8}));
+  const Dims dims = in.x.dimensions(), weight_dims = in.weight.dimensions();
+  if (dims.size() != 2 && dims.size() != 3) {
+    return InvalidArgument(in.op, "x must be [t, k] or [t, g, k], got " + ToString(dims));
+  }
+  if (weight_dims.size() != 2) {
+    return InvalidArgument(in.op, "weight must be [n, k], got " + ToString(weight_dims));
+  }
+  const bool grouped = dims.size() == 3;
+  const int64_t t = dims[0], g = grouped ? dims[1] : 1, k = dims[dims.size() - 1];
+  const int64_t n = weight_dims[0];
+  if (k < 1 || weight_dims[1] != k) {
+    return InvalidArgument(in.op, "x and weight must agree on the last axis, at least 1, got " +
+                                      ToString(dims) + " and " + ToString(weight_dims));
+  }
+  if (g < 1 || n % g != 0) {
+    return InvalidArgument(in.op, "weight must split evenly over x's " + std::to_string(g) +
+                                      " groups, got " + ToString(weight_dims));
+  }
+  if (in.scale != nullptr) {
+    const bool nvfp4 = in.form == WeightForm::kNvfp4;
+    DSV4_RETURN_IF_ERROR(CheckLinearScale(in, nvfp4 ? "block_scale" : "scale", n, k));
+    params.scale = static_cast<const uint8_t*>(in.scale->untyped_data());
+  }
+  if (in.global_scale != nullptr) {
+    DSV4_RETURN_IF_ERROR(
+        CheckLinearScalar(in, "global_scale", *in.global_scale, params.global_scale));
+  }
+  const size_t act_scales = in.act_scale != nullptr ? in.act_scale->size() : 0;
+  if (act_scales > 1 || (act_scales == 1 && params.act != ActForm::kNvfp4)) {
+    return InvalidArgument(in.op,
+                           "must have at most one act_scale, and with act 2 (nvfp4) only, "
+                           "got " +
+                               std::to_string(act_scales) + " and act " + std::to_string(act));
+  }
+  if (act_scales == 1) {
+    auto scale = in.act_scale->get<ffi::AnyBuffer>(0);
+    if (!scale) return InvalidArgument(in.op, "act_scale must be a buffer");
+    DSV4_RETURN_IF_ERROR(CheckLinearScalar(in, "act_scale", *scale, params.act_scale));
+  }
+  DSV4_RETURN_IF_ERROR(grouped ? CheckShape(in.op, "y", y->dimensions(), {t, g, n / g})
+                               : CheckShape(in.op, "y", y->dimensions(), {t, n}));
+  const Dims scratch_dims = scratch->dimensions();
+  const int64_t least = LinearScratchBytes(t, g, k);
+  if (scratch_dims.size() != 1 || scratch_dims[0] < least) {
+    return InvalidArgument(in.op, "scratch must be [at least " + std::to_string(least) + "], got " +
+                                      ToString(scratch_dims));
+  }
+  params.x = in.x.untyped_data();
+  params.weight = in.weight.untyped_data();
+  params.y = y->untyped_data();
+  params.scratch = scratch->untyped_data();
+  params.t = t;
+  params.groups = g;
+  params.n = n;
+  params.k = k;
+  params.x_float32 = in.x.element_type() == ffi::DataType::F32;
+  params.y_bf16 = y->element_type() == ffi::DataType::BF16;
+  return ffi::Error::Success();
+}
+
+// Operands may begin anywhere (the kernels look); results are written in pairs, scratch in 16
+// bytes.
+inline ffi::Error CheckLinearAlignment(const char* op, const LinearParams& params) {
+  if (IsAligned(params.y, 0, 4) && IsAligned(params.scratch, 0, 16)) return ffi::Error::Success();
+  return InvalidArgument(op, "y must be aligned to 4 bytes and scratch to 16");
+}
+
+}  // namespace dsv4

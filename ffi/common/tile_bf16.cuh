@@ -1,0 +1,148 @@
+// Products with BF16 on both sides: weights decoded with their scales, exactly (tile_gemm_sm90.cu).
+#pragma once
+
+#include "common/tile_feed.cuh"
+#include "common/wgmma.cuh"
+
+namespace dsv4 {
+namespace tile {
+
+// What a lane reads of its two rows g and g + 8 of a block: 16 bytes a piece. Four MMA steps use
+// all of it (kFp8), half of it (4 bits) or two of it (kBf16).
+template <WeightForm kForm>
+constexpr int kPieces = kForm == WeightForm::kBf16 ? 2 : 1;
+
+template <WeightForm kForm>
+using Words = uint4[kPieces<kForm>][2];
+
+template <WeightForm kForm>
+__device__ __forceinline__ void Load(Words<kForm>& words, const char* rows, int row, int c,
+                                     int piece) {
+#pragma unroll
+  for (int i = 0; i < kPieces<kForm>; ++i) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) words[i][r] = PieceOf(rows, row + 8 * r, piece + i, c);
+  }
+}
+
+// Four MMA steps' worth: a[step][4].
+template <WeightForm kForm>
+__device__ __forceinline__ void Decode(uint32_t (&a)[4][4], const Words<kForm>& words,
+                                       const char* scales, int row, int c, int group, int stage,
+                                       uint32_t fp8_factor, uint32_t fp8_rest) {
+  if constexpr (kForm == WeightForm::kFp8) {
+    DecodeFp8Rows(a, words[0], fp8_factor, fp8_rest);
+    return;
+  }
+  uint32_t byte[2] = {};
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const uint4 w = words[0][r];
+    if constexpr (kFourBits<kForm>) {
+      const int piece = group >> 1, half = group & 1;
+      const int at =
+          kForm == WeightForm::kNvfp4 ? 8 * piece + 2 * c + half : (stage & 1) * 8 + 4 * piece + c;
+      byte[r] = *reinterpret_cast<const uint8_t*>(scales + (row + 8 * r) * kScaleBytes + at);
+      const uint32_t factor =
+          kForm == WeightForm::kNvfp4 ? E4m3Factor2(byte[r]) : BothHalves(Ue8m0Factor(byte[r]));
+      DecodeRow(a, r, 0, half ? w.z : w.x, half ? w.w : w.y, factor);
+    } else {
+      const uint4 v = words[kPieces<kForm> - 1][r];
+      a[0][r] = w.x;
+      a[0][2 + r] = w.y;
+      a[1][r] = w.z;
+      a[1][2 + r] = w.w;
+      a[2][r] = v.x;
+      a[2][2 + r] = v.y;
+      a[3][r] = v.z;
+      a[3][2 + r] = v.w;
+    }
+  }
+  if (kForm == WeightForm::kMxfp4 && max(byte[0], byte[1]) > 128) {
+    MultiplyRestOfUe8m0(a, byte[0], byte[1]);
+  }
+}
+
+template <WeightForm kForm, bool kMany, int kN>
+__device__ __forceinline__ void Multiply(const Args& args, Feed<kForm, false, kMany>& feed,
+                                         char* shared, const Tile& tile, int64_t block,
+                                         int64_t tile_index) {
+  using Layout = Stage<kForm, false, kMany>;
+  constexpr int kGroups = kStageInputs<kForm> / kStepInputs / 4;
+  const int row = LaneRow<kMany>(), c = threadIdx.x % 4;
+  float acc[2][kN / 2];  // the first product of each sets it
+  uint32_t a[2][4][4];
+  Words<kForm> words[2];
+  const uint8_t* scale_rows[2];
+  uint32_t scale_bytes[2] = {};
+  if constexpr (kForm == WeightForm::kFp8) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      scale_rows[half] = Fp8ScaleRow(args, tile.group, (2 * block + half) * Layout::kRows);
+      scale_bytes[half] = __ldg(scale_rows[half] + min(feed.stage, feed.stages - 1));
+    }
+  }
+  const bool any = feed.stage < feed.stages;
+  bool held = false;
+  while (feed.stage < feed.stages) {
+    uint32_t factor[2] = {}, rest[2] = {};
+    if constexpr (kForm == WeightForm::kFp8) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        factor[half] = Fp8Factor(scale_bytes[half]);
+        rest[half] = Fp8Rest(scale_bytes[half]);
+        scale_bytes[half] = __ldg(scale_rows[half] + min(feed.stage + feed.step, feed.stages - 1));
+      }
+    }
+    const char* here = feed.Here();
+    const uint32_t columns = SharedAddress(here) + Layout::kColumnsAt;
+    if constexpr (kGroups > 1) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        Load<kForm>(words[half], here + half * Layout::kRows * kRowBytes, row, c, 0);
+      }
+    }
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        // Undecoded words are the operand itself: they change when no product reads them any more.
+        if constexpr (kGroups == 1) {
+          Load<kForm>(words[half], here + half * Layout::kRows * kRowBytes, row, c, 0);
+        }
+        Decode<kForm>(a[half], words[half],
+                      here + Layout::kScaleAt + half * Layout::kRows * kScaleBytes, row, c, group,
+                      feed.stage, factor[half], rest[half]);
+        // The next piece, while the tensor cores work.
+        constexpr int kPerPiece = kFourBits<kForm> ? 2 : 1;
+        if (group + 1 < kGroups && (group + 1) % kPerPiece == 0) {
+          Load<kForm>(words[half], here + half * Layout::kRows * kRowBytes, row, c,
+                      (group + 1) / kPerPiece);
+        }
+        WgmmaFence();
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+          Wgmma<kN, false>::Run(
+              acc[half], a[half][step],
+              CoreMatrices(columns + (4 * group + step) * kStepInputs * kN * 2, kN * 16),
+              held || group + step > 0);
+        }
+        WgmmaCommit();
+        WgmmaWait<1>();
+        // What the stage before still read is done.
+        if (group == 0 && half == 1 && held) feed.Release(1);
+      }
+    }
+    held = true;
+    feed.Next();
+  }
+  WgmmaWait<0>();
+  if (!any) {
+#pragma unroll
+    for (int i = 0; i < kN / 2; ++i) acc[0][i] = acc[1][i] = 0.0f;
+  }
+  Finish<kMany, kN>(args, shared, acc, Weights<kForm>::kUnit, tile, block, tile_index);
+}
+
+}  // namespace tile
+}  // namespace dsv4

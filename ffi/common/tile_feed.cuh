@@ -1,0 +1,274 @@
+// Stages of the tile kernel on Hopper: what lies in one, who fills it, who lets go of it.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "common/barrier.cuh"
+#include "common/tile_gemm.h"
+#include "common/tile_store.cuh"
+#include "common/weights.cuh"
+
+namespace dsv4 {
+namespace tile {
+
+constexpr int kRowBytes = 128;   // of every row in a stage: two pieces
+constexpr int kScaleBytes = 16;  // of every row in a stage: the least the copy engine moves
+constexpr int kBlockRows = 64;   // rows of an MMA
+constexpr int kStepInputs = 16;
+constexpr int kMaxSlots = 8;
+
+template <WeightForm kForm>
+constexpr bool kFourBits = kForm == WeightForm::kMxfp4 || kForm == WeightForm::kNvfp4;
+template <WeightForm kForm>
+constexpr int kStageInputs = 2 * Weights<kForm>::kPieceInputs;
+
+// Two ways to share a tile among two warpgroups, each with two MMA blocks ("halves") of rows:
+//   kMany: each has its own 128 of 256 rows; a warp of a third warpgroup fills the stages of both.
+//   few:   both have the same 128 rows and take turns with the stages, which they fill themselves;
+//          sums of the two are added in the end. For tiles so narrow that latency is what counts.
+template <WeightForm kForm, bool kFp8Mma, bool kMany>
+struct Stage {
+  static constexpr int kRows = (kMany ? 2 : 1) * kBlockRows;  // of each half
+  static constexpr int kScaleAt = 2 * kRows * kRowBytes;
+  static constexpr int kColumnsAt = kScaleAt + (kFourBits<kForm> ? 2 * kRows * kScaleBytes : 0);
+  // x of a stage; E4M3 comes with a scale per column and 128 inputs.
+  __host__ __device__ static constexpr int ColumnBytes(int width) {
+    return kFp8Mma ? kStageInputs<kForm> / 128 * width * (128 + 4)
+                   : kStageInputs<kForm> * width * 2;
+  }
+  __host__ __device__ static constexpr int Bytes(int width) {
+    return (kColumnsAt + ColumnBytes(width) + 1023) / 1024 * 1024;
+  }
+};
+
+struct Args {
+  CUtensorMap weight[2], scale[2];
+  const uint8_t* fp8_scale;
+  const void* x;
+  const Tile* tiles;
+  const int32_t* tile_count;
+  int64_t inputs, scale_columns;
+  bool new_tiles;
+  int cluster;  // thread blocks that share the inputs, if few
+  int slots;    // stages in shared memory; of a warpgroup, if few
+  Output out;
+};
+
+// Copies of a stage, issued by one thread: weights of the halves, their scales, and x, which alone
+// the kernel ahead lays out.
+enum class Part { kFirst, kSecond, kScales, kColumns };
+
+template <WeightForm kForm, bool kFp8Mma, bool kMany>
+__device__ __forceinline__ void Fill(const Args& args, const Tile& tile, int64_t block, int stage,
+                                     uint32_t to, uint32_t full, Part part) {
+  using Layout = Stage<kForm, kFp8Mma, kMany>;
+  const uint32_t column_bytes = Layout::ColumnBytes(tile.width);
+  if (part == Part::kColumns) {
+    const char* x = static_cast<const char*>(args.x) +
+                    tile.first * (kFp8Mma ? args.inputs + args.inputs / 32 : 2 * args.inputs);
+    CopyBytes(to + Layout::kColumnsAt, x + static_cast<int64_t>(stage) * column_bytes, column_bytes,
+              full);
+    return;
+  }
+  // First row of the halves among all rows of their weights.
+  const bool pair = args.out.store == Store::kSwiglu;
+  const int row =
+      static_cast<int>(tile.group * args.out.rows + block * Layout::kRows * (pair ? 1 : 2));
+  const int second = row + (pair ? 0 : Layout::kRows);
+  if (part == Part::kFirst) {
+    constexpr int kScales = kFourBits<kForm> ? 2 * Layout::kRows * kScaleBytes : 0;
+    ArriveExpecting(full, 2 * Layout::kRows * kRowBytes + kScales + column_bytes);
+    CopyTile(to, &args.weight[0], stage * kRowBytes, row, full);
+  } else if (part == Part::kSecond) {
+    CopyTile(to + Layout::kRows * kRowBytes, &args.weight[1], stage * kRowBytes, second, full);
+  } else if (kFourBits<kForm>) {
+    const int column = kForm == WeightForm::kNvfp4 ? stage * 16 : stage / 2 * 16;
+    CopyTile(to + Layout::kScaleAt, &args.scale[0], column, row, full);
+    CopyTile(to + Layout::kScaleAt + Layout::kRows * kScaleBytes, &args.scale[1], column, second,
+             full);
+  }
+}
+
+// The stages of one warpgroup, in order.
+template <WeightForm kForm, bool kFp8Mma, bool kMany>
+struct Feed {
+  const Args& args;
+  const Tile& tile;
+  const char* shared;
+  int64_t block;
+  uint32_t full, empty;  // barriers of its slots
+  int stage_bytes, stages;
+  int stage, step;  // now, and to the next
+  int slot = 0;
+  uint32_t phase = 0;
+
+  __device__ Feed(const Args& a, const Tile& t, const char* memory, int64_t b, uint32_t barriers)
+      : args(a), tile(t), shared(memory), block(b) {
+    const int warpgroup = kMany ? 0 : threadIdx.x / 128;
+    stage_bytes = Stage<kForm, kFp8Mma, kMany>::Bytes(args.out.width);
+    stages = static_cast<int>(args.inputs / kStageInputs<kForm>);
+    stage = kMany ? 0 : 2 * static_cast<int>(blockIdx.x % args.cluster) + warpgroup;
+    step = kMany ? 1 : 2 * args.cluster;
+    full = barriers + 8 * warpgroup * args.slots;
+    empty = full + 8 * 2 * kMaxSlots;
+    shared += warpgroup * args.slots * stage_bytes;
+  }
+  __device__ __forceinline__ void Copy(int of, int into, Part part) const {
+    Fill<kForm, kFp8Mma, kMany>(args, tile, block, of, SharedAddress(shared) + into * stage_bytes,
+                                full + 8 * into, part);
+  }
+  __device__ __forceinline__ void CopyAll(int of, int into) const {
+#pragma unroll
+    for (int part = 0; part < 4; ++part) Copy(of, into, static_cast<Part>(part));
+  }
+  // Copies on their way before the first stage; x when the kernel ahead has ended.
+  __device__ __forceinline__ void Start() const {
+    for (int i = 0; i < args.slots && stage + i * step < stages; ++i) {
+      Copy(stage + i * step, i, Part::kFirst);
+      Copy(stage + i * step, i, Part::kSecond);
+      Copy(stage + i * step, i, Part::kScales);
+    }
+    WaitForPrevious();
+    for (int i = 0; i < args.slots && stage + i * step < stages; ++i) {
+      Copy(stage + i * step, i, Part::kColumns);
+    }
+  }
+  __device__ __forceinline__ const char* Here() const {
+    Wait(full + 8 * slot, phase);
+    return shared + slot * stage_bytes;
+  }
+  __device__ __forceinline__ void Next() {
+    stage += step;
+    if (++slot == args.slots) {
+      slot = 0;
+      phase ^= 1;
+    }
+  }
+  // A stage `back` before this one is read no more.
+  __device__ __forceinline__ void Release(int back) const {
+    int old = slot - back;
+    uint32_t old_phase = phase;
+    if (old < 0) {
+      old += args.slots;
+      old_phase ^= 1;
+    }
+    __syncwarp();
+    if (kMany || threadIdx.x % 32 == 0) Arrive(empty + 8 * old);
+    const int next = stage + (args.slots - back) * step;
+    if (!kMany && threadIdx.x % 128 == 0 && next < stages) {
+      Wait(empty + 8 * old, old_phase);
+      CopyAll(next, old);
+    }
+    __syncwarp();
+  }
+};
+
+// MMA row g of eight is row (g >> 1 | (g & 1) << 2): rows that a quarter of a warp reads together
+// differ in the swizzle's high bit, so that they share no bank.
+__device__ __forceinline__ int RowOf(int g) { return g >> 1 | (g & 1) << 2; }
+
+// A lane's first row in a half; the other is 8 on.
+template <bool kMany>
+__device__ __forceinline__ int LaneRow() {
+  const int warpgroup = threadIdx.x / 128, warp = threadIdx.x % 128 / 32;
+  return (kMany ? warpgroup * kBlockRows : 0) + 16 * warp + RowOf(threadIdx.x % 32 / 4);
+}
+
+__device__ __forceinline__ const uint4& PieceOf(const char* rows, int row, int piece, int c) {
+  return *reinterpret_cast<const uint4*>(rows + row * kRowBytes +
+                                         (((4 * piece + c) ^ (row & 7)) << 4));
+}
+
+// Scales of the block of 128 rows around a row of a group; half a tile never leaves one.
+__device__ __forceinline__ const uint8_t* Fp8ScaleRow(const Args& args, int group, int64_t row) {
+  const int64_t at = (group * args.out.rows + row) / 128;
+  const int64_t last = (args.out.groups * args.out.rows - 1) / 128;
+  return args.fp8_scale + (at < last ? at : last) * args.scale_columns;
+}
+
+constexpr int kSumPitch = kBlockRows + 4;  // floats of a column of sums: other banks for the next
+
+__device__ __forceinline__ void SyncBoth() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+
+__device__ __forceinline__ void SyncCluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+}
+
+// Two floats at an address of this thread block's shared memory, in another of the cluster.
+__device__ __forceinline__ float2 LoadFrom(uint32_t address, int rank) {
+  float2 value;
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %2, %3;\n"
+      "ld.shared::cluster.v2.f32 {%0, %1}, [there];\n}"
+      : "=f"(value.x), "=f"(value.y)
+      : "r"(address), "r"(rank));
+  return value;
+}
+
+// Sums through shared memory, column by column, so that rows lie side by side.
+template <bool kMany, int kN>
+__device__ __forceinline__ void Finish(const Args& args, char* shared, float (&acc)[2][kN / 2],
+                                       float unit, const Tile& tile, int64_t block,
+                                       int64_t tile_index) {
+  constexpr int kRows = (kMany ? 2 : 1) * kBlockRows;
+  const int warpgroup = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+  WaitForPrevious();  // long past: scales of columns come from there
+  SyncBoth();         // the stages are drained
+  float* const all = reinterpret_cast<float*>(shared);
+  float* const sums = all + warpgroup * 2 * kN * kSumPitch;
+  const int c = lane % 4, in_block = 16 * warp + RowOf(lane / 4);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int i = 0; i < kN / 2; ++i) {
+      const int column = i / 4 * 8 + 2 * c + i % 2;
+      sums[(half * kN + column) * kSumPitch + in_block + i % 4 / 2 * 8] = acc[half][i];
+    }
+  }
+  const int cluster = kMany ? 1 : args.cluster, rank = static_cast<int>(blockIdx.x) % cluster;
+  if (cluster > 1) {
+    SyncCluster();
+  } else {
+    SyncBoth();
+  }
+  const Scales scales(args.out, tile.group);
+  const float* const from = kMany ? sums : all;
+  const int first = kMany ? warp : 8 * rank + 4 * warpgroup + warp;
+  for (int column = first; column < tile.count; column += kMany ? 4 : 8 * cluster) {
+    float2 value[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float* at = from + (half * kN + column) * kSumPitch + 2 * lane;
+      if (kMany) {
+        value[half] = *reinterpret_cast<const float2*>(at);
+      } else {  // of both warpgroups of every thread block, in the order of their inputs
+        value[half] = make_float2(0.0f, 0.0f);
+#pragma unroll 4
+        for (int i = 0; i < 2 * cluster; ++i) {
+          const float* other = at + i % 2 * (2 * kN * kSumPitch);
+          const float2 part = cluster > 1 ? LoadFrom(SharedAddress(other), i / 2)
+                                          : *reinterpret_cast<const float2*>(other);
+          value[half].x = __fadd_rn(value[half].x, part.x);
+          value[half].y = __fadd_rn(value[half].y, part.y);
+        }
+      }
+      const float scale = __fmul_rn(unit, scales.Of(args.out, half, tile, column));
+      value[half].x = __fmul_rn(value[half].x, scale);
+      value[half].y = __fmul_rn(value[half].y, scale);
+    }
+    const int64_t at = (kMany ? warpgroup * kBlockRows : 0) + 2 * lane;
+    if (args.out.store == Store::kSwiglu) {
+      StoreSwiglu(args.out, value[0], value[1], tile, column, block * kRows + at);
+    } else {
+      StorePair(args.out, value[0], tile, tile_index, column, block * 2 * kRows + at);
+      StorePair(args.out, value[1], tile, tile_index, column, block * 2 * kRows + kRows + at);
+    }
+  }
+  if (cluster > 1) SyncCluster();  // its shared memory is read until here
+}
+
+}  // namespace tile
+}  // namespace dsv4

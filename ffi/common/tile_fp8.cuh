@@ -1,0 +1,206 @@
+// Products with E4M3 on both sides: per 128 inputs one of its own, whose scales (the weights', a
+// column's) go in when it is added in FP32, since the tensor cores keep 14 bits of an E4M3 sum.
+// 4-bit weights become E4M3 with their scale (NVFP4's: powers of two) relative to the largest of
+// the row's 128 inputs: exactly, as long as it is within 2^-14 of it; below, rounded.
+#pragma once
+
+#include "common/tile_feed.cuh"
+#include "common/wgmma.cuh"
+
+namespace dsv4 {
+namespace tile {
+
+template <WeightForm kForm>
+struct Fp8Operand {
+  uint32_t a[4][4];
+  float scale[2];  // of rows g and g + 8
+};
+
+__device__ __forceinline__ float PowerOfTwo(uint32_t byte) {  // 2^(byte - 127), byte 255 NaN
+  return __uint_as_float(byte == 0 ? 0x00400000u : byte == 255 ? 0x7FC00000u : byte << 23);
+}
+
+// E4M3 of the magnitudes 0, .5, 1, 1.5 and 2, 3, 4, 6 times 2^(6 - down), nearest even.
+__device__ __forceinline__ uint2 Magnitudes(int down) {
+  const float unit = __uint_as_float(static_cast<uint32_t>(127 + 6 - down) << 23);
+  const float value[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+  uint32_t half[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    uint16_t codes;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"
+        : "=h"(codes)
+        : "f"(value[2 * i + 1] * unit), "f"(value[2 * i] * unit));
+    half[i] = codes;
+  }
+  return make_uint2(half[0] | half[1] << 16, half[2] | half[3] << 16);
+}
+constexpr int kTables = 24;  // beyond, everything is zero
+
+// Eight E2M1 codes by table: codes 0..3 and 4..7.
+__device__ __forceinline__ void LookUp(uint32_t word, uint32_t low, uint32_t high, uint32_t& first,
+                                       uint32_t& second) {
+  const uint32_t select = word & 0x77777777u, shifted = word << 4;
+  uint32_t lower, upper;  // magnitudes; __byte_perm would mask the selectors again
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(lower) : "r"(low), "r"(high), "r"(select));
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(upper) : "r"(low), "r"(high), "r"(select >> 16));
+  // The top bits of the bytes of both words are the eight signs.
+  first = lower | (__byte_perm(shifted, word, 0x5140) & 0x80808080u);
+  second = upper | (__byte_perm(shifted, word, 0x7362) & 0x80808080u);
+}
+
+// log2 + 7 of two E4M3 bytes that are powers of two; of zero, so little that its table is all
+// zeros.
+__device__ __forceinline__ void ExponentsOfE4m3(uint32_t bytes, int& first, int& second) {
+  uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(bytes)));
+  const int low = static_cast<int>(halves >> 10 & 31u), high = static_cast<int>(halves >> 26 & 31u);
+  first = low == 0 ? -kTables : low - 8;
+  second = high == 0 ? -kTables : high - 8;
+}
+
+template <WeightForm kForm>
+__device__ __forceinline__ void LoadOperand(Fp8Operand<kForm>& out, const char* rows,
+                                            const char* scales, int row, int c, int block,
+                                            int stage, float fp8_scale, const uint2* tables) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int at = row + 8 * r;
+    if constexpr (kForm == WeightForm::kFp8) {
+#pragma unroll
+      for (int piece = 0; piece < 2; ++piece) {
+        const uint4 w = PieceOf(rows, at, piece, c);
+        out.a[2 * piece][r] = w.x;
+        out.a[2 * piece][2 + r] = w.y;
+        out.a[2 * piece + 1][r] = w.z;
+        out.a[2 * piece + 1][2 + r] = w.w;
+      }
+      out.scale[r] = fp8_scale;
+    } else {
+      const uint4 w = PieceOf(rows, at, block, c);
+      const uint32_t words[4] = {w.x, w.y, w.z, w.w};
+      const char* scale = scales + at * kScaleBytes;
+      if constexpr (kForm == WeightForm::kNvfp4) {  // two scales, each a power of two
+        const uint32_t bytes = *reinterpret_cast<const uint16_t*>(scale + 8 * block + 2 * c);
+        int exponents[2];
+        ExponentsOfE4m3(bytes, exponents[0], exponents[1]);
+        int top = max(exponents[0], exponents[1]);
+        top = max(top, __shfl_xor_sync(0xFFFFFFFFu, top, 1));
+        top = max(top, __shfl_xor_sync(0xFFFFFFFFu, top, 2));
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint2 table = tables[min(top - exponents[half], kTables - 1)];
+#pragma unroll
+          for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            LookUp(words[i], table.x, table.y, out.a[i][r], out.a[i][2 + r]);
+          }
+        }
+        out.scale[r] =
+            top < -2 ? 0.0f : __uint_as_float(static_cast<uint32_t>(127 - 13 + top) << 23);
+      } else {
+        const uint32_t byte =
+            *reinterpret_cast<const uint8_t*>(scale + (stage & 1) * 8 + 4 * block + c);
+        uint32_t top = max(byte, __shfl_xor_sync(0xFFFFFFFFu, byte, 1));
+        top = max(top, __shfl_xor_sync(0xFFFFFFFFu, top, 2));
+        const uint2 table = tables[min(top - byte, static_cast<uint32_t>(kTables - 1))];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          LookUp(words[i], table.x, table.y, out.a[i][r], out.a[i][2 + r]);
+        }
+        out.scale[r] = __fmul_rn(PowerOfTwo(top), 0x1p-6f);
+      }
+    }
+  }
+}
+
+// sum += part * row scale * column scale
+template <int kN>
+__device__ __forceinline__ void Promote(float (&sum)[kN / 2], const float (&part)[kN / 2],
+                                        const float (&row_scale)[2], const float* column_scale,
+                                        int c) {
+#pragma unroll
+  for (int j = 0; j < kN / 8; ++j) {
+    const float2 scale = *reinterpret_cast<const float2*>(column_scale + 8 * j + 2 * c);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sum[4 * j + 2 * r] =
+          __fmaf_rn(part[4 * j + 2 * r], __fmul_rn(scale.x, row_scale[r]), sum[4 * j + 2 * r]);
+      sum[4 * j + 2 * r + 1] = __fmaf_rn(part[4 * j + 2 * r + 1], __fmul_rn(scale.y, row_scale[r]),
+                                         sum[4 * j + 2 * r + 1]);
+    }
+  }
+}
+
+// Halves whose products are on their way together: both, while there are registers for them.
+template <int kN>
+constexpr int kTogether = kN <= 32 ? 2 : 1;
+
+template <WeightForm kForm, bool kMany, int kN>
+__device__ __forceinline__ void MultiplyFp8(const Args& args, Feed<kForm, true, kMany>& feed,
+                                            char* shared, const uint2* tables, const Tile& tile,
+                                            int64_t block, int64_t tile_index) {
+  using Layout = Stage<kForm, true, kMany>;
+  constexpr int kBlocks = kStageInputs<kForm> / 128;
+  const int row = LaneRow<kMany>(), c = threadIdx.x % 4;
+  float sum[2][kN / 2] = {};
+  const uint8_t* scale_rows[2];
+  uint32_t scale_bytes[2] = {};
+  if constexpr (kForm == WeightForm::kFp8) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      scale_rows[half] = Fp8ScaleRow(args, tile.group, (2 * block + half) * Layout::kRows);
+      scale_bytes[half] = __ldg(scale_rows[half] + min(feed.stage, feed.stages - 1));
+    }
+  }
+  while (feed.stage < feed.stages) {
+    float fp8_scale[2] = {};
+    if constexpr (kForm == WeightForm::kFp8) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        fp8_scale[half] = PowerOfTwo(scale_bytes[half]);
+        scale_bytes[half] = __ldg(scale_rows[half] + min(feed.stage + feed.step, feed.stages - 1));
+      }
+    }
+    const char* here = feed.Here();
+    const uint32_t columns = SharedAddress(here) + Layout::kColumnsAt;
+    const float* column_scales =
+        reinterpret_cast<const float*>(here + Layout::kColumnsAt + kStageInputs<kForm> * kN);
+#pragma unroll
+    for (int k = 0; k < kBlocks; ++k) {
+#pragma unroll
+      for (int first = 0; first < 2; first += kTogether<kN>) {
+        Fp8Operand<kForm> operand[kTogether<kN>];
+        float part[kTogether<kN>][kN / 2];
+#pragma unroll
+        for (int i = 0; i < kTogether<kN>; ++i) {
+          const int half = first + i;
+          LoadOperand<kForm>(operand[i], here + half * Layout::kRows * kRowBytes,
+                             here + Layout::kScaleAt + half * Layout::kRows * kScaleBytes, row, c,
+                             k, feed.stage, fp8_scale[half], tables);
+        }
+        WgmmaFence();
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+#pragma unroll
+          for (int i = 0; i < kTogether<kN>; ++i) {
+            Wgmma<kN, true>::Run(part[i], operand[i].a[step],
+                                 CoreMatrices(columns + (4 * k + step) * 32 * kN, kN * 16),
+                                 step > 0);
+          }
+        }
+        WgmmaCommit();
+        WgmmaWait<0>();
+#pragma unroll
+        for (int i = 0; i < kTogether<kN>; ++i) {
+          Promote<kN>(sum[first + i], part[i], operand[i].scale, column_scales + k * kN, c);
+        }
+      }
+    }
+    feed.Release(0);
+    feed.Next();
+  }
+  Finish<kMany, kN>(args, shared, sum, 1.0f, tile, block, tile_index);
+}
+
+}  // namespace tile
+}  // namespace dsv4

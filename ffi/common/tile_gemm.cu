@@ -1,0 +1,263 @@
+// The tile product for shapes, addresses and devices that the Hopper kernel does not take: right,
+// not fast. A warp per row, eight columns at a time; sums per lane, then over the lanes by halves.
+#include <cuda_bf16.h>
+
+#include <algorithm>
+
+#include "common/activations.cuh"
+#include "common/barrier.cuh"
+#include "common/bits.h"
+#include "common/e4m3.h"
+#include "common/tile_gemm.h"
+#include "common/tile_store.cuh"
+#include "common/weights.cuh"
+
+namespace dsv4 {
+namespace {
+
+constexpr int kWarps = 8;
+constexpr int kColumns = 8;
+constexpr int kPrepareWarps = 2048;  // that lay out x, if there is so much
+
+struct Args {
+  const uint8_t* weight[2];
+  const uint8_t* scale[2];
+  const void* x;
+  const Tile* tiles;
+  const int32_t* tile_count;
+  int64_t inputs, padded, scale_columns;
+  Output out;
+};
+
+__device__ float Ue8m0(uint32_t byte) {
+  return __uint_as_float(byte == 0 ? 0x00400000u : byte == 255 ? 0x7FC00000u : byte << 23);
+}
+
+template <WeightForm kForm>
+__device__ float Decoded(const Args& args, int half, int64_t row, int64_t k) {
+  const int64_t at = row * args.inputs + k;
+  if constexpr (kForm == WeightForm::kBf16) {
+    return Bf16ToFloat(reinterpret_cast<const uint16_t*>(args.weight[half])[at]);
+  } else if constexpr (kForm == WeightForm::kFp8) {
+    return __fmul_rn(DecodeE4m3(args.weight[half][at]),
+                     Ue8m0(args.scale[half][row / 128 * args.scale_columns + k / 128]));
+  } else {
+    const uint32_t code = args.weight[half][at / 2] >> at % 2 * 4 & 0xFu;
+    const float magnitude = __fmul_rn(__uint_as_float((code & 7u) << 22), 0x1p126f);
+    const float value = code & 8u ? -magnitude : magnitude;
+    const float scale = kForm == WeightForm::kNvfp4
+                            ? DecodeE4m3(args.scale[half][row * (args.inputs / 16) + k / 16])
+                            : Ue8m0(args.scale[half][row * (args.inputs / 32) + k / 32]);
+    return __fmul_rn(value, scale);
+  }
+}
+
+template <WeightForm kForm>
+__device__ void Products(const Args& args, int half, const Tile& tile, int64_t row, int first,
+                         float (&sums)[kColumns]) {
+  const uint16_t* x = static_cast<const uint16_t*>(args.x) + tile.first * args.padded;
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) sums[i] = 0.0f;
+  for (int64_t k = threadIdx.x % 32; k < args.inputs; k += 32) {
+    const float w = Decoded<kForm>(args, half, row, k);
+    constexpr int kInputs = Weights<kForm>::kPieceInputs;
+    const Position where = Weights<kForm>::StepOf(static_cast<int>(k % kInputs));
+    const int64_t step = k / kInputs * Weights<kForm>::kSteps + where.step;
+    const int64_t line = (2 * step + where.at / 8) * tile.width;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      if (first + i < tile.count) {
+        const float value = Bf16ToFloat(x[(line + first + i) * 8 + where.at % 8]);
+        sums[i] = __fmaf_rn(w, value, sums[i]);  // the product is exact
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) {
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+      sums[i] = __fadd_rn(sums[i], __shfl_xor_sync(0xFFFFFFFFu, sums[i], lanes));
+    }
+  }
+}
+
+template <WeightForm kForm>
+__global__ void __launch_bounds__(32 * kWarps) AnyGemmKernel(const __grid_constant__ Args args) {
+  const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  Tile tile;
+  if (row >= args.out.rows) return;
+  if (!FindTile(args.out, args.tiles, args.tile_count, blockIdx.y, tile)) return;
+  const Scales scales(args.out, tile.group);
+  const int64_t weight_row = tile.group * args.out.rows + row;
+  for (int first = 0; first < tile.count; first += kColumns) {
+    float sums[2][kColumns];
+    const bool pair = args.out.store == Store::kSwiglu;
+    Products<kForm>(args, 0, tile, weight_row, first, sums[0]);
+    if (pair) Products<kForm>(args, 1, tile, weight_row, first, sums[1]);
+    if (threadIdx.x % 32 != 0) continue;
+    for (int i = 0; i < kColumns && first + i < tile.count; ++i) {
+      const float value = __fmul_rn(sums[0][i], scales.Of(args.out, 0, tile, first + i));
+      Output one = args.out;  // a row, not two
+      one.rows = row + 1;
+      if (pair) {
+        const float up = __fmul_rn(sums[1][i], scales.Of(args.out, 1, tile, first + i));
+        const int64_t slot = tile.first + first + i;
+        const float h = Swiglu(value, up, args.out.limit, args.out.column_weight[slot]);
+        StoreTwo(one, {h, h}, true, slot * args.out.rows + row, row);
+      } else {
+        int64_t line = tile.first + first + i;
+        if (args.out.store != Store::kSlots) {
+          line = (blockIdx.y / args.out.groups * args.out.width + first + i) * args.out.groups +
+                 tile.group;
+        }
+        StoreTwo(one, {value, value}, args.out.y_bf16, line * args.out.rows + row, row);
+      }
+    }
+  }
+}
+
+// x [tokens, groups, inputs] into tiles of `width` tokens.
+template <WeightForm kForm>
+__global__ void __launch_bounds__(256)
+    PrepareKernel(const __grid_constant__ LinearParams params, int width, int64_t padded,
+                  bool fp8_mma, int parts, char* out, float* column_scale) {
+  LetNextBegin();
+  // A warp per row, or per part of one.
+  const int64_t task = int64_t{blockIdx.x} * 8 + threadIdx.x / 32;
+  const int64_t line = task / parts;  // token * groups + group
+  const int part = static_cast<int>(task % parts);
+  if (line >= params.t * params.groups) return;
+  const int64_t token = line / params.groups, group = line % params.groups;
+  const int64_t first = (token / width * params.groups + group) * width;
+  const int column = static_cast<int>(token % width);
+  const void* row =
+      static_cast<const char*>(params.x) + line * params.k * (params.x_float32 ? 4 : 2);
+  float global = 1.0f;
+  if (params.act == ActForm::kNvfp4) {
+    global = RowScale(row, params.x_float32, params.k, params.act_scale);
+    if (part == 0 && threadIdx.x % 32 == 0) column_scale[first + column] = global;
+  }
+  char* const tile = out + first * ColumnBytes(fp8_mma, padded);
+  if (fp8_mma) {
+    StoreFp8Row<kForm>(row, params.x_float32, params.k, padded, width, column,
+                       reinterpret_cast<uint8_t*>(tile), part, parts);
+  } else {
+    StoreRow<kForm>(row, params.x_float32, params.k, padded, params.act, global, width, column,
+                    reinterpret_cast<uint16_t*>(tile), part, parts);
+  }
+}
+
+template <WeightForm kForm>
+cudaError_t Prepare(const LinearParams& params, int width, int64_t padded, bool fp8_mma, char* out,
+                    float* column_scale, cudaStream_t stream) {
+  const int64_t lines = params.t * params.groups;
+  if (lines > int64_t{INT32_MAX} * 8) return cudaErrorInvalidConfiguration;
+  const int64_t most = std::max<int64_t>(1, padded / (kBatch * kWarpChunk));
+  const int parts = static_cast<int>(std::clamp<int64_t>(kPrepareWarps / lines, 1, most));
+  PrepareKernel<kForm><<<static_cast<unsigned>((lines * parts + 7) / 8), 256, 0, stream>>>(
+      params, width, padded, fp8_mma, parts, out, column_scale);
+  return cudaGetLastError();
+}
+
+template <WeightForm kForm>
+cudaError_t LaunchAny(const TileGemm& gemm, cudaStream_t stream) {
+  Args args = {};
+  for (int half = 0; half < 2; ++half) {
+    args.weight[half] = static_cast<const uint8_t*>(gemm.weight[half]);
+    args.scale[half] = gemm.scale[half];
+  }
+  args.x = gemm.x;
+  args.tiles = gemm.tiles;
+  args.tile_count = gemm.tile_count;
+  args.inputs = gemm.inputs;
+  args.padded = gemm.padded_inputs;
+  args.scale_columns = (gemm.inputs + 127) / 128;
+  args.out = Output(gemm);
+  if (gemm.max_tiles > 65535) return cudaErrorInvalidConfiguration;
+  const dim3 grid(static_cast<unsigned>((gemm.rows + kWarps - 1) / kWarps),
+                  static_cast<unsigned>(gemm.max_tiles));
+  AnyGemmKernel<kForm><<<grid, 32 * kWarps, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+bool HopperTakes(const TileGemm& gemm) {
+#ifdef DSV4_SM90
+  int device = 0, major = 0;
+  return TileGemmTakes(gemm) && cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         major == 9;
+#else
+  static_cast<void>(gemm);
+  return false;
+#endif
+}
+
+cudaError_t RunTileGemm(const TileGemm& gemm, cudaStream_t stream) {
+#ifdef DSV4_SM90
+  if (HopperTakes(gemm)) return TileGemmSm90(gemm, stream);
+#endif
+  if (gemm.fp8_mma) return cudaErrorInvalidValue;
+  switch (gemm.form) {
+    case WeightForm::kBf16:
+      return LaunchAny<WeightForm::kBf16>(gemm, stream);
+    case WeightForm::kFp8:
+      return LaunchAny<WeightForm::kFp8>(gemm, stream);
+    case WeightForm::kMxfp4:
+      return LaunchAny<WeightForm::kMxfp4>(gemm, stream);
+    case WeightForm::kNvfp4:
+      return LaunchAny<WeightForm::kNvfp4>(gemm, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+cudaError_t LinearTiles(WeightForm form, const LinearParams& params, cudaStream_t stream) {
+  // Narrow tiles where there are few tokens, or too few rows to keep the chip busy with wide ones.
+  int width = TileWidth(static_cast<int>(std::min<int64_t>(params.t, kMaxTileWidth)));
+  const int64_t wide_blocks =
+      (params.n + 255) / 256 * ((params.t + kMaxTileWidth - 1) / kMaxTileWidth);
+  const bool few = params.regime == Regime::kDecode ||
+                   (params.regime == Regime::kAuto && (width <= kFewWidth || wide_blocks < 66));
+  width = few ? std::min(width, kFewWidth) : std::max(width, kFewWidth + 32);
+  const int64_t padded = (params.k + 127) / 128 * 128;
+  const int64_t tiles = (params.t + width - 1) / width * params.groups;
+  TileGemm gemm = {};
+  gemm.form = form;
+  gemm.store = Store::kTokens;
+  gemm.weight[0] = gemm.weight[1] = params.weight;
+  gemm.scale[0] = gemm.scale[1] = params.scale;
+  gemm.global_scale[0] = gemm.global_scale[1] = params.global_scale;
+  gemm.one_global_scale = true;
+  gemm.groups = params.groups;
+  gemm.rows = params.n / params.groups;
+  gemm.inputs = params.k;
+  gemm.padded_inputs = padded;
+  gemm.tokens = params.t;
+  gemm.width = width;
+  gemm.max_tiles = tiles;
+  const bool fp8 = form == WeightForm::kFp8 || form == WeightForm::kMxfp4;
+  gemm.fp8_mma = fp8 && params.act == ActForm::kFp8 && HopperTakes(gemm);
+  char* const x = static_cast<char*>(params.scratch);
+  float* const scales =
+      reinterpret_cast<float*>(x + tiles * width * ColumnBytes(gemm.fp8_mma, padded));
+  gemm.x = x;
+  gemm.column_scale = params.act == ActForm::kNvfp4 ? scales : nullptr;
+  gemm.y = params.y;
+  gemm.y_bf16 = params.y_bf16;
+  cudaError_t error = cudaErrorInvalidValue;
+  switch (form) {
+    case WeightForm::kBf16:
+      error = Prepare<WeightForm::kBf16>(params, width, padded, gemm.fp8_mma, x, scales, stream);
+      break;
+    case WeightForm::kFp8:
+      error = Prepare<WeightForm::kFp8>(params, width, padded, gemm.fp8_mma, x, scales, stream);
+      break;
+    case WeightForm::kMxfp4:
+    case WeightForm::kNvfp4:
+      error = Prepare<WeightForm::kNvfp4>(params, width, padded, gemm.fp8_mma, x, scales, stream);
+      break;
+  }
+  return error != cudaSuccess ? error : RunTileGemm(gemm, stream);
+}
+
+}  // namespace dsv4

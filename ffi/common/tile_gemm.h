@@ -1,0 +1,80 @@
+// The tile kernel: weights times tiles of tokens on Hopper's warpgroup MMA (tile_gemm_sm90.cu), for
+// the linears and the experts. Knows nothing of XLA.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "common/linear.h"
+
+namespace dsv4 {
+
+// Columns of one product: tokens of a call, or slots of one expert.
+struct alignas(16) Tile {
+  int32_t group;  // which [rows, inputs] of the weights
+  int32_t
+      first;  // first column, counted over all tiles; x of the tile begins at first columns' size
+  int32_t width;  // columns laid out: 8, 16, 32, 64, 80, 96, 112 or 128
+  int32_t count;  // columns that mean something
+};
+
+constexpr int kMaxTileWidth = 128;
+constexpr int kFewWidth = 32;  // of tiles whose kernel is made for latency
+
+inline __host__ __device__ int TileWidth(int count) {
+  return count <= 8    ? 8
+         : count <= 16 ? 16
+         : count <= 64 ? (count + 31) / 32 * 32
+                       : (count + 15) / 16 * 16;
+}
+
+enum class Store : int32_t {
+  kTokens,  // y[token, group * rows + row]; tiles are (tokens, group) in that order
+  kSlots,   // y[column, row], BF16
+  kSwiglu,  // y[column, row] = bf(weight * swiglu(bf(first), bf(second))), BF16
+};
+
+struct TileGemm {
+  WeightForm form;
+  Store store;
+  const void* weight[2];  // [groups, rows, inputs]; kSwiglu: w1 and w3, else the same twice
+  const uint8_t* scale[2];
+  const float* global_scale[2];  // kNvfp4: [groups] or [1]
+  bool one_global_scale;
+  int64_t groups, rows, inputs;
+  int64_t padded_inputs;  // of x: a multiple of 128
+  const void* x;          // tiles of columns in MMA order: BF16, or E4M3 and scales
+  bool fp8_mma;  // by E4M3 on both sides: kFp8, kMxfp4, kNvfp4 of powers of two; Hopper only
+  const float* column_scale;   // [columns] or nullptr
+  const float* column_weight;  // kSwiglu: [columns]
+  float limit;
+  void* y;
+  bool y_bf16;
+  int64_t tokens;     // kTokens
+  int width;          // kTokens: of every tile; else the largest there may be
+  const Tile* tiles;  // kSlots, kSwiglu: with their number; nullptr for kTokens
+  const int32_t* tile_count;
+  bool new_tiles;     // the kernel just ahead writes them
+  int64_t max_tiles;  // of all groups together
+};
+
+// Whether the Hopper kernel takes these shapes and addresses.
+bool TileGemmTakes(const TileGemm& gemm);
+cudaError_t TileGemmSm90(const TileGemm& gemm, cudaStream_t stream);
+
+// Whether the Hopper kernel is there, for this device, and takes the product.
+bool HopperTakes(const TileGemm& gemm);
+
+// Bytes of a column of x.
+inline __host__ __device__ int64_t ColumnBytes(bool fp8_mma, int64_t padded_inputs) {
+  return fp8_mma ? padded_inputs + padded_inputs / 32 : 2 * padded_inputs;
+}
+
+// By the Hopper kernel where it can be, else by one that takes anything.
+cudaError_t RunTileGemm(const TileGemm& gemm, cudaStream_t stream);
+
+// A linear as tiles of tokens: x into its order, then the product.
+cudaError_t LinearTiles(WeightForm form, const LinearParams& params, cudaStream_t stream);
+
+}  // namespace dsv4

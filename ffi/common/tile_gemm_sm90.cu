@@ -1,0 +1,228 @@
+// A thread block multiplies 128 (or 256) rows of weights by one tile of columns.
+//
+// Weights are the rows of the MMA (M), tokens its columns (N), so that a few tokens waste nothing.
+// A ring of stages is kept full: 128 bytes of every row by the tensor copy engine, scales, and the
+// tile's x, already laid out. A warpgroup decodes weights in registers, for one block of 64 rows
+// while the tensor cores work on another. Sums are in order of the inputs whatever the tile's
+// width, so that a column is the same bits in any tile.
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "common/tile_bf16.cuh"
+#include "common/tile_fp8.cuh"
+#include "common/tile_gemm.h"
+
+namespace dsv4 {
+namespace {
+
+using namespace tile;
+
+template <bool kMany>
+constexpr int kThreads = kMany ? 3 * 128 : 2 * 128;
+
+template <WeightForm kForm, bool kFp8Mma, bool kMany>
+__global__ void __launch_bounds__(kThreads<kMany>, kMany ? 1 : 2)
+    TileGemmKernel(const __grid_constant__ Args args) {
+  using Layout = Stage<kForm, kFp8Mma, kMany>;
+  extern __shared__ char raw[];
+  __shared__ uint64_t barriers[4 * kMaxSlots];  // full, then empty
+  __shared__ uint2 tables[kTables];
+  const int64_t tile_index = blockIdx.y, block = kMany ? blockIdx.x : blockIdx.x / args.cluster;
+  Tile tile;
+  // The table of tiles is older than the kernel just ahead, or that kernel's.
+  if (args.tiles != nullptr && args.new_tiles) WaitForPrevious();
+  if (!FindTile(args.out, args.tiles, args.tile_count, tile_index, tile)) return;
+  char* const shared = raw + (1024 - (SharedAddress(raw) & 1023)) % 1024;  // the swizzle's pattern
+  if (kFp8Mma && threadIdx.x < kTables) tables[threadIdx.x] = Magnitudes(threadIdx.x);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2 * kMaxSlots; ++i) {
+      InitBarrier(SharedAddress(barriers + i), 1);
+      InitBarrier(SharedAddress(barriers + 2 * kMaxSlots + i), kMany ? 256 : 4);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+
+  Feed<kForm, kFp8Mma, kMany> feed(args, tile, shared, block, SharedAddress(barriers));
+  if constexpr (kMany) {
+    // The copying warp is one of a warpgroup that hands its registers to the others.
+    if (threadIdx.x >= 256) {
+      asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+      if (threadIdx.x != 256) return;
+      feed.Start();
+      for (; feed.stage < feed.stages; feed.Next()) {
+        if (feed.stage < args.slots) continue;
+        Wait(feed.empty + 8 * feed.slot, feed.phase ^ 1);
+        feed.CopyAll(feed.stage, feed.slot);
+      }
+      return;
+    }
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+  }
+  if (!kMany && threadIdx.x % 128 == 0) feed.Start();
+  __syncwarp();
+  if constexpr (!kMany) {
+    // Let the next begin only when the table of tiles is done: it may read it at once.
+    WaitForPrevious();
+  }
+  LetNextBegin();
+  const auto multiply = [&](auto width) {
+    constexpr int kN = decltype(width)::value;
+    if constexpr (kFp8Mma) {
+      MultiplyFp8<kForm, kMany, kN>(args, feed, shared, tables, tile, block, tile_index);
+    } else {
+      Multiply<kForm, kMany, kN>(args, feed, shared, tile, block, tile_index);
+    }
+  };
+  if constexpr (kMany) {
+    if (tile.width <= 64) {
+      multiply(std::integral_constant<int, 64>());
+    } else if (tile.width <= 80) {
+      multiply(std::integral_constant<int, 80>());
+    } else if (tile.width <= 96) {
+      multiply(std::integral_constant<int, 96>());
+    } else if (tile.width <= 112) {
+      multiply(std::integral_constant<int, 112>());
+    } else {
+      multiply(std::integral_constant<int, 128>());
+    }
+  } else {
+    if (tile.width <= 8) {
+      multiply(std::integral_constant<int, 8>());
+    } else if (tile.width <= 16) {
+      multiply(std::integral_constant<int, 16>());
+    } else {
+      multiply(std::integral_constant<int, 32>());
+    }
+  }
+}
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+Encode TensorMapEncoder() {
+  static const Encode encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                               12000, cudaEnableDefault, &found);
+    return error == cudaSuccess && found == cudaDriverEntryPointSuccess
+               ? reinterpret_cast<Encode>(function)
+               : nullptr;
+  }();
+  return encode;
+}
+
+// Bytes [rows, row_bytes], read in boxes.
+bool MakeMap(CUtensorMap& map, const void* data, int64_t rows, int64_t row_bytes, int box_bytes,
+             int box_rows, CUtensorMapSwizzle swizzle) {
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(row_bytes), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t pitch[1] = {static_cast<cuuint64_t>(row_bytes)};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_bytes), static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t steps[2] = {1, 1};
+  return TensorMapEncoder()(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(data), sizes,
+                            pitch, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+constexpr int kHalfBytes = 110 << 10;  // two thread blocks share an SM
+constexpr int kAllBytes = 224 << 10;   // one has it
+constexpr int kFullGrid = 112;         // thread blocks that keep the memory busy
+
+template <WeightForm kForm, bool kFp8Mma, bool kMany>
+cudaError_t Launch(const TileGemm& gemm, cudaStream_t stream) {
+  using Layout = Stage<kForm, kFp8Mma, kMany>;
+  Args args = {};
+  const int64_t rows = gemm.groups * gemm.rows;
+  const int64_t row_bytes = gemm.inputs / Weights<kForm>::kPieceInputs * kPieceBytes;
+  for (int half = 0; half < 2; ++half) {
+    if (!MakeMap(args.weight[half], gemm.weight[half], rows, row_bytes, kRowBytes, Layout::kRows,
+                 CU_TENSOR_MAP_SWIZZLE_128B)) {
+      return cudaErrorInvalidValue;
+    }
+    if constexpr (kFourBits<kForm>) {
+      const int64_t per_row = gemm.inputs / (kForm == WeightForm::kNvfp4 ? 16 : 32);
+      if (!MakeMap(args.scale[half], gemm.scale[half], rows, per_row, kScaleBytes, Layout::kRows,
+                   CU_TENSOR_MAP_SWIZZLE_NONE)) {
+        return cudaErrorInvalidValue;
+      }
+    }
+  }
+  args.fp8_scale = gemm.scale[0];
+  args.scale_columns = (gemm.inputs + 127) / 128;
+  args.x = gemm.x;
+  args.tiles = gemm.tiles;
+  args.tile_count = gemm.tile_count;
+  args.new_tiles = gemm.new_tiles;
+  args.inputs = gemm.inputs;
+  args.out = Output(gemm);
+  const int stage_bytes = Layout::Bytes(gemm.width);
+  const int budget = !kMany && 4 * stage_bytes + 1024 <= kHalfBytes ? kHalfBytes : kAllBytes;
+  const int slots = std::min(kMaxSlots * (kMany ? 1 : 2), (budget - 1024) / stage_bytes);
+  args.slots = kMany ? slots : slots / 2;
+  const int stages = args.slots * (kMany ? 1 : 2) * stage_bytes;
+  const int sums = 2 * 2 * gemm.width * kSumPitch * 4;
+  const int bytes = std::max(stages, sums) + 1024;
+  const cudaError_t error = cudaFuncSetAttribute(
+      TileGemmKernel<kForm, kFp8Mma, kMany>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  const int64_t block_rows = Layout::kRows * (gemm.store == Store::kSwiglu ? 1 : 2);
+  const int64_t blocks = (gemm.rows + block_rows - 1) / block_rows;
+  // Few rows: thread blocks share the inputs, as many as the shape of the weights asks for, so that
+  // the order of sums does not depend on the tokens.
+  args.cluster = 1;
+  while (!kMany && args.cluster < 8 && blocks * gemm.groups * args.cluster < kFullGrid &&
+         gemm.inputs / kStageInputs<kForm> >= 8 * args.cluster) {
+    args.cluster *= 2;
+  }
+  const dim3 grid(static_cast<unsigned>(blocks * args.cluster),
+                  static_cast<unsigned>(gemm.max_tiles));
+  return LaunchDependent(TileGemmKernel<kForm, kFp8Mma, kMany>, grid, kThreads<kMany>, bytes,
+                         stream, args, args.cluster);
+}
+
+template <WeightForm kForm, bool kFp8Mma>
+cudaError_t LaunchForm(const TileGemm& gemm, cudaStream_t stream) {
+  return gemm.width <= kFewWidth ? Launch<kForm, kFp8Mma, false>(gemm, stream)
+                                 : Launch<kForm, kFp8Mma, true>(gemm, stream);
+}
+
+}  // namespace
+
+bool TileGemmTakes(const TileGemm& gemm) {
+  const bool four_bits = gemm.form == WeightForm::kMxfp4 || gemm.form == WeightForm::kNvfp4;
+  const int64_t inputs = four_bits ? 256 : 128;  // whole stages, and x without padding
+  uintptr_t addresses = 0;
+  for (int half = 0; half < 2; ++half) {
+    addresses |= reinterpret_cast<uintptr_t>(gemm.weight[half]);
+    if (four_bits) addresses |= reinterpret_cast<uintptr_t>(gemm.scale[half]);
+  }
+  if (addresses % 16 != 0 || gemm.inputs % inputs != 0 || gemm.max_tiles > 65535) return false;
+  if (gemm.form == WeightForm::kMxfp4 && gemm.inputs % 512 != 0) return false;
+  if (gemm.form == WeightForm::kFp8 && gemm.groups > 1 && gemm.rows % 128 != 0) return false;
+  if (gemm.groups * gemm.rows > INT32_MAX || gemm.inputs > INT32_MAX) return false;
+  return TensorMapEncoder() != nullptr;
+}
+
+cudaError_t TileGemmSm90(const TileGemm& gemm, cudaStream_t stream) {
+  switch (gemm.form) {
+    case WeightForm::kBf16:
+      return LaunchForm<WeightForm::kBf16, false>(gemm, stream);
+    case WeightForm::kFp8:
+      return gemm.fp8_mma ? LaunchForm<WeightForm::kFp8, true>(gemm, stream)
+                          : LaunchForm<WeightForm::kFp8, false>(gemm, stream);
+    case WeightForm::kMxfp4:
+      return gemm.fp8_mma ? LaunchForm<WeightForm::kMxfp4, true>(gemm, stream)
+                          : LaunchForm<WeightForm::kMxfp4, false>(gemm, stream);
+    case WeightForm::kNvfp4:
+      return gemm.fp8_mma ? LaunchForm<WeightForm::kNvfp4, true>(gemm, stream)
+                          : LaunchForm<WeightForm::kNvfp4, false>(gemm, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace dsv4

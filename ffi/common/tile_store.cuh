@@ -1,0 +1,123 @@
+// What becomes of a product of the tile kernels: scales, activation, rounding, where it goes.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+#include "common/swiglu.h"
+#include "common/tile_gemm.h"
+
+namespace dsv4 {
+
+struct Output {
+  const float* global_scale[2];
+  const float* column_scale;
+  const float* column_weight;
+  void* y;
+  int64_t rows, groups, tokens;
+  float limit;
+  int width;
+  Store store;
+  bool y_bf16, one_global_scale;
+
+  Output() = default;
+  explicit Output(const TileGemm& gemm)
+      : global_scale{gemm.global_scale[0], gemm.global_scale[1]},
+        column_scale(gemm.column_scale),
+        column_weight(gemm.column_weight),
+        y(gemm.y),
+        rows(gemm.rows),
+        groups(gemm.groups),
+        tokens(gemm.tokens),
+        limit(gemm.limit),
+        width(gemm.width),
+        store(gemm.store),
+        y_bf16(gemm.y_bf16),
+        one_global_scale(gemm.one_global_scale) {}
+};
+
+// The tile of an index; false where there is none.
+__device__ __forceinline__ bool FindTile(const Output& out, const Tile* tiles,
+                                         const int32_t* tile_count, int64_t index, Tile& tile) {
+  if (tiles != nullptr) {
+    if (index >= *tile_count) return false;
+    tile = tiles[index];
+    return true;
+  }
+  const int64_t left = out.tokens - index / out.groups * out.width;
+  tile.group = static_cast<int32_t>(index % out.groups);
+  tile.width = out.width;
+  tile.first = static_cast<int32_t>(index * out.width);
+  tile.count = static_cast<int32_t>(left < out.width ? left : out.width);
+  return true;
+}
+
+// FP32 scales of a group's two products.
+struct Scales {
+  float global[2] = {1.0f, 1.0f};
+
+  __device__ __forceinline__ Scales(const Output& out, int group) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (out.global_scale[half] != nullptr) {
+        global[half] = __ldg(out.global_scale[half] + (out.one_global_scale ? 0 : group));
+      }
+    }
+  }
+
+  __device__ __forceinline__ float Of(const Output& out, int half, const Tile& tile,
+                                      int column) const {
+    if (out.column_scale == nullptr) return global[half];
+    return __fmul_rn(global[half], out.column_scale[tile.first + column]);
+  }
+};
+
+__device__ __forceinline__ float RoundBf16(float x) {
+  return __bfloat162float(__float2bfloat16_rn(x));
+}
+
+__device__ __forceinline__ float Swiglu(float gate, float up, float limit, float weight) {
+  return __fmul_rn(weight, ClampedSwiglu(RoundBf16(gate), RoundBf16(up), limit));
+}
+
+// Two rows of a column from an even `row` on, as far as there are.
+__device__ __forceinline__ void StoreTwo(const Output& out, float2 value, bool bf16, int64_t at,
+                                         int64_t row) {
+  if (row >= out.rows) return;
+  const bool both = row + 1 < out.rows;
+  if (bf16) {
+    __nv_bfloat16* const y = static_cast<__nv_bfloat16*>(out.y) + at;
+    if (both && at % 2 == 0) {
+      *reinterpret_cast<__nv_bfloat162*>(y) = __floats2bfloat162_rn(value.x, value.y);
+    } else {
+      y[0] = __float2bfloat16_rn(value.x);
+      if (both) y[1] = __float2bfloat16_rn(value.y);
+    }
+  } else {
+    float* const y = static_cast<float*>(out.y) + at;
+    y[0] = value.x;
+    if (both) y[1] = value.y;
+  }
+}
+
+__device__ __forceinline__ void StoreSwiglu(const Output& out, float2 gate, float2 up,
+                                            const Tile& tile, int column, int64_t row) {
+  const int64_t slot = tile.first + column;
+  const float weight = out.column_weight[slot];
+  const float2 h = {Swiglu(gate.x, up.x, out.limit, weight),
+                    Swiglu(gate.y, up.y, out.limit, weight)};
+  StoreTwo(out, h, true, slot * out.rows + row, row);
+}
+
+__device__ __forceinline__ void StorePair(const Output& out, float2 value, const Tile& tile,
+                                          int64_t tile_index, int column, int64_t row) {
+  int64_t line = tile.first + column;
+  if (out.store != Store::kSlots) {
+    const int64_t tiles = static_cast<uint32_t>(tile_index) / static_cast<uint32_t>(out.groups);
+    line = (tiles * out.width + column) * out.groups + tile.group;
+  }
+  StoreTwo(out, value, out.y_bf16, line * out.rows + row, row);
+}
+
+}  // namespace dsv4

@@ -1,0 +1,67 @@
+// Handlers of dsv4.dense_linear. Operands: x, weight; results: y, scratch.
+#include <cstdint>
+
+#include "common/linear_cpu.h"
+#include "common/linear_ffi.h"
+#include "dense_linear/dense_linear.h"
+
+namespace dsv4 {
+namespace {
+
+constexpr char kOp[] = "dense_linear";
+
+LaunchCounts counts;
+
+ffi::Error Fill(int32_t abi, int32_t regime, const ffi::AnyBuffer& x, const ffi::AnyBuffer& weight,
+                LinearResult y, LinearResult scratch, LinearParams& params) {
+  DSV4_RETURN_IF_ERROR(CheckAbi(kOp, abi));
+  return FillLinear({kOp, WeightForm::kBf16, x, weight}, static_cast<int32_t>(ActForm::kBf16),
+                    regime, y, scratch, params);
+}
+
+ffi::Error CpuImpl(ffi::ThreadPool pool, int32_t abi, int32_t regime, ffi::AnyBuffer x,
+                   ffi::AnyBuffer weight, LinearResult y, LinearResult scratch) {
+  LinearParams params{};
+  DSV4_RETURN_IF_ERROR(Fill(abi, regime, x, weight, y, scratch, params));
+  RunLinearCpu(pool, params, DenseLinearCpu);
+  return ffi::Error::Success();
+}
+
+ffi::Error CudaImpl(CudaStream stream, int32_t abi, int32_t regime, ffi::AnyBuffer x,
+                    ffi::AnyBuffer weight, LinearResult y, LinearResult scratch) {
+  LinearParams params{};
+  DSV4_RETURN_IF_ERROR(Fill(abi, regime, x, weight, y, scratch, params));
+  DSV4_RETURN_IF_ERROR(CheckLinearAlignment(kOp, params));
+  if (params.t == 0 || params.n == 0) return ffi::Error::Success();
+  return LaunchCuda(kOp, stream, counts,
+                    [&](cudaStream_t on) { return Bf16LinearCuda(params, on); });
+}
+
+auto CudaBinding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::PlatformStream<CudaStream>>()
+      .Attr<int32_t>("abi")
+      .Attr<int32_t>("regime")
+      .Arg<ffi::AnyBuffer>()   // x [t, k] or [t, g, k]
+      .Arg<ffi::AnyBuffer>()   // weight [n, k]
+      .Ret<ffi::AnyBuffer>()   // y [t, n] or [t, g, n / g]
+      .Ret<ffi::AnyBuffer>();  // scratch [bytes]
+}
+
+XLA_FFI_DEFINE_HANDLER(kCpu, CpuImpl,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Attr<int32_t>("abi")
+                           .Attr<int32_t>("regime")
+                           .Arg<ffi::AnyBuffer>()    // x [t, k] or [t, g, k]
+                           .Arg<ffi::AnyBuffer>()    // weight [n, k]
+                           .Ret<ffi::AnyBuffer>()    // y [t, n] or [t, g, n / g]
+                           .Ret<ffi::AnyBuffer>());  // scratch [bytes]
+XLA_FFI_DEFINE_HANDLER(kCuda, CudaImpl, CudaBinding(), {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kCudaDebug, CudaImpl, CudaBinding());
+
+}  // namespace
+
+Target DenseLinearTarget() { return {"dsv4.dense_linear", kCpu, kCuda, kCudaDebug, &counts}; }
+
+}  // namespace dsv4

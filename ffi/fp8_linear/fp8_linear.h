@@ -1,0 +1,17 @@
+// Linear with FP8 weights: E4M3, UE8M0 per 128x128 tile (model.md 4.6). The kernel is
+// Fp8LinearCuda of common/linear.h.
+#pragma once
+
+#include <cstdint>
+
+#include "common/linear.h"
+
+namespace dsv4 {
+
+class LinearActivations;
+
+// Rows first <= i < last of the weight, for the tokens of x.
+void Fp8LinearCpu(const LinearParams& params, const LinearActivations& x, int64_t first,
+                  int64_t last);
+
+}  // namespace dsv4

@@ -1,0 +1,528 @@
+// Routed experts in five launches: sort and lay out x, w1 and w3 with the SwiGLU, lay out h, w2,
+// sum.
+//
+// Pairs of (token, pick) are sorted by expert into slots; an expert's run is cut into tiles for the
+// tile kernel (common/tile_gemm_sm90.cu). Every thread block of the first launch counts the experts
+// itself, which needs no word between them. Which slot of a run a pair gets may depend on the order
+// of atomics; no result does, since a column is the same bits anywhere in a tile.
+#include <cuda_bf16.h>
+
+#include <algorithm>
+
+#include "common/activations.cuh"
+#include "common/barrier.cuh"
+#include "common/tile_gemm.h"
+#include "moe/moe.h"
+
+namespace dsv4 {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kMaxExperts = 1024;
+constexpr int kFewPairs = 2048;  // that every thread block may go through
+constexpr int kRankThreads = 1024;
+constexpr int kRankBatch = 8;  // pairs of a lane on their way at a time
+
+struct SlotPlace {
+  int32_t tile_first;
+  int32_t width;  // 0: padding
+};
+
+// What lies in the scratch buffer.
+struct Work {
+  int32_t* counts;  // tiles, slots
+  Tile* tiles;
+  SlotPlace* places;   // [slots]
+  int32_t* pair_slot;  // [pairs], -1: no part
+  int32_t* slot_pair;  // [slots], of many pairs
+  float* x_scale;      // [slots]
+  float* h_scale;      // [slots]
+  float* weight;       // [slots]
+  char* x;             // tiles of x
+  uint16_t* h;         // [slots, inter]
+  char* h_tiles;       // tiles of h
+  uint16_t* y;         // [slots, d]
+};
+
+struct Args {
+  MoeParams params;
+  Work work;
+  int64_t padded_d, padded_inter;
+  int min_width, max_width;
+  bool fp8_mma[2];  // of the two products
+};
+
+__device__ __forceinline__ int Width(const Args& args, int count) {
+  return max(TileWidth(count), args.min_width);
+}
+__device__ __forceinline__ int Tiles(const Args& args, int count) {
+  return (count + args.max_width - 1) / args.max_width;
+}
+__device__ __forceinline__ int Slots(const Args& args, int count) {
+  if (count == 0) return 0;
+  const int full = (count - 1) / args.max_width * args.max_width;
+  return full + Width(args, count - full);
+}
+
+// The pair's expert among ours, or -1.
+__device__ __forceinline__ int ExpertOf(const MoeParams& params, int pair) {
+  const int64_t expert = int64_t{__ldg(params.expert_idx + pair)} - params.first_expert;
+  const uint32_t token = static_cast<uint32_t>(pair) / static_cast<uint32_t>(params.k);
+  const bool ours = __ldg(params.valid + token) != 0 && expert >= 0 && expert < params.experts;
+  return ours ? static_cast<int>(expert) : -1;
+}
+
+// A row, or every `parts`-th chunk of it from `part` on, by a warp: rounded and laid out.
+// `largest`: of the whole row's magnitudes (NVFP4); the row's FP32 scale is returned.
+template <WeightForm kForm>
+__device__ __forceinline__ float LayOut(const Args& args, const uint16_t* row, int64_t k,
+                                        int64_t padded, bool fp8_mma, int width, int column,
+                                        char* tile, uint32_t largest, int part, int parts) {
+  if (fp8_mma) {
+    StoreFp8Row<kForm>(row, false, k, padded, width, column, reinterpret_cast<uint8_t*>(tile), part,
+                       parts);
+    return 1.0f;
+  }
+  const bool nvfp4 = args.params.act == ActForm::kNvfp4;
+  const float global = nvfp4 ? TokenGlobalScale(__uint_as_float(largest)) : 1.0f;
+  StoreRow<kForm>(row, false, k, padded, args.params.act, global, width, column,
+                  reinterpret_cast<uint16_t*>(tile), part, parts);
+  return global;
+}
+
+__device__ __forceinline__ const uint16_t* RowOfPair(const MoeParams& params, int pair) {
+  const int64_t token = static_cast<uint32_t>(pair) / static_cast<uint32_t>(params.k);
+  return params.x + token * params.d;
+}
+
+// A pair's x, or parts of it, into its slot by a warp.
+template <WeightForm kForm>
+__device__ __forceinline__ void FillSlot(const Args& args, int pair, int slot, SlotPlace place,
+                                         uint32_t largest, int part, int parts) {
+  const MoeParams& params = args.params;
+  const Work& work = args.work;
+  char* const to = work.x + place.tile_first * ColumnBytes(args.fp8_mma[0], args.padded_d);
+  const float global =
+      LayOut<kForm>(args, RowOfPair(params, pair), params.d, args.padded_d, args.fp8_mma[0],
+                    place.width, slot - place.tile_first, to, largest, part, parts);
+  if (part == 0 && threadIdx.x % 32 == 0) {
+    work.x_scale[slot] = global;
+    work.weight[slot] = params.expert_weight[pair];
+  }
+}
+
+// Where the runs of the experts begin: counted by every thread block that wants to know.
+struct Bases {
+  int slots, tiles;  // before the expert
+  int all_slots, all_tiles;
+};
+
+__device__ __forceinline__ Bases FindBases(const Args& args, const int* count, int expert,
+                                           int (&sums)[4][kThreads / 32]) {
+  const int experts = static_cast<int>(args.params.experts);
+  int sum[4] = {};
+  for (int e = threadIdx.x; e < experts; e += blockDim.x) {
+    const int slots = Slots(args, count[e]), tiles = Tiles(args, count[e]);
+    if (e < expert) {
+      sum[0] += slots;
+      sum[1] += tiles;
+    }
+    sum[2] += slots;
+    sum[3] += tiles;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    sum[i] = __reduce_add_sync(0xFFFFFFFFu, sum[i]);
+    if (threadIdx.x % 32 == 0) sums[i][threadIdx.x / 32] = sum[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    sum[i] = 0;
+    for (int w = 0; w < kThreads / 32; ++w) sum[i] += sums[i][w];
+  }
+  return {sum[0], sum[1], sum[2], sum[3]};
+}
+
+// Few pairs: a thread block per expert finds its pairs and lays out their x.
+template <WeightForm kForm>
+__global__ void __launch_bounds__(kThreads) SortFewKernel(const __grid_constant__ Args args) {
+  const MoeParams& params = args.params;
+  const Work& work = args.work;
+  __shared__ int count[kMaxExperts];
+  __shared__ int listed[kFewPairs];
+  __shared__ int sums[4][kThreads / 32];
+  __shared__ uint32_t row_max[kFewPairs];
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int expert = blockIdx.x, pairs = static_cast<int>(params.t * params.k);
+  LetNextBegin();
+  for (int e = thread; e < params.experts; e += kThreads) count[e] = 0;
+  __syncthreads();
+  int before = 0;  // our pairs so far
+  for (int at = 0; at < pairs; at += kThreads) {
+    const int pair = at + thread;
+    const int e = pair < pairs ? ExpertOf(params, pair) : -1;
+    if (e >= 0) atomicAdd(&count[e], 1);
+    if (expert == 0 && e < 0 && pair < pairs) work.pair_slot[pair] = -1;
+    const unsigned votes = __ballot_sync(0xFFFFFFFFu, e == expert);
+    if (lane == 0) sums[0][warp] = __popc(votes);
+    __syncthreads();
+    int rank = before + __popc(votes & ((1u << lane) - 1));
+    for (int w = 0; w < kThreads / 32; ++w) {
+      if (w < warp) rank += sums[0][w];
+      before += sums[0][w];
+    }
+    if (e == expert) listed[rank] = pair;
+    __syncthreads();
+  }
+  const Bases bases = FindBases(args, count, expert, sums);
+  if (expert == 0 && thread == 0) {
+    work.counts[0] = bases.all_tiles;
+    work.counts[1] = bases.all_slots;
+  }
+  const int mine = count[expert], tiles = Tiles(args, mine);
+  if (mine == 0) return;
+  const int full = (tiles - 1) * args.max_width, last_width = Width(args, mine - full);
+  for (int i = thread; i < tiles; i += kThreads) {
+    const bool last = i == tiles - 1;
+    work.tiles[bases.tiles + i] = {expert, bases.slots + i * args.max_width,
+                                   last ? last_width : args.max_width,
+                                   last ? mine - full : args.max_width};
+  }
+  for (int i = thread; i < full + last_width; i += kThreads) {
+    const int tile = i / args.max_width;
+    const bool used = i < mine;
+    work.places[bases.slots + i] = {bases.slots + tile * args.max_width, !used ? 0
+                                                                         : tile < tiles - 1
+                                                                             ? args.max_width
+                                                                             : last_width};
+    if (used) work.pair_slot[listed[i]] = bases.slots + i;
+  }
+  // Rows side by side; of few, each by several warps.
+  constexpr int kWarps = kThreads / 32;
+  const int parts = mine >= kWarps ? 1 : kWarps / mine;
+  const bool nvfp4 = params.act == ActForm::kNvfp4;
+  if (nvfp4) {
+    for (int i = thread; i < mine; i += kThreads) row_max[i] = 0;
+    __syncthreads();
+    for (int task = warp; task < mine * parts; task += kWarps) {
+      const uint16_t* row = RowOfPair(params, listed[task / parts]);
+      const uint32_t largest = RowMagnitude(row, false, params.d, task % parts, parts);
+      if (lane == 0) atomicMax(&row_max[task / parts], largest);
+    }
+    __syncthreads();
+  }
+  for (int task = warp; task < mine * parts; task += kWarps) {
+    const int i = task / parts, tile = i / args.max_width;
+    const SlotPlace place = {bases.slots + tile * args.max_width,
+                             tile < tiles - 1 ? args.max_width : last_width};
+    FillSlot<kForm>(args, listed[i], bases.slots + i, place, nvfp4 ? row_max[i] : 0, task % parts,
+                    parts);
+  }
+}
+
+// Many pairs: one thread block ranks them all, each warp a run of its own.
+__global__ void __launch_bounds__(kRankThreads) RankKernel(const __grid_constant__ Args args) {
+  extern __shared__ int counts[];  // [warps][experts], then [experts] in all
+  LetNextBegin();
+  constexpr int kWarps = kRankThreads / 32;
+  const MoeParams& params = args.params;
+  const Work& work = args.work;
+  const int experts = static_cast<int>(params.experts);
+  const int pairs = static_cast<int>(params.t * params.k);
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  int* const mine = counts + warp * experts;
+  int* const slot_base = counts + kWarps * experts;
+  int* const tile_base = slot_base + experts;
+  int* const total = tile_base + experts;
+  for (int i = thread; i < kWarps * experts; i += kRankThreads) counts[i] = 0;
+  __syncthreads();
+  const int run = (pairs + kWarps - 1) / kWarps, begin = warp * run, end = min(begin + run, pairs);
+  for (int first = begin; first < end; first += 32 * kRankBatch) {
+    int expert[kRankBatch];
+#pragma unroll
+    for (int i = 0; i < kRankBatch; ++i) {
+      const int pair = first + 32 * i + lane;
+      expert[i] = pair < end ? ExpertOf(params, pair) : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < kRankBatch; ++i) {
+      if (expert[i] >= 0) atomicAdd(&mine[expert[i]], 1);
+    }
+  }
+  __syncthreads();
+  for (int e = thread; e < experts; e += kRankThreads) {
+    int sum = 0;
+    for (int w = 0; w < kWarps; ++w) {
+      const int here = counts[w * experts + e];
+      counts[w * experts + e] = sum;
+      sum += here;
+    }
+    total[e] = sum;
+  }
+  __syncthreads();
+  if (warp == 0) {  // runs of the experts, 32 at a time
+    int slots = 0, tiles = 0;
+    for (int first = 0; first < experts; first += 32) {
+      const int e = first + lane, c = e < experts ? total[e] : 0;
+      const int own_slots = Slots(args, c), own_tiles = Tiles(args, c);
+      int slot_sum = own_slots, tile_sum = own_tiles;
+      for (int d = 1; d < 32; d *= 2) {
+        const int a = __shfl_up_sync(0xFFFFFFFFu, slot_sum, d);
+        const int b = __shfl_up_sync(0xFFFFFFFFu, tile_sum, d);
+        if (lane >= d) {
+          slot_sum += a;
+          tile_sum += b;
+        }
+      }
+      if (e < experts) {
+        slot_base[e] = slots + slot_sum - own_slots;
+        tile_base[e] = tiles + tile_sum - own_tiles;
+      }
+      slots += __shfl_sync(0xFFFFFFFFu, slot_sum, 31);
+      tiles += __shfl_sync(0xFFFFFFFFu, tile_sum, 31);
+    }
+    if (lane == 0) {
+      work.counts[0] = tiles;
+      work.counts[1] = slots;
+    }
+  }
+  __syncthreads();
+  for (int e = warp; e < experts; e += kWarps) {
+    const int c = total[e], tiles = Tiles(args, c);
+    if (c == 0) continue;
+    const int full = (tiles - 1) * args.max_width, last_width = Width(args, c - full);
+    for (int i = lane; i < tiles; i += 32) {
+      const bool last = i == tiles - 1;
+      work.tiles[tile_base[e] + i] = {e, slot_base[e] + i * args.max_width,
+                                      last ? last_width : args.max_width,
+                                      last ? c - full : args.max_width};
+    }
+    for (int i = c + lane; i < full + last_width; i += 32) work.places[slot_base[e] + i] = {0, 0};
+  }
+  for (int first = begin; first < end; first += 32 * kRankBatch) {
+    int expert[kRankBatch];
+#pragma unroll
+    for (int i = 0; i < kRankBatch; ++i) {
+      const int pair = first + 32 * i + lane;
+      expert[i] = pair < end ? ExpertOf(params, pair) : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < kRankBatch; ++i) {
+      const int e = expert[i], pair = first + 32 * i + lane;
+      if (pair >= end) continue;
+      if (e < 0) {
+        work.pair_slot[pair] = -1;
+        continue;
+      }
+      const int rank = atomicAdd(&mine[e], 1);
+      const int tile = rank / args.max_width, full = (total[e] - 1) / args.max_width;
+      const int last_width = Width(args, total[e] - full * args.max_width);
+      const int slot = slot_base[e] + rank;
+      work.places[slot] = {slot_base[e] + tile * args.max_width,
+                           tile < full ? args.max_width : last_width};
+      work.slot_pair[slot] = pair;
+      work.pair_slot[pair] = slot;
+    }
+  }
+}
+
+// x of a slot per warp: columns that lie side by side are written at about the same time.
+template <WeightForm kForm>
+__global__ void __launch_bounds__(kThreads) GatherKernel(const __grid_constant__ Args args) {
+  const int slot = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
+  WaitForPrevious();
+  LetNextBegin();
+  if (slot >= args.work.counts[1]) return;
+  const SlotPlace place = args.work.places[slot];
+  if (place.width == 0) return;
+  const int pair = args.work.slot_pair[slot];
+  uint32_t largest = 0;
+  if (args.params.act == ActForm::kNvfp4) {
+    largest = RowMagnitude(RowOfPair(args.params, pair), false, args.params.d);
+  }
+  FillSlot<kForm>(args, pair, slot, place, largest, 0, 1);
+}
+
+// h [slots, inter] into tiles: a slot per warp, or, of few, per thread block.
+template <WeightForm kForm, bool kFew>
+__global__ void __launch_bounds__(kThreads) LayOutKernel(const __grid_constant__ Args args) {
+  constexpr int kWarps = kThreads / 32;
+  __shared__ uint32_t warp_max[kWarps];
+  const Work& work = args.work;
+  WaitForPrevious();
+  LetNextBegin();
+  const int warp = threadIdx.x / 32;
+  const int slot = kFew ? blockIdx.x : blockIdx.x * kWarps + warp;
+  if (slot >= work.counts[1]) return;
+  const SlotPlace place = work.places[slot];
+  if (place.width == 0) return;
+  const int part = kFew ? warp : 0, parts = kFew ? kWarps : 1;
+  const uint16_t* row = work.h + slot * args.params.inter;
+  uint32_t largest = 0;
+  if (args.params.act == ActForm::kNvfp4) {
+    largest = RowMagnitude(row, false, args.params.inter, part, parts);
+    if (kFew) {
+      if (threadIdx.x % 32 == 0) warp_max[warp] = largest;
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < kWarps; ++i) largest = max(largest, warp_max[i]);
+    }
+  }
+  char* const to =
+      work.h_tiles + place.tile_first * ColumnBytes(args.fp8_mma[1], args.padded_inter);
+  const float global =
+      LayOut<kForm>(args, row, args.params.inter, args.padded_inter, args.fp8_mma[1], place.width,
+                    slot - place.tile_first, to, largest, part, parts);
+  if (part == 0 && threadIdx.x % 32 == 0) work.h_scale[slot] = global;
+}
+
+// Sums of every token's picks, in their order; eight channels a thread.
+__global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant__ Args args) {
+  const MoeParams& params = args.params;
+  WaitForPrevious();
+  const int64_t chunks = (params.d + kChunk - 1) / kChunk;
+  const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (index >= params.t * chunks) return;
+  const int64_t token = index / chunks, at = index % chunks * kChunk;
+  float sum[kChunk] = {}, v[kChunk];
+  for (int64_t i = 0; i < params.k; ++i) {
+    const int slot = __ldg(args.work.pair_slot + token * params.k + i);
+    if (slot < 0) continue;
+    LoadChunk(args.work.y + slot * params.d, false, at, params.d, v);
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) sum[j] = __fadd_rn(sum[j], v[j]);
+  }
+  if (params.shared != nullptr) {
+    LoadChunk(params.shared + token * params.d, false, at, params.d, v);
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) sum[j] = __fadd_rn(sum[j], v[j]);
+  }
+  for (int j = 0; j < kChunk && at + j < params.d; ++j) {
+    const int64_t to = token * params.d + at + j;
+    if (params.y_bf16) {
+      static_cast<__nv_bfloat16*>(params.y)[to] = __float2bfloat16_rn(sum[j]);
+    } else {
+      static_cast<float*>(params.y)[to] = sum[j];
+    }
+  }
+}
+
+int64_t Padded(int64_t inputs) { return (inputs + 127) / 128 * 128; }
+
+Work Carve(const MoeParams& params, int64_t slots) {
+  char* at = static_cast<char*>(params.scratch);
+  const auto take = [&at](int64_t bytes) {
+    char* const here = at;
+    at += (bytes + 127) / 128 * 128;
+    return here;
+  };
+  Work work;
+  work.counts = reinterpret_cast<int32_t*>(take(128));
+  work.tiles = reinterpret_cast<Tile*>(take((slots / 8 + 1) * static_cast<int64_t>(sizeof(Tile))));
+  work.places = reinterpret_cast<SlotPlace*>(take(slots * 8));
+  work.pair_slot = reinterpret_cast<int32_t*>(take(params.t * params.k * 4));
+  work.slot_pair = reinterpret_cast<int32_t*>(take(slots * 4));
+  work.x_scale = reinterpret_cast<float*>(take(slots * 4));
+  work.h_scale = reinterpret_cast<float*>(take(slots * 4));
+  work.weight = reinterpret_cast<float*>(take(slots * 4));
+  work.x = take(slots * Padded(params.d) * 2);
+  work.h = reinterpret_cast<uint16_t*>(take(slots * params.inter * 2));
+  work.h_tiles = take(slots * Padded(params.inter) * 2);
+  work.y = reinterpret_cast<uint16_t*>(take(slots * params.d * 2));
+  return work;
+}
+
+}  // namespace
+
+cudaError_t MoeCuda(const MoeParams& params, cudaStream_t stream) {
+  if (params.t == 0) return cudaSuccess;
+  const int64_t pairs = params.t * params.k;
+  if (params.experts > kMaxExperts || pairs > INT32_MAX / 8) return cudaErrorInvalidConfiguration;
+  const int64_t active = std::min(params.experts, pairs);
+  Args args = {};
+  args.params = params;
+  args.work = Carve(params, MoeMaxSlots(pairs, params.experts));
+  args.padded_d = Padded(params.d);
+  args.padded_inter = Padded(params.inter);
+  // Few tokens an expert: narrow tiles, and the memory is what counts.
+  const bool few = params.regime == Regime::kDecode ||
+                   (params.regime == Regime::kAuto && pairs <= 28 * params.experts);
+  args.min_width = few ? 8 : kFewWidth + 32;
+  args.max_width = !few ? kMaxTileWidth : pairs <= 4 * params.experts ? 16 : kFewWidth;
+  const int64_t max_tiles = std::min(pairs, active + pairs / args.max_width);
+
+  TileGemm gemm = {};
+  gemm.form = params.form;
+  gemm.store = Store::kSwiglu;
+  gemm.weight[0] = params.w1.weight;
+  gemm.weight[1] = params.w3.weight;
+  gemm.scale[0] = params.w1.scale;
+  gemm.scale[1] = params.w3.scale;
+  gemm.global_scale[0] = params.w1.global_scale;
+  gemm.global_scale[1] = params.w3.global_scale;
+  gemm.groups = params.experts;
+  gemm.rows = params.inter;
+  gemm.inputs = params.d;
+  gemm.padded_inputs = args.padded_d;
+  gemm.x = args.work.x;
+  gemm.column_scale = params.act == ActForm::kNvfp4 ? args.work.x_scale : nullptr;
+  gemm.column_weight = args.work.weight;
+  gemm.limit = params.limit;
+  gemm.y = args.work.h;
+  gemm.y_bf16 = true;
+  gemm.width = args.max_width;
+  gemm.tiles = args.work.tiles;
+  gemm.tile_count = args.work.counts;
+  gemm.max_tiles = max_tiles;
+  gemm.new_tiles = true;
+  TileGemm down = gemm;
+  down.store = Store::kSlots;
+  down.new_tiles = false;
+  down.weight[0] = down.weight[1] = params.w2.weight;
+  down.scale[0] = down.scale[1] = params.w2.scale;
+  down.global_scale[0] = down.global_scale[1] = params.w2.global_scale;
+  down.rows = params.d;
+  down.inputs = params.inter;
+  down.padded_inputs = args.padded_inter;
+  down.x = args.work.h_tiles;
+  down.column_scale = params.act == ActForm::kNvfp4 ? args.work.h_scale : nullptr;
+  down.y = args.work.y;
+  const bool fp8 =
+      params.act == ActForm::kFp8 && (params.form == WeightForm::kMxfp4 || params.power_of_two);
+  gemm.fp8_mma = args.fp8_mma[0] = fp8 && HopperTakes(gemm);
+  down.fp8_mma = args.fp8_mma[1] = fp8 && HopperTakes(down);
+
+  const int64_t slots = MoeMaxSlots(pairs, params.experts);
+  if (pairs <= kFewPairs) {
+    SortFewKernel<WeightForm::kNvfp4>
+        <<<static_cast<unsigned>(params.experts), kThreads, 0, stream>>>(args);
+  } else {
+    const int bytes = static_cast<int>((kRankThreads / 32 + 3) * params.experts * 4);
+    const cudaError_t attribute =
+        cudaFuncSetAttribute(RankKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (attribute != cudaSuccess) return attribute;
+    RankKernel<<<1, kRankThreads, bytes, stream>>>(args);
+    const cudaError_t gathered =
+        LaunchDependent(GatherKernel<WeightForm::kNvfp4>,
+                        dim3(static_cast<unsigned>((slots + 7) / 8)), kThreads, 0, stream, args);
+    if (gathered != cudaSuccess) return gathered;
+  }
+  cudaError_t error = RunTileGemm(gemm, stream);
+  if (error != cudaSuccess) return error;
+
+  const bool few_pairs = pairs <= kFewPairs;
+  error = LaunchDependent(
+      few_pairs ? LayOutKernel<WeightForm::kNvfp4, true> : LayOutKernel<WeightForm::kNvfp4, false>,
+      dim3(static_cast<unsigned>(few_pairs ? slots : (slots + 7) / 8)), kThreads, 0, stream, args);
+  if (error != cudaSuccess) return error;
+  error = RunTileGemm(down, stream);
+  if (error != cudaSuccess) return error;
+
+  const int64_t threads = params.t * ((params.d + kChunk - 1) / kChunk);
+  return LaunchDependent(CombineKernel,
+                         dim3(static_cast<unsigned>((threads + kThreads - 1) / kThreads)), kThreads,
+                         0, stream, args);
+}
+
+}  // namespace dsv4

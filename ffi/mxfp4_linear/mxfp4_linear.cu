@@ -1,0 +1,9 @@
+#include "common/tile_gemm.h"
+
+namespace dsv4 {
+
+cudaError_t Mxfp4LinearCuda(const LinearParams& params, cudaStream_t stream) {
+  return LinearTiles(WeightForm::kMxfp4, params, stream);
+}
+
+}  // namespace dsv4
