@@ -14,6 +14,7 @@ from dsv4_jax.precision import Regime
 from dsv4_jax.typing import Array
 
 __all__ = [
+    "ACTS",
     "REGIMES",
     "check_linear",
     "check_result",
@@ -22,7 +23,7 @@ __all__ = [
     "scratch_bytes",
 ]
 
-_ACTS: Final = {"bfloat16": 0, "fp8": 1, "nvfp4": 2}
+ACTS: Final = {"bfloat16": np.int32(0), "fp8": np.int32(1), "nvfp4": np.int32(2)}
 REGIMES: Final = {None: 0, "decode": 1, "prefill": 2}
 
 
@@ -88,7 +89,7 @@ def linear_call(
     groups = x.shape[1] if x.ndim == 3 else 1
     n = weight.shape[0]
     shape = (t, groups, n // groups) if x.ndim == 3 else (t, n)
-    attributes: dict[str, Any] = {} if act is None else {"act": np.int32(_ACTS[act])}
+    attributes: dict[str, Any] = {} if act is None else {"act": ACTS[act]}
     y, _ = library.call(
         op,
         [

@@ -17,7 +17,7 @@ from dsv4_jax.ops._check import (
     check_choice,
     check_operand,
 )
-from dsv4_jax.ops._linear import REGIMES, check_result
+from dsv4_jax.ops._linear import ACTS, REGIMES, check_result
 from dsv4_jax.ops._moe_jax import moe_jax
 from dsv4_jax.precision import LINEAR_FORMATS, LinearFormat, Regime, act_format, weight_format
 from dsv4_jax.quant import fp8, mxfp4, nvfp4
@@ -29,9 +29,8 @@ BFLOAT16 = (jnp.dtype(jnp.bfloat16),)
 KERNEL_FORMATS = ("mxfp4_w4a8", "mxfp4_w4a16", "nvfp4_w4a4", "nvfp4_w4a8", "nvfp4_w4a16")
 """Formats that have a kernel, for BF16 activations."""
 
-# Values of the C++ enums (ffi/common/linear.h).
+# Values of the C++ enum (ffi/common/linear.h).
 _WEIGHT_FORM = {"mxfp4": np.int32(2), "nvfp4": np.int32(3)}
-_ACT_FORM = {"bfloat16": np.int32(0), "fp8": np.int32(1), "nvfp4": np.int32(2)}
 _SCALES = {"fp8": ("scale",), "mxfp4": ("scale",), "nvfp4": ("block_scale", "global_scale")}
 _INT32 = jnp.iinfo(jnp.int32)
 
@@ -159,7 +158,7 @@ def moe(
         *(w[leaf] for w in (w1, w3, w2) for leaf in ("weight", *_SCALES[form])),
         *(() if shared is None else (shared,)),
         form=_WEIGHT_FORM[form],
-        act=_ACT_FORM[act_format(linear)],
+        act=ACTS[act_format(linear)],
         regime=np.int32(REGIMES[regime]),
         first_expert=np.int32(first_expert),
         has_shared=np.int32(shared is not None),

@@ -104,8 +104,7 @@ __device__ __forceinline__ void RoundNvfp4(float (&v)[kChunk], float global) {
     const float quarters = __fmul_rn(quotient, 4.0f);
     if (!(fabsf(quarters - rintf(quarters)) > 1e-4f)) quotient = __fdiv_rn(v[i], step);
     const uint32_t code = EncodeE2m1(quotient);
-    const float magnitude = __fmul_rn(__uint_as_float((code & 7u) << 22), 0x1p126f);
-    v[i] = __fmul_rn(copysignf(magnitude, v[i]), block);
+    v[i] = __fmul_rn(copysignf(E2m1Magnitude(code), v[i]), block);
   }
 }
 
@@ -165,7 +164,7 @@ __device__ __forceinline__ void Transpose(uint32_t (&w)[4], int c) {
 template <WeightForm kForm>
 __device__ __forceinline__ void StoreRow(const void* row, bool x_float32, int64_t k, int64_t padded,
                                          ActForm act, float global, int width, int column,
-                                         uint16_t* tile, int first = 0, int step_chunks = 1) {
+                                         uint16_t* tile, int first, int step_chunks) {
   constexpr int kShift = kForm == WeightForm::kBf16 ? 0 : kForm == WeightForm::kFp8 ? 1 : 2;
   const int lane = threadIdx.x % 32, c = lane >> kShift & 3, low = lane & ((1 << kShift) - 1);
   const int stride = step_chunks * kWarpChunk;
@@ -199,7 +198,7 @@ __device__ __forceinline__ void StoreRow(const void* row, bool x_float32, int64_
 template <WeightForm kForm>
 __device__ __forceinline__ void StoreFp8Row(const void* row, bool x_float32, int64_t k,
                                             int64_t padded, int width, int column, uint8_t* tile,
-                                            int first = 0, int step_chunks = 1) {
+                                            int first, int step_chunks) {
   constexpr bool kEight = kForm == WeightForm::kFp8;
   constexpr int kShift = kEight ? 1 : 2, kStage = kEight ? 128 : 256;
   const int lane = threadIdx.x % 32, c = lane >> kShift & 3;

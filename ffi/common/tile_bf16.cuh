@@ -44,8 +44,8 @@ __device__ __forceinline__ void Decode(uint32_t (&a)[4][4], const Words<kForm>& 
           kForm == WeightForm::kNvfp4 ? 8 * piece + 2 * c + half : (stage & 1) * 8 + 4 * piece + c;
       byte[r] = *reinterpret_cast<const uint8_t*>(scales + (row + 8 * r) * kScaleBytes + at);
       const uint32_t factor =
-          kForm == WeightForm::kNvfp4 ? E4m3Factor2(byte[r]) : BothHalves(Ue8m0Factor(byte[r]));
-      DecodeRow(a, r, 0, half ? w.z : w.x, half ? w.w : w.y, factor);
+          kForm == WeightForm::kNvfp4 ? E4m3Factor(byte[r]) : BothHalves(Ue8m0Factor(byte[r]));
+      DecodeRow(a, r, half ? w.z : w.x, half ? w.w : w.y, factor);
     } else {
       const uint4 v = words[kPieces<kForm> - 1][r];
       a[0][r] = w.x;
@@ -59,7 +59,7 @@ __device__ __forceinline__ void Decode(uint32_t (&a)[4][4], const Words<kForm>& 
     }
   }
   if (kForm == WeightForm::kMxfp4 && max(byte[0], byte[1]) > 128) {
-    MultiplyRestOfUe8m0(a, byte[0], byte[1]);
+    MultiplyRest(a, BothHalves(Ue8m0Rest(byte[0])), BothHalves(Ue8m0Rest(byte[1])));
   }
 }
 

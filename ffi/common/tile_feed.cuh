@@ -66,8 +66,8 @@ __device__ __forceinline__ void Fill(const Args& args, const Tile& tile, int64_t
   using Layout = Stage<kForm, kFp8Mma, kMany>;
   const uint32_t column_bytes = Layout::ColumnBytes(tile.width);
   if (part == Part::kColumns) {
-    const char* x = static_cast<const char*>(args.x) +
-                    tile.first * (kFp8Mma ? args.inputs + args.inputs / 32 : 2 * args.inputs);
+    const char* x =
+        static_cast<const char*>(args.x) + tile.first * dsv4::ColumnBytes(kFp8Mma, args.inputs);
     CopyBytes(to + Layout::kColumnsAt, x + static_cast<int64_t>(stage) * column_bytes, column_bytes,
               full);
     return;

@@ -16,10 +16,6 @@ struct Fp8Operand {
   float scale[2];  // of rows g and g + 8
 };
 
-__device__ __forceinline__ float PowerOfTwo(uint32_t byte) {  // 2^(byte - 127), byte 255 NaN
-  return __uint_as_float(byte == 0 ? 0x00400000u : byte == 255 ? 0x7FC00000u : byte << 23);
-}
-
 // E4M3 of the magnitudes 0, .5, 1, 1.5 and 2, 3, 4, 6 times 2^(6 - down), nearest even.
 __device__ __forceinline__ uint2 Magnitudes(int down) {
   const float unit = __uint_as_float(static_cast<uint32_t>(127 + 6 - down) << 23);
@@ -107,7 +103,7 @@ __device__ __forceinline__ void LoadOperand(Fp8Operand<kForm>& out, const char* 
         for (int i = 0; i < 4; ++i) {
           LookUp(words[i], table.x, table.y, out.a[i][r], out.a[i][2 + r]);
         }
-        out.scale[r] = __fmul_rn(PowerOfTwo(top), 0x1p-6f);
+        out.scale[r] = __fmul_rn(DecodeUe8m0(top), 0x1p-6f);
       }
     }
   }
@@ -157,7 +153,7 @@ __device__ __forceinline__ void MultiplyFp8(const Args& args, Feed<kForm, true, 
     if constexpr (kForm == WeightForm::kFp8) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        fp8_scale[half] = PowerOfTwo(scale_bytes[half]);
+        fp8_scale[half] = DecodeUe8m0(scale_bytes[half]);
         scale_bytes[half] = __ldg(scale_rows[half] + min(feed.stage + feed.step, feed.stages - 1));
       }
     }

@@ -29,10 +29,6 @@ struct Args {
   Output out;
 };
 
-__device__ float Ue8m0(uint32_t byte) {
-  return __uint_as_float(byte == 0 ? 0x00400000u : byte == 255 ? 0x7FC00000u : byte << 23);
-}
-
 template <WeightForm kForm>
 __device__ float Decoded(const Args& args, int half, int64_t row, int64_t k) {
   const int64_t at = row * args.inputs + k;
@@ -40,14 +36,14 @@ __device__ float Decoded(const Args& args, int half, int64_t row, int64_t k) {
     return Bf16ToFloat(reinterpret_cast<const uint16_t*>(args.weight[half])[at]);
   } else if constexpr (kForm == WeightForm::kFp8) {
     return __fmul_rn(DecodeE4m3(args.weight[half][at]),
-                     Ue8m0(args.scale[half][row / 128 * args.scale_columns + k / 128]));
+                     DecodeUe8m0(args.scale[half][row / 128 * args.scale_columns + k / 128]));
   } else {
     const uint32_t code = args.weight[half][at / 2] >> at % 2 * 4 & 0xFu;
-    const float magnitude = __fmul_rn(__uint_as_float((code & 7u) << 22), 0x1p126f);
+    const float magnitude = E2m1Magnitude(code);
     const float value = code & 8u ? -magnitude : magnitude;
     const float scale = kForm == WeightForm::kNvfp4
                             ? DecodeE4m3(args.scale[half][row * (args.inputs / 16) + k / 16])
-                            : Ue8m0(args.scale[half][row * (args.inputs / 32) + k / 32]);
+                            : DecodeUe8m0(args.scale[half][row * (args.inputs / 32) + k / 32]);
     return __fmul_rn(value, scale);
   }
 }

@@ -54,12 +54,22 @@ __device__ __forceinline__ uint32_t Ue8m0Rest(uint32_t byte) {  // 2^(byte - 128
   return byte > 128 ? (byte - 1) << 7 : 0x3F80u;
 }
 
-// s * 2^117 as BF16 of an E4M3 byte; NaN stays NaN.
+// s * 2^117 as a BF16 pair of an E4M3 byte; NaN stays NaN.
 __device__ __forceinline__ uint32_t E4m3Factor(uint32_t byte) {
   uint32_t halves;
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(byte)));
   const float scale = __half2float(__ushort_as_half(static_cast<uint16_t>(halves)));
-  return __float_as_uint(__fmul_rn(scale, 0x1p117f)) >> 16;
+  return BothHalves(__float_as_uint(__fmul_rn(scale, 0x1p117f)) >> 16);
+}
+
+// 2^(byte - 127); byte 255 is NaN.
+__device__ __forceinline__ float DecodeUe8m0(uint32_t byte) {
+  return __uint_as_float(byte == 0 ? 0x00400000u : byte == 255 ? 0x7FC00000u : byte << 23);
+}
+
+// Of an E2M1 code without its sign.
+__device__ __forceinline__ float E2m1Magnitude(uint32_t code) {
+  return __fmul_rn(__uint_as_float((code & 7u) << 22), 0x1p126f);
 }
 
 template <>
@@ -118,46 +128,24 @@ __device__ __forceinline__ uint32_t Fp8Rest(uint32_t byte) {
   return byte > 134 ? BothHalves((byte - 7) << 7) : 0u;
 }
 
-__device__ __forceinline__ uint32_t E4m3Factor2(uint32_t byte) {
-  return BothHalves(E4m3Factor(byte));
-}
-
-// The factors of two scales, the first in the low byte.
-__device__ __forceinline__ void E4m3Factors(uint32_t bytes, uint32_t& first, uint32_t& second) {
-  uint32_t halves;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(bytes)));
-  const float2 scale = __half22float2(reinterpret_cast<const __half2&>(halves));
-  first = __byte_perm(__float_as_uint(__fmul_rn(scale.x, 0x1p117f)), 0, 0x3232);
-  second = __byte_perm(__float_as_uint(__fmul_rn(scale.y, 0x1p117f)), 0, 0x3232);
-}
-
-// Row r (of a lane's two) of four MMA steps from `step` on: 16 E2M1 codes of one scale.
-template <int kSteps>
-__device__ __forceinline__ void DecodeRow(uint32_t (&a)[kSteps][4], int r, int step, uint32_t low,
-                                          uint32_t high, uint32_t factor) {
+// Row r (of a lane's two) of four MMA steps: 16 E2M1 codes of one scale.
+__device__ __forceinline__ void DecodeRow(uint32_t (&a)[4][4], int r, uint32_t low, uint32_t high,
+                                          uint32_t factor) {
   uint32_t pairs[2][4];
   DecodeE2m1(low, pairs[0]);
   DecodeE2m1(high, pairs[1]);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    a[step + i / 2][2 * (i % 2) + r] = MulBf16x2(pairs[i / 4][i % 4], factor);
-  }
+  for (int i = 0; i < 8; ++i) a[i / 2][2 * (i % 2) + r] = MulBf16x2(pairs[i / 4][i % 4], factor);
 }
 
-// The rest of scales that a BF16 factor cannot hold: seldom, and long enough to stay a branch.
-template <int kSteps>
-__device__ __forceinline__ void MultiplyRest(uint32_t (&a)[kSteps][4], uint32_t first,
-                                             uint32_t second) {
+// The rest of two rows' scales that a BF16 factor cannot hold: seldom, and long enough to stay a
+// branch.
+__device__ __forceinline__ void MultiplyRest(uint32_t (&a)[4][4], uint32_t first, uint32_t second) {
 #pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
+  for (int i = 0; i < 4; ++i) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) a[i][j] = MulBf16x2(a[i][j], j % 2 ? second : first);
   }
-}
-
-__device__ __forceinline__ void MultiplyRestOfUe8m0(uint32_t (&a)[4][4], uint32_t first,
-                                                    uint32_t second) {
-  MultiplyRest(a, BothHalves(Ue8m0Rest(first)), BothHalves(Ue8m0Rest(second)));
 }
 
 // Both rows of 16 E4M3 codes each.

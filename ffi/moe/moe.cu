@@ -72,12 +72,13 @@ __device__ __forceinline__ int ExpertOf(const MoeParams& params, int pair) {
   return ours ? static_cast<int>(expert) : -1;
 }
 
-// A row, or every `parts`-th chunk of it from `part` on, by a warp: rounded and laid out.
-// `largest`: of the whole row's magnitudes (NVFP4); the row's FP32 scale is returned.
-template <WeightForm kForm>
+// A row into its column, or parts of it, by a warp. `largest`: of the whole row's magnitudes
+// (NVFP4); the row's FP32 scale is returned.
 __device__ __forceinline__ float LayOut(const Args& args, const uint16_t* row, int64_t k,
                                         int64_t padded, bool fp8_mma, int width, int column,
                                         char* tile, uint32_t largest, int part, int parts) {
+  // Both 4-bit forms take x in the same order.
+  constexpr WeightForm kForm = WeightForm::kNvfp4;
   if (fp8_mma) {
     StoreFp8Row<kForm>(row, false, k, padded, width, column, reinterpret_cast<uint8_t*>(tile), part,
                        parts);
@@ -96,15 +97,14 @@ __device__ __forceinline__ const uint16_t* RowOfPair(const MoeParams& params, in
 }
 
 // A pair's x, or parts of it, into its slot by a warp.
-template <WeightForm kForm>
 __device__ __forceinline__ void FillSlot(const Args& args, int pair, int slot, SlotPlace place,
                                          uint32_t largest, int part, int parts) {
   const MoeParams& params = args.params;
   const Work& work = args.work;
   char* const to = work.x + place.tile_first * ColumnBytes(args.fp8_mma[0], args.padded_d);
   const float global =
-      LayOut<kForm>(args, RowOfPair(params, pair), params.d, args.padded_d, args.fp8_mma[0],
-                    place.width, slot - place.tile_first, to, largest, part, parts);
+      LayOut(args, RowOfPair(params, pair), params.d, args.padded_d, args.fp8_mma[0], place.width,
+             slot - place.tile_first, to, largest, part, parts);
   if (part == 0 && threadIdx.x % 32 == 0) {
     work.x_scale[slot] = global;
     work.weight[slot] = params.expert_weight[pair];
@@ -145,7 +145,6 @@ __device__ __forceinline__ Bases FindBases(const Args& args, const int* count, i
 }
 
 // Few pairs: a thread block per expert finds its pairs and lays out their x.
-template <WeightForm kForm>
 __global__ void __launch_bounds__(kThreads) SortFewKernel(const __grid_constant__ Args args) {
   const MoeParams& params = args.params;
   const Work& work = args.work;
@@ -216,8 +215,7 @@ __global__ void __launch_bounds__(kThreads) SortFewKernel(const __grid_constant_
     const int i = task / parts, tile = i / args.max_width;
     const SlotPlace place = {bases.slots + tile * args.max_width,
                              tile < tiles - 1 ? args.max_width : last_width};
-    FillSlot<kForm>(args, listed[i], bases.slots + i, place, nvfp4 ? row_max[i] : 0, task % parts,
-                    parts);
+    FillSlot(args, listed[i], bases.slots + i, place, nvfp4 ? row_max[i] : 0, task % parts, parts);
   }
 }
 
@@ -328,7 +326,6 @@ __global__ void __launch_bounds__(kRankThreads) RankKernel(const __grid_constant
 }
 
 // x of a slot per warp: columns that lie side by side are written at about the same time.
-template <WeightForm kForm>
 __global__ void __launch_bounds__(kThreads) GatherKernel(const __grid_constant__ Args args) {
   const int slot = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
   WaitForPrevious();
@@ -341,11 +338,11 @@ __global__ void __launch_bounds__(kThreads) GatherKernel(const __grid_constant__
   if (args.params.act == ActForm::kNvfp4) {
     largest = RowMagnitude(RowOfPair(args.params, pair), false, args.params.d);
   }
-  FillSlot<kForm>(args, pair, slot, place, largest, 0, 1);
+  FillSlot(args, pair, slot, place, largest, 0, 1);
 }
 
 // h [slots, inter] into tiles: a slot per warp, or, of few, per thread block.
-template <WeightForm kForm, bool kFew>
+template <bool kFew>
 __global__ void __launch_bounds__(kThreads) LayOutKernel(const __grid_constant__ Args args) {
   constexpr int kWarps = kThreads / 32;
   __shared__ uint32_t warp_max[kWarps];
@@ -371,9 +368,8 @@ __global__ void __launch_bounds__(kThreads) LayOutKernel(const __grid_constant__
   }
   char* const to =
       work.h_tiles + place.tile_first * ColumnBytes(args.fp8_mma[1], args.padded_inter);
-  const float global =
-      LayOut<kForm>(args, row, args.params.inter, args.padded_inter, args.fp8_mma[1], place.width,
-                    slot - place.tile_first, to, largest, part, parts);
+  const float global = LayOut(args, row, args.params.inter, args.padded_inter, args.fp8_mma[1],
+                              place.width, slot - place.tile_first, to, largest, part, parts);
   if (part == 0 && threadIdx.x % 32 == 0) work.h_scale[slot] = global;
 }
 
@@ -495,26 +491,24 @@ cudaError_t MoeCuda(const MoeParams& params, cudaStream_t stream) {
 
   const int64_t slots = MoeMaxSlots(pairs, params.experts);
   if (pairs <= kFewPairs) {
-    SortFewKernel<WeightForm::kNvfp4>
-        <<<static_cast<unsigned>(params.experts), kThreads, 0, stream>>>(args);
+    SortFewKernel<<<static_cast<unsigned>(params.experts), kThreads, 0, stream>>>(args);
   } else {
     const int bytes = static_cast<int>((kRankThreads / 32 + 3) * params.experts * 4);
     const cudaError_t attribute =
         cudaFuncSetAttribute(RankKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (attribute != cudaSuccess) return attribute;
     RankKernel<<<1, kRankThreads, bytes, stream>>>(args);
-    const cudaError_t gathered =
-        LaunchDependent(GatherKernel<WeightForm::kNvfp4>,
-                        dim3(static_cast<unsigned>((slots + 7) / 8)), kThreads, 0, stream, args);
+    const cudaError_t gathered = LaunchDependent(
+        GatherKernel, dim3(static_cast<unsigned>((slots + 7) / 8)), kThreads, 0, stream, args);
     if (gathered != cudaSuccess) return gathered;
   }
   cudaError_t error = RunTileGemm(gemm, stream);
   if (error != cudaSuccess) return error;
 
   const bool few_pairs = pairs <= kFewPairs;
-  error = LaunchDependent(
-      few_pairs ? LayOutKernel<WeightForm::kNvfp4, true> : LayOutKernel<WeightForm::kNvfp4, false>,
-      dim3(static_cast<unsigned>(few_pairs ? slots : (slots + 7) / 8)), kThreads, 0, stream, args);
+  error = LaunchDependent(few_pairs ? LayOutKernel<true> : LayOutKernel<false>,
+                          dim3(static_cast<unsigned>(few_pairs ? slots : (slots + 7) / 8)),
+                          kThreads, 0, stream, args);
   if (error != cudaSuccess) return error;
   error = RunTileGemm(down, stream);
   if (error != cudaSuccess) return error;
