@@ -69,7 +69,7 @@ __device__ __forceinline__ void Multiply(const Args& args, Feed<kForm, false, kM
                                          int64_t tile_index) {
   using Layout = Stage<kForm, false, kMany>;
   constexpr int kGroups = kStageInputs<kForm> / kStepInputs / 4;
-  const int row = LaneRow<kMany>(), c = threadIdx.x % 4;
+  const int row = LaneRow(), c = threadIdx.x % 4;
   float acc[2][kN / 2];  // the first product of each sets it
   uint32_t a[2][4][4];
   Words<kForm> words[2];

@@ -24,10 +24,9 @@ constexpr bool kFourBits = kForm == WeightForm::kMxfp4 || kForm == WeightForm::k
 template <WeightForm kForm>
 constexpr int kStageInputs = 2 * Weights<kForm>::kPieceInputs;
 
-// Two ways to share a tile among two warpgroups, each with two MMA blocks ("halves") of rows:
-//   kMany: each has its own 128 of 256 rows; a warp of a third warpgroup fills the stages of both.
-//   few:   both have the same 128 rows and take turns with the stages, which they fill themselves;
-//          sums of the two are added in the end. For tiles so narrow that latency is what counts.
+// A tile is the work of one warpgroup with two MMA blocks ("halves") of 64 rows, so narrow that
+// latency and the memory are what counts, or (kMany) of two with as much each. One more warp fills
+// the stages.
 template <WeightForm kForm, bool kFp8Mma, bool kMany>
 struct Stage {
   static constexpr int kRows = (kMany ? 2 : 1) * kBlockRows;  // of each half
@@ -91,7 +90,7 @@ __device__ __forceinline__ void Fill(const Args& args, const Tile& tile, int64_t
   }
 }
 
-// The stages of one warpgroup, in order.
+// The stages of a thread block, in order: every one, or those that are its share of a cluster's.
 template <WeightForm kForm, bool kFp8Mma, bool kMany>
 struct Feed {
   const Args& args;
@@ -105,34 +104,38 @@ struct Feed {
   uint32_t phase = 0;
 
   __device__ Feed(const Args& a, const Tile& t, const char* memory, int64_t b, uint32_t barriers)
-      : args(a), tile(t), shared(memory), block(b) {
-    const int warpgroup = kMany ? 0 : threadIdx.x / 128;
+      : args(a),
+        tile(t),
+        shared(memory),
+        block(b),
+        full(barriers),
+        empty(barriers + 8 * kMaxSlots) {
     stage_bytes = Stage<kForm, kFp8Mma, kMany>::Bytes(args.out.width);
     stages = static_cast<int>(args.inputs / kStageInputs<kForm>);
-    stage = kMany ? 0 : 2 * static_cast<int>(blockIdx.x % args.cluster) + warpgroup;
-    step = kMany ? 1 : 2 * args.cluster;
-    full = barriers + 8 * warpgroup * args.slots;
-    empty = full + 8 * 2 * kMaxSlots;
-    shared += warpgroup * args.slots * stage_bytes;
+    stage = kMany ? 0 : static_cast<int>(blockIdx.x % args.cluster);
+    step = kMany ? 1 : args.cluster;
   }
   __device__ __forceinline__ void Copy(int of, int into, Part part) const {
     Fill<kForm, kFp8Mma, kMany>(args, tile, block, of, SharedAddress(shared) + into * stage_bytes,
                                 full + 8 * into, part);
   }
-  __device__ __forceinline__ void CopyAll(int of, int into) const {
-#pragma unroll
-    for (int part = 0; part < 4; ++part) Copy(of, into, static_cast<Part>(part));
-  }
-  // Copies on their way before the first stage; x when the kernel ahead has ended.
-  __device__ __forceinline__ void Start() const {
-    for (int i = 0; i < args.slots && stage + i * step < stages; ++i) {
-      Copy(stage + i * step, i, Part::kFirst);
-      Copy(stage + i * step, i, Part::kSecond);
-      Copy(stage + i * step, i, Part::kScales);
+  // All copies, by one thread. x comes from the kernel ahead: weights need not wait for it.
+  __device__ __forceinline__ void FillAll() {
+    const int first = stage;
+    for (int i = 0; i < args.slots && first + i * step < stages; ++i) {
+      Copy(first + i * step, i, Part::kFirst);
+      Copy(first + i * step, i, Part::kSecond);
+      Copy(first + i * step, i, Part::kScales);
     }
     WaitForPrevious();
-    for (int i = 0; i < args.slots && stage + i * step < stages; ++i) {
-      Copy(stage + i * step, i, Part::kColumns);
+    for (int i = 0; i < args.slots && first + i * step < stages; ++i) {
+      Copy(first + i * step, i, Part::kColumns);
+    }
+    for (; stage < stages; Next()) {
+      if (stage < first + args.slots * step) continue;
+      Wait(empty + 8 * slot, phase ^ 1);
+#pragma unroll
+      for (int part = 0; part < 4; ++part) Copy(stage, slot, static_cast<Part>(part));
     }
   }
   __device__ __forceinline__ const char* Here() const {
@@ -148,20 +151,8 @@ struct Feed {
   }
   // A stage `back` before this one is read no more.
   __device__ __forceinline__ void Release(int back) const {
-    int old = slot - back;
-    uint32_t old_phase = phase;
-    if (old < 0) {
-      old += args.slots;
-      old_phase ^= 1;
-    }
-    __syncwarp();
-    if (kMany || threadIdx.x % 32 == 0) Arrive(empty + 8 * old);
-    const int next = stage + (args.slots - back) * step;
-    if (!kMany && threadIdx.x % 128 == 0 && next < stages) {
-      Wait(empty + 8 * old, old_phase);
-      CopyAll(next, old);
-    }
-    __syncwarp();
+    const int old = slot < back ? slot - back + args.slots : slot - back;
+    Arrive(empty + 8 * old);
   }
 };
 
@@ -170,10 +161,8 @@ struct Feed {
 __device__ __forceinline__ int RowOf(int g) { return g >> 1 | (g & 1) << 2; }
 
 // A lane's first row in a half; the other is 8 on.
-template <bool kMany>
 __device__ __forceinline__ int LaneRow() {
-  const int warpgroup = threadIdx.x / 128, warp = threadIdx.x % 128 / 32;
-  return (kMany ? warpgroup * kBlockRows : 0) + 16 * warp + RowOf(threadIdx.x % 32 / 4);
+  return threadIdx.x / 32 * 16 + RowOf(threadIdx.x % 32 / 4);
 }
 
 __device__ __forceinline__ const uint4& PieceOf(const char* rows, int row, int piece, int c) {
@@ -190,7 +179,11 @@ __device__ __forceinline__ const uint8_t* Fp8ScaleRow(const Args& args, int grou
 
 constexpr int kSumPitch = kBlockRows + 4;  // floats of a column of sums: other banks for the next
 
-__device__ __forceinline__ void SyncBoth() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+// The warps that multiply.
+template <bool kMany>
+__device__ __forceinline__ void SyncMultiplying() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kMany ? 256 : 128) : "memory");
+}
 
 __device__ __forceinline__ void SyncCluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
@@ -215,10 +208,9 @@ __device__ __forceinline__ void Finish(const Args& args, char* shared, float (&a
                                        int64_t tile_index) {
   constexpr int kRows = (kMany ? 2 : 1) * kBlockRows;
   const int warpgroup = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-  WaitForPrevious();  // long past: scales of columns come from there
-  SyncBoth();         // the stages are drained
-  float* const all = reinterpret_cast<float*>(shared);
-  float* const sums = all + warpgroup * 2 * kN * kSumPitch;
+  WaitForPrevious();         // long past: scales of columns come from there
+  SyncMultiplying<kMany>();  // the stages are drained
+  float* const sums = reinterpret_cast<float*>(shared) + warpgroup * 2 * kN * kSumPitch;
   const int c = lane % 4, in_block = 16 * warp + RowOf(lane / 4);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -232,25 +224,21 @@ __device__ __forceinline__ void Finish(const Args& args, char* shared, float (&a
   if (cluster > 1) {
     SyncCluster();
   } else {
-    SyncBoth();
+    SyncMultiplying<kMany>();
   }
   const Scales scales(args.out, tile.group);
-  const float* const from = kMany ? sums : all;
-  const int first = kMany ? warp : 8 * rank + 4 * warpgroup + warp;
-  for (int column = first; column < tile.count; column += kMany ? 4 : 8 * cluster) {
+  for (int column = 4 * rank + warp; column < tile.count; column += 4 * cluster) {
     float2 value[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float* at = from + (half * kN + column) * kSumPitch + 2 * lane;
-      if (kMany) {
+      const float* at = sums + (half * kN + column) * kSumPitch + 2 * lane;
+      if (cluster == 1) {
         value[half] = *reinterpret_cast<const float2*>(at);
-      } else {  // of both warpgroups of every thread block, in the order of their inputs
+      } else {  // of every thread block of the cluster, in their order
         value[half] = make_float2(0.0f, 0.0f);
 #pragma unroll 4
-        for (int i = 0; i < 2 * cluster; ++i) {
-          const float* other = at + i % 2 * (2 * kN * kSumPitch);
-          const float2 part = cluster > 1 ? LoadFrom(SharedAddress(other), i / 2)
-                                          : *reinterpret_cast<const float2*>(other);
+        for (int i = 0; i < cluster; ++i) {
+          const float2 part = LoadFrom(SharedAddress(at), i);
           value[half].x = __fadd_rn(value[half].x, part.x);
           value[half].y = __fadd_rn(value[half].y, part.y);
         }
@@ -259,7 +247,7 @@ __device__ __forceinline__ void Finish(const Args& args, char* shared, float (&a
       value[half].x = __fmul_rn(value[half].x, scale);
       value[half].y = __fmul_rn(value[half].y, scale);
     }
-    const int64_t at = (kMany ? warpgroup * kBlockRows : 0) + 2 * lane;
+    const int64_t at = warpgroup * kBlockRows + 2 * lane;
     if (args.out.store == Store::kSwiglu) {
       StoreSwiglu(args.out, value[0], value[1], tile, column, block * kRows + at);
     } else {

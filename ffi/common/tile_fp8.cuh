@@ -137,7 +137,7 @@ __device__ __forceinline__ void MultiplyFp8(const Args& args, Feed<kForm, true, 
                                             int64_t block, int64_t tile_index) {
   using Layout = Stage<kForm, true, kMany>;
   constexpr int kBlocks = kStageInputs<kForm> / 128;
-  const int row = LaneRow<kMany>(), c = threadIdx.x % 4;
+  const int row = LaneRow(), c = threadIdx.x % 4;
   float sum[2][kN / 2] = {};
   const uint8_t* scale_rows[2];
   uint32_t scale_bytes[2] = {};

@@ -22,14 +22,14 @@ namespace {
 using namespace tile;
 
 template <bool kMany>
-constexpr int kThreads = kMany ? 3 * 128 : 2 * 128;
+constexpr int kThreads = kMany ? 3 * 128 : 128 + 32;
 
 template <WeightForm kForm, bool kFp8Mma, bool kMany>
 __global__ void __launch_bounds__(kThreads<kMany>, kMany ? 1 : 2)
     TileGemmKernel(const __grid_constant__ Args args) {
   using Layout = Stage<kForm, kFp8Mma, kMany>;
   extern __shared__ char raw[];
-  __shared__ uint64_t barriers[4 * kMaxSlots];  // full, then empty
+  __shared__ uint64_t barriers[2 * kMaxSlots];  // full, then empty
   __shared__ uint2 tables[kTables];
   const int64_t tile_index = blockIdx.y, block = kMany ? blockIdx.x : blockIdx.x / args.cluster;
   Tile tile;
@@ -39,32 +39,23 @@ __global__ void __launch_bounds__(kThreads<kMany>, kMany ? 1 : 2)
   char* const shared = raw + (1024 - (SharedAddress(raw) & 1023)) % 1024;  // the swizzle's pattern
   if (kFp8Mma && threadIdx.x < kTables) tables[threadIdx.x] = Magnitudes(threadIdx.x);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < 2 * kMaxSlots; ++i) {
+    for (int i = 0; i < kMaxSlots; ++i) {
       InitBarrier(SharedAddress(barriers + i), 1);
-      InitBarrier(SharedAddress(barriers + 2 * kMaxSlots + i), kMany ? 256 : 4);
+      InitBarrier(SharedAddress(barriers + kMaxSlots + i), kMany ? 256 : 128);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
 
   Feed<kForm, kFp8Mma, kMany> feed(args, tile, shared, block, SharedAddress(barriers));
-  if constexpr (kMany) {
-    // The copying warp is one of a warpgroup that hands its registers to the others.
-    if (threadIdx.x >= 256) {
-      asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-      if (threadIdx.x != 256) return;
-      feed.Start();
-      for (; feed.stage < feed.stages; feed.Next()) {
-        if (feed.stage < args.slots) continue;
-        Wait(feed.empty + 8 * feed.slot, feed.phase ^ 1);
-        feed.CopyAll(feed.stage, feed.slot);
-      }
-      return;
-    }
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+  // Of many, the copying warp is one of a warpgroup that hands its registers to the others.
+  constexpr int kMultiplying = kMany ? 256 : 128;
+  if (threadIdx.x >= kMultiplying) {
+    if constexpr (kMany) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (threadIdx.x == kMultiplying) feed.FillAll();
+    return;
   }
-  if (!kMany && threadIdx.x % 128 == 0) feed.Start();
-  __syncwarp();
+  if constexpr (kMany) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
   if constexpr (!kMany) {
     // Let the next begin only when the table of tiles is done: it may read it at once.
     WaitForPrevious();
@@ -161,11 +152,10 @@ cudaError_t Launch(const TileGemm& gemm, cudaStream_t stream) {
   args.inputs = gemm.inputs;
   args.out = Output(gemm);
   const int stage_bytes = Layout::Bytes(gemm.width);
-  const int budget = !kMany && 4 * stage_bytes + 1024 <= kHalfBytes ? kHalfBytes : kAllBytes;
-  const int slots = std::min(kMaxSlots * (kMany ? 1 : 2), (budget - 1024) / stage_bytes);
-  args.slots = kMany ? slots : slots / 2;
-  const int stages = args.slots * (kMany ? 1 : 2) * stage_bytes;
-  const int sums = 2 * 2 * gemm.width * kSumPitch * 4;
+  const int budget = !kMany && 3 * stage_bytes + 1024 <= kHalfBytes ? kHalfBytes : kAllBytes;
+  args.slots = std::min(kMaxSlots, (budget - 1024) / stage_bytes);
+  const int stages = args.slots * stage_bytes;
+  const int sums = (kMany ? 2 : 1) * 2 * gemm.width * kSumPitch * 4;
   const int bytes = std::max(stages, sums) + 1024;
   const cudaError_t error = cudaFuncSetAttribute(
       TileGemmKernel<kForm, kFp8Mma, kMany>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
@@ -176,7 +166,7 @@ cudaError_t Launch(const TileGemm& gemm, cudaStream_t stream) {
   // the order of sums does not depend on the tokens.
   args.cluster = 1;
   while (!kMany && args.cluster < 8 && blocks * gemm.groups * args.cluster < kFullGrid &&
-         gemm.inputs / kStageInputs<kForm> >= 8 * args.cluster) {
+         gemm.inputs / kStageInputs<kForm> >= 4 * args.cluster) {
     args.cluster *= 2;
   }
   const dim3 grid(static_cast<unsigned>(blocks * args.cluster),
