@@ -227,18 +227,22 @@ __device__ __forceinline__ void Finish(const Args& args, char* shared, float (&a
     SyncMultiplying<kMany>();
   }
   const Scales scales(args.out, tile.group);
+  const Lines lines(args.out, tile, tile_index);
+  const bool pair = args.out.store == Store::kSwiglu;
+  const int64_t row = block * kRows * (pair ? 1 : 2) + warpgroup * kBlockRows + 2 * lane;
+#pragma unroll 2
   for (int column = 4 * rank + warp; column < tile.count; column += 4 * cluster) {
     float2 value[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float* at = sums + (half * kN + column) * kSumPitch + 2 * lane;
+      const float* from = sums + (half * kN + column) * kSumPitch + 2 * lane;
       if (cluster == 1) {
-        value[half] = *reinterpret_cast<const float2*>(at);
+        value[half] = *reinterpret_cast<const float2*>(from);
       } else {  // of every thread block of the cluster, in their order
         value[half] = make_float2(0.0f, 0.0f);
 #pragma unroll 4
         for (int i = 0; i < cluster; ++i) {
-          const float2 part = LoadFrom(SharedAddress(at), i);
+          const float2 part = LoadFrom(SharedAddress(from), i);
           value[half].x = __fadd_rn(value[half].x, part.x);
           value[half].y = __fadd_rn(value[half].y, part.y);
         }
@@ -247,12 +251,15 @@ __device__ __forceinline__ void Finish(const Args& args, char* shared, float (&a
       value[half].x = __fmul_rn(value[half].x, scale);
       value[half].y = __fmul_rn(value[half].y, scale);
     }
-    const int64_t at = warpgroup * kBlockRows + 2 * lane;
-    if (args.out.store == Store::kSwiglu) {
-      StoreSwiglu(args.out, value[0], value[1], tile, column, block * kRows + at);
+    const int64_t at = lines.first + column * lines.step + row;
+    if (pair) {
+      const float weight = args.out.column_weight[tile.first + column];
+      const float2 h = {Swiglu(value[0].x, value[1].x, args.out.limit, weight),
+                        Swiglu(value[0].y, value[1].y, args.out.limit, weight)};
+      StoreTwo(args.out, h, true, at, row);
     } else {
-      StorePair(args.out, value[0], tile, tile_index, column, block * 2 * kRows + at);
-      StorePair(args.out, value[1], tile, tile_index, column, block * 2 * kRows + kRows + at);
+      StoreTwo(args.out, value[0], args.out.y_bf16, at, row);
+      StoreTwo(args.out, value[1], args.out.y_bf16, at + kRows, row + kRows);
     }
   }
   if (cluster > 1) SyncCluster();  // its shared memory is read until here

@@ -109,8 +109,8 @@ __device__ __forceinline__ void LoadOperand(Fp8Operand<kForm>& out, const char* 
   }
 }
 
-// sum += part * row scale * column scale
-template <int kN>
+// sum += part * row scale * column scale; all rows have one scale with kFp8.
+template <WeightForm kForm, int kN>
 __device__ __forceinline__ void Promote(float (&sum)[kN / 2], const float (&part)[kN / 2],
                                         const float (&row_scale)[2], const float* column_scale,
                                         int c) {
@@ -119,10 +119,10 @@ __device__ __forceinline__ void Promote(float (&sum)[kN / 2], const float (&part
     const float2 scale = *reinterpret_cast<const float2*>(column_scale + 8 * j + 2 * c);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      sum[4 * j + 2 * r] =
-          __fmaf_rn(part[4 * j + 2 * r], __fmul_rn(scale.x, row_scale[r]), sum[4 * j + 2 * r]);
-      sum[4 * j + 2 * r + 1] = __fmaf_rn(part[4 * j + 2 * r + 1], __fmul_rn(scale.y, row_scale[r]),
-                                         sum[4 * j + 2 * r + 1]);
+      const float row = row_scale[kForm == WeightForm::kFp8 ? 0 : r];
+      const int i = 4 * j + 2 * r;
+      sum[i] = __fmaf_rn(part[i], __fmul_rn(scale.x, row), sum[i]);
+      sum[i + 1] = __fmaf_rn(part[i + 1], __fmul_rn(scale.y, row), sum[i + 1]);
     }
   }
 }
@@ -188,7 +188,7 @@ __device__ __forceinline__ void MultiplyFp8(const Args& args, Feed<kForm, true, 
         WgmmaWait<0>();
 #pragma unroll
         for (int i = 0; i < kTogether<kN>; ++i) {
-          Promote<kN>(sum[first + i], part[i], operand[i].scale, column_scales + k * kN, c);
+          Promote<kForm, kN>(sum[first + i], part[i], operand[i].scale, column_scales + k * kN, c);
         }
       }
     }

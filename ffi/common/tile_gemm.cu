@@ -83,30 +83,23 @@ __global__ void __launch_bounds__(32 * kWarps) AnyGemmKernel(const __grid_consta
   if (row >= args.out.rows) return;
   if (!FindTile(args.out, args.tiles, args.tile_count, blockIdx.y, tile)) return;
   const Scales scales(args.out, tile.group);
+  const Lines lines(args.out, tile, blockIdx.y);
+  const bool pair = args.out.store == Store::kSwiglu;
   const int64_t weight_row = tile.group * args.out.rows + row;
+  Output one = args.out;  // a row, not two
+  one.rows = row + 1;
   for (int first = 0; first < tile.count; first += kColumns) {
     float sums[2][kColumns];
-    const bool pair = args.out.store == Store::kSwiglu;
     Products<kForm>(args, 0, tile, weight_row, first, sums[0]);
     if (pair) Products<kForm>(args, 1, tile, weight_row, first, sums[1]);
     if (threadIdx.x % 32 != 0) continue;
-    for (int i = 0; i < kColumns && first + i < tile.count; ++i) {
-      const float value = __fmul_rn(sums[0][i], scales.Of(args.out, 0, tile, first + i));
-      Output one = args.out;  // a row, not two
-      one.rows = row + 1;
+    for (int i = first; i < first + kColumns && i < tile.count; ++i) {
+      float value = __fmul_rn(sums[0][i - first], scales.Of(args.out, 0, tile, i));
       if (pair) {
-        const float up = __fmul_rn(sums[1][i], scales.Of(args.out, 1, tile, first + i));
-        const int64_t slot = tile.first + first + i;
-        const float h = Swiglu(value, up, args.out.limit, args.out.column_weight[slot]);
-        StoreTwo(one, {h, h}, true, slot * args.out.rows + row, row);
-      } else {
-        int64_t line = tile.first + first + i;
-        if (args.out.store != Store::kSlots) {
-          line = (blockIdx.y / args.out.groups * args.out.width + first + i) * args.out.groups +
-                 tile.group;
-        }
-        StoreTwo(one, {value, value}, args.out.y_bf16, line * args.out.rows + row, row);
+        const float up = __fmul_rn(sums[1][i - first], scales.Of(args.out, 1, tile, i));
+        value = Swiglu(value, up, args.out.limit, args.out.column_weight[tile.first + i]);
       }
+      StoreTwo(one, {value, value}, args.out.y_bf16, lines.first + i * lines.step + row, row);
     }
   }
 }

@@ -101,23 +101,18 @@ __device__ __forceinline__ void StoreTwo(const Output& out, float2 value, bool b
   }
 }
 
-__device__ __forceinline__ void StoreSwiglu(const Output& out, float2 gate, float2 up,
-                                            const Tile& tile, int column, int64_t row) {
-  const int64_t slot = tile.first + column;
-  const float weight = out.column_weight[slot];
-  const float2 h = {Swiglu(gate.x, up.x, out.limit, weight),
-                    Swiglu(gate.y, up.y, out.limit, weight)};
-  StoreTwo(out, h, true, slot * out.rows + row, row);
-}
+// Where a tile's columns go, row 0 of each: y[first + column * step].
+struct Lines {
+  int64_t first, step;
 
-__device__ __forceinline__ void StorePair(const Output& out, float2 value, const Tile& tile,
-                                          int64_t tile_index, int column, int64_t row) {
-  int64_t line = tile.first + column;
-  if (out.store != Store::kSlots) {
-    const int64_t tiles = static_cast<uint32_t>(tile_index) / static_cast<uint32_t>(out.groups);
-    line = (tiles * out.width + column) * out.groups + tile.group;
+  __device__ __forceinline__ Lines(const Output& out, const Tile& tile, int64_t tile_index)
+      : first(tile.first * out.rows), step(out.rows) {
+    if (out.store != Store::kTokens) return;
+    const uint32_t groups = static_cast<uint32_t>(out.groups);
+    const int64_t token = static_cast<uint32_t>(tile_index) / groups * int64_t{out.width};
+    first = (token * groups + tile.group) * out.rows;
+    step = groups * out.rows;
   }
-  StoreTwo(out, value, out.y_bf16, line * out.rows + row, row);
-}
+};
 
 }  // namespace dsv4
