@@ -65,8 +65,7 @@ __device__ __forceinline__ void Decode(uint32_t (&a)[4][4], const Words<kForm>& 
 
 template <WeightForm kForm, bool kMany, int kN>
 __device__ __forceinline__ void Multiply(const Args& args, Feed<kForm, false, kMany>& feed,
-                                         char* shared, const Tile& tile, int64_t block,
-                                         int64_t tile_index) {
+                                         const Unit& unit) {
   using Layout = Stage<kForm, false, kMany>;
   constexpr int kGroups = kStageInputs<kForm> / kStepInputs / 4;
   const int row = LaneRow(), c = threadIdx.x % 4;
@@ -78,12 +77,12 @@ __device__ __forceinline__ void Multiply(const Args& args, Feed<kForm, false, kM
   if constexpr (kForm == WeightForm::kFp8) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      scale_rows[half] = Fp8ScaleRow(args, tile.group, (2 * block + half) * Layout::kRows);
+      scale_rows[half] =
+          Fp8ScaleRow(args, unit.tile.group, (2 * unit.block + half) * Layout::kRows);
       scale_bytes[half] = __ldg(scale_rows[half] + min(feed.stage, feed.stages - 1));
     }
   }
-  const bool any = feed.stage < feed.stages;
-  bool held = false;
+  bool begun = false;
   while (feed.stage < feed.stages) {
     uint32_t factor[2] = {}, rest[2] = {};
     if constexpr (kForm == WeightForm::kFp8) {
@@ -91,11 +90,11 @@ __device__ __forceinline__ void Multiply(const Args& args, Feed<kForm, false, kM
       for (int half = 0; half < 2; ++half) {
         factor[half] = Fp8Factor(scale_bytes[half]);
         rest[half] = Fp8Rest(scale_bytes[half]);
-        scale_bytes[half] = __ldg(scale_rows[half] + min(feed.stage + feed.step, feed.stages - 1));
+        scale_bytes[half] = __ldg(scale_rows[half] + min(feed.stage + 1, feed.stages - 1));
       }
     }
     const char* here = feed.Here();
-    const uint32_t columns = SharedAddress(here) + Layout::kColumnsAt;
+    const uint64_t columns = CoreMatrices(SharedAddress(here) + Layout::kColumnsAt, kN * 16);
     if constexpr (kGroups > 1) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -106,7 +105,8 @@ __device__ __forceinline__ void Multiply(const Args& args, Feed<kForm, false, kM
     for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        // Undecoded words are the operand itself: they change when no product reads them any more.
+        // Undecoded words are the operand itself: they change when no product reads them any
+        // more.
         if constexpr (kGroups == 1) {
           Load<kForm>(words[half], here + half * Layout::kRows * kRowBytes, row, c, 0);
         }
@@ -122,26 +122,20 @@ __device__ __forceinline__ void Multiply(const Args& args, Feed<kForm, false, kM
         WgmmaFence();
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
-          Wgmma<kN, false>::Run(
-              acc[half], a[half][step],
-              CoreMatrices(columns + (4 * group + step) * kStepInputs * kN * 2, kN * 16),
-              held || group + step > 0);
+          Wgmma<kN, false>::Run(acc[half], a[half][step], columns + (4 * group + step) * 2 * kN,
+                                begun || group + step > 0);
         }
         WgmmaCommit();
         WgmmaWait<1>();
         // What the stage before still read is done.
-        if (group == 0 && half == 1 && held) feed.Release(1);
+        if (group == 0 && half == 1 && begun) feed.Release(1);
       }
     }
-    held = true;
+    begun = true;
     feed.Next();
   }
   WgmmaWait<0>();
-  if (!any) {
-#pragma unroll
-    for (int i = 0; i < kN / 2; ++i) acc[0][i] = acc[1][i] = 0.0f;
-  }
-  Finish<kMany, kN>(args, shared, acc, Weights<kForm>::kUnit, tile, block, tile_index);
+  Finish<kMany, kN>(args, feed.shared, acc, Weights<kForm>::kUnit, unit);
 }
 
 }  // namespace tile

@@ -51,8 +51,14 @@ struct Args {
   int64_t inputs, scale_columns;
   bool new_tiles;
   int cluster;  // thread blocks that share the inputs, if few
-  int slots;    // stages in shared memory; of a warpgroup, if few
+  int slots;    // stages in shared memory
   Output out;
+};
+
+// What a thread block works on: a tile times a block of rows.
+struct Unit {
+  Tile tile;
+  int64_t index, block;  // of the tile, of rows
 };
 
 // Copies of a stage, issued by one thread: weights of the halves, their scales, and x, which alone
@@ -60,9 +66,10 @@ struct Args {
 enum class Part { kFirst, kSecond, kScales, kColumns };
 
 template <WeightForm kForm, bool kFp8Mma, bool kMany>
-__device__ __forceinline__ void Fill(const Args& args, const Tile& tile, int64_t block, int stage,
-                                     uint32_t to, uint32_t full, Part part) {
+__device__ __forceinline__ void Fill(const Args& args, const Unit& unit, int stage, uint32_t to,
+                                     uint32_t full, Part part) {
   using Layout = Stage<kForm, kFp8Mma, kMany>;
+  const Tile& tile = unit.tile;
   const uint32_t column_bytes = Layout::ColumnBytes(tile.width);
   if (part == Part::kColumns) {
     const char* x =
@@ -74,7 +81,7 @@ __device__ __forceinline__ void Fill(const Args& args, const Tile& tile, int64_t
   // First row of the halves among all rows of their weights.
   const bool pair = args.out.store == Store::kSwiglu;
   const int row =
-      static_cast<int>(tile.group * args.out.rows + block * Layout::kRows * (pair ? 1 : 2));
+      static_cast<int>(tile.group * args.out.rows + unit.block * Layout::kRows * (pair ? 1 : 2));
   const int second = row + (pair ? 0 : Layout::kRows);
   if (part == Part::kFirst) {
     constexpr int kScales = kFourBits<kForm> ? 2 * Layout::kRows * kScaleBytes : 0;
@@ -94,45 +101,37 @@ __device__ __forceinline__ void Fill(const Args& args, const Tile& tile, int64_t
 template <WeightForm kForm, bool kFp8Mma, bool kMany>
 struct Feed {
   const Args& args;
-  const Tile& tile;
-  const char* shared;
-  int64_t block;
+  const Unit& unit;
+  char* shared;
   uint32_t full, empty;  // barriers of its slots
-  int stage_bytes, stages;
-  int stage, step;  // now, and to the next
+  int stage_bytes, first, stages;
+  int stage;  // now
   int slot = 0;
   uint32_t phase = 0;
 
-  __device__ Feed(const Args& a, const Tile& t, const char* memory, int64_t b, uint32_t barriers)
-      : args(a),
-        tile(t),
-        shared(memory),
-        block(b),
-        full(barriers),
-        empty(barriers + 8 * kMaxSlots) {
+  __device__ Feed(const Args& a, const Unit& u, char* memory, uint32_t barriers)
+      : args(a), unit(u), shared(memory), full(barriers), empty(barriers + 8 * kMaxSlots) {
     stage_bytes = Stage<kForm, kFp8Mma, kMany>::Bytes(args.out.width);
-    stages = static_cast<int>(args.inputs / kStageInputs<kForm>);
-    stage = kMany ? 0 : static_cast<int>(blockIdx.x % args.cluster);
-    step = kMany ? 1 : args.cluster;
+    const int all = static_cast<int>(args.inputs / kStageInputs<kForm>);
+    const int rank = kMany ? 0 : static_cast<int>(blockIdx.x % args.cluster);
+    first = stage = kMany ? 0 : all * rank / args.cluster;
+    stages = kMany ? all : all * (rank + 1) / args.cluster;
   }
   __device__ __forceinline__ void Copy(int of, int into, Part part) const {
-    Fill<kForm, kFp8Mma, kMany>(args, tile, block, of, SharedAddress(shared) + into * stage_bytes,
+    Fill<kForm, kFp8Mma, kMany>(args, unit, of, SharedAddress(shared) + into * stage_bytes,
                                 full + 8 * into, part);
   }
   // All copies, by one thread. x comes from the kernel ahead: weights need not wait for it.
   __device__ __forceinline__ void FillAll() {
-    const int first = stage;
-    for (int i = 0; i < args.slots && first + i * step < stages; ++i) {
-      Copy(first + i * step, i, Part::kFirst);
-      Copy(first + i * step, i, Part::kSecond);
-      Copy(first + i * step, i, Part::kScales);
+    for (int i = 0; i < args.slots && first + i < stages; ++i) {
+      Copy(first + i, i, Part::kFirst);
+      Copy(first + i, i, Part::kSecond);
+      Copy(first + i, i, Part::kScales);
     }
     WaitForPrevious();
-    for (int i = 0; i < args.slots && first + i * step < stages; ++i) {
-      Copy(first + i * step, i, Part::kColumns);
-    }
+    for (int i = 0; i < args.slots && first + i < stages; ++i) Copy(first + i, i, Part::kColumns);
     for (; stage < stages; Next()) {
-      if (stage < first + args.slots * step) continue;
+      if (stage < first + args.slots) continue;
       Wait(empty + 8 * slot, phase ^ 1);
 #pragma unroll
       for (int part = 0; part < 4; ++part) Copy(stage, slot, static_cast<Part>(part));
@@ -143,7 +142,7 @@ struct Feed {
     return shared + slot * stage_bytes;
   }
   __device__ __forceinline__ void Next() {
-    stage += step;
+    ++stage;
     if (++slot == args.slots) {
       slot = 0;
       phase ^= 1;
@@ -204,8 +203,7 @@ __device__ __forceinline__ float2 LoadFrom(uint32_t address, int rank) {
 // Sums through shared memory, column by column, so that rows lie side by side.
 template <bool kMany, int kN>
 __device__ __forceinline__ void Finish(const Args& args, char* shared, float (&acc)[2][kN / 2],
-                                       float unit, const Tile& tile, int64_t block,
-                                       int64_t tile_index) {
+                                       float unit_scale, const Unit& unit) {
   constexpr int kRows = (kMany ? 2 : 1) * kBlockRows;
   const int warpgroup = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   WaitForPrevious();         // long past: scales of columns come from there
@@ -226,10 +224,11 @@ __device__ __forceinline__ void Finish(const Args& args, char* shared, float (&a
   } else {
     SyncMultiplying<kMany>();
   }
+  const Tile& tile = unit.tile;
   const Scales scales(args.out, tile.group);
-  const Lines lines(args.out, tile, tile_index);
+  const Lines lines(args.out, tile, unit.index);
   const bool pair = args.out.store == Store::kSwiglu;
-  const int64_t row = block * kRows * (pair ? 1 : 2) + warpgroup * kBlockRows + 2 * lane;
+  const int64_t row = unit.block * kRows * (pair ? 1 : 2) + warpgroup * kBlockRows + 2 * lane;
 #pragma unroll 2
   for (int column = 4 * rank + warp; column < tile.count; column += 4 * cluster) {
     float2 value[2];
@@ -247,7 +246,7 @@ __device__ __forceinline__ void Finish(const Args& args, char* shared, float (&a
           value[half].y = __fadd_rn(value[half].y, part.y);
         }
       }
-      const float scale = __fmul_rn(unit, scales.Of(args.out, half, tile, column));
+      const float scale = __fmul_rn(unit_scale, scales.Of(args.out, half, tile, column));
       value[half].x = __fmul_rn(value[half].x, scale);
       value[half].y = __fmul_rn(value[half].y, scale);
     }

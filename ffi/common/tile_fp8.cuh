@@ -129,12 +129,11 @@ __device__ __forceinline__ void Promote(float (&sum)[kN / 2], const float (&part
 
 // Halves whose products are on their way together: both, while there are registers for them.
 template <int kN>
-constexpr int kTogether = kN <= 32 ? 2 : 1;
+constexpr int kTogether = kN <= 80 ? 2 : 1;
 
 template <WeightForm kForm, bool kMany, int kN>
 __device__ __forceinline__ void MultiplyFp8(const Args& args, Feed<kForm, true, kMany>& feed,
-                                            char* shared, const uint2* tables, const Tile& tile,
-                                            int64_t block, int64_t tile_index) {
+                                            const uint2* tables, const Unit& unit) {
   using Layout = Stage<kForm, true, kMany>;
   constexpr int kBlocks = kStageInputs<kForm> / 128;
   const int row = LaneRow(), c = threadIdx.x % 4;
@@ -144,7 +143,8 @@ __device__ __forceinline__ void MultiplyFp8(const Args& args, Feed<kForm, true, 
   if constexpr (kForm == WeightForm::kFp8) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      scale_rows[half] = Fp8ScaleRow(args, tile.group, (2 * block + half) * Layout::kRows);
+      scale_rows[half] =
+          Fp8ScaleRow(args, unit.tile.group, (2 * unit.block + half) * Layout::kRows);
       scale_bytes[half] = __ldg(scale_rows[half] + min(feed.stage, feed.stages - 1));
     }
   }
@@ -154,13 +154,13 @@ __device__ __forceinline__ void MultiplyFp8(const Args& args, Feed<kForm, true, 
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         fp8_scale[half] = DecodeUe8m0(scale_bytes[half]);
-        scale_bytes[half] = __ldg(scale_rows[half] + min(feed.stage + feed.step, feed.stages - 1));
+        scale_bytes[half] = __ldg(scale_rows[half] + min(feed.stage + 1, feed.stages - 1));
       }
     }
     const char* here = feed.Here();
-    const uint32_t columns = SharedAddress(here) + Layout::kColumnsAt;
-    const float* column_scales =
-        reinterpret_cast<const float*>(here + Layout::kColumnsAt + kStageInputs<kForm> * kN);
+    const char* const x = here + Layout::kColumnsAt;
+    const uint64_t columns = CoreMatrices(SharedAddress(x), kN * 16);
+    const float* column_scales = reinterpret_cast<const float*>(x + kStageInputs<kForm> * kN);
 #pragma unroll
     for (int k = 0; k < kBlocks; ++k) {
 #pragma unroll
@@ -179,8 +179,7 @@ __device__ __forceinline__ void MultiplyFp8(const Args& args, Feed<kForm, true, 
         for (int step = 0; step < 4; ++step) {
 #pragma unroll
           for (int i = 0; i < kTogether<kN>; ++i) {
-            Wgmma<kN, true>::Run(part[i], operand[i].a[step],
-                                 CoreMatrices(columns + (4 * k + step) * 32 * kN, kN * 16),
+            Wgmma<kN, true>::Run(part[i], operand[i].a[step], columns + (4 * k + step) * 2 * kN,
                                  step > 0);
           }
         }
@@ -195,7 +194,7 @@ __device__ __forceinline__ void MultiplyFp8(const Args& args, Feed<kForm, true, 
     feed.Release(0);
     feed.Next();
   }
-  Finish<kMany, kN>(args, shared, sum, 1.0f, tile, block, tile_index);
+  Finish<kMany, kN>(args, feed.shared, sum, 1.0f, unit);
 }
 
 }  // namespace tile

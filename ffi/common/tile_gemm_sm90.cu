@@ -25,17 +25,16 @@ template <bool kMany>
 constexpr int kThreads = kMany ? 3 * 128 : 128 + 32;
 
 template <WeightForm kForm, bool kFp8Mma, bool kMany>
-__global__ void __launch_bounds__(kThreads<kMany>, kMany ? 1 : 2)
+__global__ void __launch_bounds__(kThreads<kMany>, kMany ? 1 : 3)
     TileGemmKernel(const __grid_constant__ Args args) {
   using Layout = Stage<kForm, kFp8Mma, kMany>;
   extern __shared__ char raw[];
   __shared__ uint64_t barriers[2 * kMaxSlots];  // full, then empty
   __shared__ uint2 tables[kTables];
-  const int64_t tile_index = blockIdx.y, block = kMany ? blockIdx.x : blockIdx.x / args.cluster;
-  Tile tile;
+  Unit unit = {{}, blockIdx.y, kMany ? blockIdx.x : blockIdx.x / args.cluster};
   // The table of tiles is older than the kernel just ahead, or that kernel's.
   if (args.tiles != nullptr && args.new_tiles) WaitForPrevious();
-  if (!FindTile(args.out, args.tiles, args.tile_count, tile_index, tile)) return;
+  if (!FindTile(args.out, args.tiles, args.tile_count, unit.index, unit.tile)) return;
   char* const shared = raw + (1024 - (SharedAddress(raw) & 1023)) % 1024;  // the swizzle's pattern
   if (kFp8Mma && threadIdx.x < kTables) tables[threadIdx.x] = Magnitudes(threadIdx.x);
   if (threadIdx.x == 0) {
@@ -47,7 +46,7 @@ __global__ void __launch_bounds__(kThreads<kMany>, kMany ? 1 : 2)
   }
   __syncthreads();
 
-  Feed<kForm, kFp8Mma, kMany> feed(args, tile, shared, block, SharedAddress(barriers));
+  Feed<kForm, kFp8Mma, kMany> feed(args, unit, shared, SharedAddress(barriers));
   // Of many, the copying warp is one of a warpgroup that hands its registers to the others.
   constexpr int kMultiplying = kMany ? 256 : 128;
   if (threadIdx.x >= kMultiplying) {
@@ -61,30 +60,31 @@ __global__ void __launch_bounds__(kThreads<kMany>, kMany ? 1 : 2)
     WaitForPrevious();
   }
   LetNextBegin();
-  const auto multiply = [&](auto width) {
-    constexpr int kN = decltype(width)::value;
+  const auto multiply = [&](auto columns) {
+    constexpr int kN = decltype(columns)::value;
     if constexpr (kFp8Mma) {
-      MultiplyFp8<kForm, kMany, kN>(args, feed, shared, tables, tile, block, tile_index);
+      MultiplyFp8<kForm, kMany, kN>(args, feed, tables, unit);
     } else {
-      Multiply<kForm, kMany, kN>(args, feed, shared, tile, block, tile_index);
+      Multiply<kForm, kMany, kN>(args, feed, unit);
     }
   };
+  const int width = unit.tile.width;
   if constexpr (kMany) {
-    if (tile.width <= 64) {
+    if (width <= 64) {
       multiply(std::integral_constant<int, 64>());
-    } else if (tile.width <= 80) {
+    } else if (width <= 80) {
       multiply(std::integral_constant<int, 80>());
-    } else if (tile.width <= 96) {
+    } else if (width <= 96) {
       multiply(std::integral_constant<int, 96>());
-    } else if (tile.width <= 112) {
+    } else if (width <= 112) {
       multiply(std::integral_constant<int, 112>());
     } else {
       multiply(std::integral_constant<int, 128>());
     }
   } else {
-    if (tile.width <= 8) {
+    if (width <= 8) {
       multiply(std::integral_constant<int, 8>());
-    } else if (tile.width <= 16) {
+    } else if (width <= 16) {
       multiply(std::integral_constant<int, 16>());
     } else {
       multiply(std::integral_constant<int, 32>());
@@ -120,9 +120,12 @@ bool MakeMap(CUtensorMap& map, const void* data, int64_t rows, int64_t row_bytes
                             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-constexpr int kHalfBytes = 110 << 10;  // two thread blocks share an SM
+constexpr int kThirdBytes = 74 << 10;  // three thread blocks share an SM
+constexpr int kHalfBytes = 112 << 10;  // two do
 constexpr int kAllBytes = 224 << 10;   // one has it
 constexpr int kFullGrid = 112;         // thread blocks that keep the memory busy
+// As many as would leave a remainder behind two on each of 132 SMs. Clusters fit less well.
+constexpr int kThreeFrom = 265, kThreeFromOfClusters = 199, kThreeTo = 528;
 
 template <WeightForm kForm, bool kFp8Mma, bool kMany>
 cudaError_t Launch(const TileGemm& gemm, cudaStream_t stream) {
@@ -151,15 +154,6 @@ cudaError_t Launch(const TileGemm& gemm, cudaStream_t stream) {
   args.new_tiles = gemm.new_tiles;
   args.inputs = gemm.inputs;
   args.out = Output(gemm);
-  const int stage_bytes = Layout::Bytes(gemm.width);
-  const int budget = !kMany && 3 * stage_bytes + 1024 <= kHalfBytes ? kHalfBytes : kAllBytes;
-  args.slots = std::min(kMaxSlots, (budget - 1024) / stage_bytes);
-  const int stages = args.slots * stage_bytes;
-  const int sums = (kMany ? 2 : 1) * 2 * gemm.width * kSumPitch * 4;
-  const int bytes = std::max(stages, sums) + 1024;
-  const cudaError_t error = cudaFuncSetAttribute(
-      TileGemmKernel<kForm, kFp8Mma, kMany>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
   const int64_t block_rows = Layout::kRows * (gemm.store == Store::kSwiglu ? 1 : 2);
   const int64_t blocks = (gemm.rows + block_rows - 1) / block_rows;
   // Few rows: thread blocks share the inputs, as many as the shape of the weights asks for, so that
@@ -169,6 +163,20 @@ cudaError_t Launch(const TileGemm& gemm, cudaStream_t stream) {
          gemm.inputs / kStageInputs<kForm> >= 4 * args.cluster) {
     args.cluster *= 2;
   }
+  const int64_t grid_blocks = blocks * args.cluster * gemm.max_tiles;
+  const bool three = grid_blocks >= (args.cluster > 1 ? kThreeFromOfClusters : kThreeFrom) &&
+                     grid_blocks <= kThreeTo;
+  const int stage = Layout::Bytes(gemm.width);
+  const int budget = kMany                                      ? kAllBytes
+                     : three && 3 * stage + 1024 <= kThirdBytes ? kThirdBytes
+                     : 3 * stage + 1024 <= kHalfBytes           ? kHalfBytes
+                                                                : kAllBytes;
+  args.slots = std::min(kMaxSlots, (budget - 1024) / stage);
+  const int sums = (kMany ? 2 : 1) * 2 * gemm.width * kSumPitch * 4;
+  const int bytes = std::max(args.slots * stage, sums) + 1024;
+  const cudaError_t error = cudaFuncSetAttribute(
+      TileGemmKernel<kForm, kFp8Mma, kMany>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(blocks * args.cluster),
                   static_cast<unsigned>(gemm.max_tiles));
   return LaunchDependent(TileGemmKernel<kForm, kFp8Mma, kMany>, grid, kThreads<kMany>, bytes,

@@ -20,8 +20,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kMaxExperts = 1024;
 constexpr int kFewPairs = 2048;  // that every thread block may go through
-constexpr int kRankThreads = 1024;
-constexpr int kRankBatch = 8;  // pairs of a lane on their way at a time
+constexpr int kRankThreads = 1024, kRankBlocks = 64;
+constexpr int kRankBatch = 8;  // pairs of a thread on their way at a time
 
 struct SlotPlace {
   int32_t tile_first;
@@ -219,44 +219,32 @@ __global__ void __launch_bounds__(kThreads) SortFewKernel(const __grid_constant_
   }
 }
 
-// Many pairs: one thread block ranks them all, each warp a run of its own.
+// Many pairs: a thread block counts all of them and finds slots for its own.
 __global__ void __launch_bounds__(kRankThreads) RankKernel(const __grid_constant__ Args args) {
-  extern __shared__ int counts[];  // [warps][experts], then [experts] in all
+  __shared__ int total[kMaxExperts], rank[kMaxExperts];  // of all pairs, of those before the next
+  __shared__ int slot_base[kMaxExperts], tile_base[kMaxExperts];
   LetNextBegin();
-  constexpr int kWarps = kRankThreads / 32;
-  const MoeParams& params = args.params;
   const Work& work = args.work;
-  const int experts = static_cast<int>(params.experts);
-  const int pairs = static_cast<int>(params.t * params.k);
+  const int experts = static_cast<int>(args.params.experts),
+            pairs = static_cast<int>(args.params.t * args.params.k);
+  const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  int* const mine = counts + warp * experts;
-  int* const slot_base = counts + kWarps * experts;
-  int* const tile_base = slot_base + experts;
-  int* const total = tile_base + experts;
-  for (int i = thread; i < kWarps * experts; i += kRankThreads) counts[i] = 0;
+  const int run = (pairs + blocks - 1) / blocks, begin = block * run, end = min(begin + run, pairs);
+  for (int e = thread; e < experts; e += kRankThreads) total[e] = rank[e] = 0;
   __syncthreads();
-  const int run = (pairs + kWarps - 1) / kWarps, begin = warp * run, end = min(begin + run, pairs);
-  for (int first = begin; first < end; first += 32 * kRankBatch) {
+  for (int first = thread; first < pairs; first += kRankThreads * kRankBatch) {
     int expert[kRankBatch];
 #pragma unroll
     for (int i = 0; i < kRankBatch; ++i) {
-      const int pair = first + 32 * i + lane;
-      expert[i] = pair < end ? ExpertOf(params, pair) : -1;
+      const int pair = first + i * kRankThreads;
+      expert[i] = pair < pairs ? ExpertOf(args.params, pair) : -1;
     }
 #pragma unroll
     for (int i = 0; i < kRankBatch; ++i) {
-      if (expert[i] >= 0) atomicAdd(&mine[expert[i]], 1);
+      if (expert[i] < 0) continue;
+      atomicAdd(&total[expert[i]], 1);
+      if (first + i * kRankThreads < begin) atomicAdd(&rank[expert[i]], 1);
     }
-  }
-  __syncthreads();
-  for (int e = thread; e < experts; e += kRankThreads) {
-    int sum = 0;
-    for (int w = 0; w < kWarps; ++w) {
-      const int here = counts[w * experts + e];
-      counts[w * experts + e] = sum;
-      sum += here;
-    }
-    total[e] = sum;
   }
   __syncthreads();
   if (warp == 0) {  // runs of the experts, 32 at a time
@@ -280,13 +268,14 @@ __global__ void __launch_bounds__(kRankThreads) RankKernel(const __grid_constant
       slots += __shfl_sync(0xFFFFFFFFu, slot_sum, 31);
       tiles += __shfl_sync(0xFFFFFFFFu, tile_sum, 31);
     }
-    if (lane == 0) {
+    if (lane == 0 && block == 0) {
       work.counts[0] = tiles;
       work.counts[1] = slots;
     }
   }
   __syncthreads();
-  for (int e = warp; e < experts; e += kWarps) {
+  constexpr int kWarps = kRankThreads / 32;
+  for (int e = block * kWarps + warp; e < experts; e += blocks * kWarps) {
     const int c = total[e], tiles = Tiles(args, c);
     if (c == 0) continue;
     const int full = (tiles - 1) * args.max_width, last_width = Width(args, c - full);
@@ -298,30 +287,19 @@ __global__ void __launch_bounds__(kRankThreads) RankKernel(const __grid_constant
     }
     for (int i = c + lane; i < full + last_width; i += 32) work.places[slot_base[e] + i] = {0, 0};
   }
-  for (int first = begin; first < end; first += 32 * kRankBatch) {
-    int expert[kRankBatch];
-#pragma unroll
-    for (int i = 0; i < kRankBatch; ++i) {
-      const int pair = first + 32 * i + lane;
-      expert[i] = pair < end ? ExpertOf(params, pair) : -1;
-    }
-#pragma unroll
-    for (int i = 0; i < kRankBatch; ++i) {
-      const int e = expert[i], pair = first + 32 * i + lane;
-      if (pair >= end) continue;
-      if (e < 0) {
-        work.pair_slot[pair] = -1;
-        continue;
-      }
-      const int rank = atomicAdd(&mine[e], 1);
-      const int tile = rank / args.max_width, full = (total[e] - 1) / args.max_width;
+  for (int pair = begin + thread; pair < end; pair += kRankThreads) {
+    const int e = ExpertOf(args.params, pair);
+    int slot = -1;
+    if (e >= 0) {
+      const int at = atomicAdd(&rank[e], 1);
+      const int tile = at / args.max_width, full = (total[e] - 1) / args.max_width;
       const int last_width = Width(args, total[e] - full * args.max_width);
-      const int slot = slot_base[e] + rank;
+      slot = slot_base[e] + at;
       work.places[slot] = {slot_base[e] + tile * args.max_width,
                            tile < full ? args.max_width : last_width};
       work.slot_pair[slot] = pair;
-      work.pair_slot[pair] = slot;
     }
+    work.pair_slot[pair] = slot;
   }
 }
 
@@ -347,8 +325,8 @@ __global__ void __launch_bounds__(kThreads) LayOutKernel(const __grid_constant__
   constexpr int kWarps = kThreads / 32;
   __shared__ uint32_t warp_max[kWarps];
   const Work& work = args.work;
+  LetNextBegin();  // its table of tiles is older
   WaitForPrevious();
-  LetNextBegin();
   const int warp = threadIdx.x / 32;
   const int slot = kFew ? blockIdx.x : blockIdx.x * kWarps + warp;
   if (slot >= work.counts[1]) return;
@@ -493,11 +471,9 @@ cudaError_t MoeCuda(const MoeParams& params, cudaStream_t stream) {
   if (pairs <= kFewPairs) {
     SortFewKernel<<<static_cast<unsigned>(params.experts), kThreads, 0, stream>>>(args);
   } else {
-    const int bytes = static_cast<int>((kRankThreads / 32 + 3) * params.experts * 4);
-    const cudaError_t attribute =
-        cudaFuncSetAttribute(RankKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (attribute != cudaSuccess) return attribute;
-    RankKernel<<<1, kRankThreads, bytes, stream>>>(args);
+    const int64_t blocks =
+        std::min<int64_t>(kRankBlocks, (pairs + kRankThreads - 1) / kRankThreads);
+    RankKernel<<<static_cast<unsigned>(blocks), kRankThreads, 0, stream>>>(args);
     const cudaError_t gathered = LaunchDependent(
         GatherKernel, dim3(static_cast<unsigned>((slots + 7) / 8)), kThreads, 0, stream, args);
     if (gathered != cudaSuccess) return gathered;
