@@ -12,7 +12,7 @@ from dsv4_jax.model.step import Step
 from dsv4_jax.ops._round import round_to
 from dsv4_jax.ops.cache_write import cache_write
 from dsv4_jax.ops.compressor import compressor
-from dsv4_jax.ops.dense_linear import dense_linear
+from dsv4_jax.ops.dense_linear import dense_linears
 from dsv4_jax.ops.rope import rope
 from dsv4_jax.precision import Precision
 from dsv4_jax.typing import Array, Float, Int32
@@ -44,9 +44,10 @@ class Compressor(nn.Module):
         """Entries in ``x``'s dtype, their pool slots (-1: not closed) and the new state."""
         b, t = step.tokens.shape
         ratio = self.kind.value
-        regime = self.precision.regime
-        kv = dense_linear(x, self.wkv(), regime=regime).reshape(b, t, -1)
-        gate = dense_linear(x, self.wgate(), regime=regime).reshape(b, t, -1)
+        weights = self.wkv(), self.wgate()
+        kv, gate = (
+            y.reshape(b, t, -1) for y in dense_linears(x, weights, regime=self.precision.regime)
+        )
         gate = gate + self.ape[step.positions % ratio]
         entry, window, closed = compressor(
             kv, gate, state.kv, state.gate, step.start, step.taken, ratio=ratio

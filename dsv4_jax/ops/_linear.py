@@ -39,11 +39,11 @@ def check_linear(
     check_operand(op, "x", x, "t g? k", FLOATS)
     check_operand(op, "weight", weight, "n k", (jnp.dtype(stored),))
     check_result(op, dtype, regime)
-    n, k = weight.shape
+    k = weight.shape[1]
     if x.shape[-1] != k or k == 0:
         rule = f"x must end in weight's {k} inputs" if k else "weight must have inputs"
         raise ValueError(f"{op}: {rule}, got {list((x if k else weight).shape)}")
-    check_groups(op, x, n, k)
+    check_groups(op, x, "weight", weight)
 
 
 def check_result(op: str, dtype: DTypeLike, regime: Regime | None) -> None:
@@ -53,11 +53,11 @@ def check_result(op: str, dtype: DTypeLike, regime: Regime | None) -> None:
     check_choice(op, "regime", regime, tuple(REGIMES))
 
 
-def check_groups(op: str, x: Array, n: int, k: int) -> None:
+def check_groups(op: str, x: Array, name: str, weight: Array) -> None:
     """Raises `ValueError` when the groups of ``x`` do not share the weight's rows evenly."""
-    if x.ndim == 3 and (x.shape[1] == 0 or n % x.shape[1]):
+    if x.ndim == 3 and (x.shape[1] == 0 or weight.shape[0] % x.shape[1]):
         raise ValueError(
-            f"{op}: weight must split evenly over x's {x.shape[1]} groups, got {[n, k]}"
+            f"{op}: {name} must split evenly over x's {x.shape[1]} groups, got {list(weight.shape)}"
         )
 
 
@@ -77,29 +77,28 @@ def scratch_bytes(t: int, groups: int, k: int) -> int:
 def linear_call(
     op: str,
     x: Array,
-    weight: Array,
+    weights: Sequence[Array],
     scales: Sequence[Array],
     *,
     act: str | None,
     dtype: DTypeLike,
     regime: Regime | None,
-) -> Array:
-    """Calls ``dsv4.<op>`` with checked operands: ``y [t, n]`` or ``[t, g, n / g]``."""
+) -> list[Array]:
+    """Calls ``dsv4.<op>`` with checked operands: ``y [t, n]`` or ``[t, g, n / g]`` per weight."""
     t, k = x.shape[0], x.shape[-1]
     groups = x.shape[1] if x.ndim == 3 else 1
-    n = weight.shape[0]
-    shape = (t, groups, n // groups) if x.ndim == 3 else (t, n)
+    shapes = [(*x.shape[:-1], weight.shape[0] // groups) for weight in weights]
     attributes: dict[str, Any] = {} if act is None else {"act": ACTS[act]}
-    y, _ = library.call(
+    *results, _ = library.call(
         op,
         [
-            jax.ShapeDtypeStruct(shape, dtype),
+            *(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes),
             jax.ShapeDtypeStruct((scratch_bytes(t, groups, k),), jnp.uint8),
         ],
         x,
-        weight,
+        *weights,
         *scales,
         **attributes,
         regime=np.int32(REGIMES[regime]),
     )
-    return y
+    return results

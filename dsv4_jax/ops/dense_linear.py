@@ -1,6 +1,8 @@
 """Linear with unquantised weights (compressor projections, router, head)."""
 
 import functools
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,9 @@ from dsv4_jax.ops._rows import row_dot
 from dsv4_jax.precision import Regime
 from dsv4_jax.typing import Array, Float
 
-__all__ = ["dense_linear"]
+__all__ = ["dense_linear", "dense_linears"]
+
+MAX_WEIGHTS: Final = 8
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "regime"))
@@ -44,19 +48,66 @@ def dense_linear(
         ValueError: ``regime`` is unknown, the inner sizes disagree or are 0, or the groups do not
             divide ``weight``'s rows.
     """
-    check_operand("dense_linear", "x", x, "t g? k", FLOATS)
-    check_operand("dense_linear", "weight", weight, "n k", FLOATS)
-    check_result("dense_linear", dtype, regime)
-    n, k = weight.shape
-    if x.shape[-1] != k or k == 0:
+    (y,) = _products("dense_linear", x, {"weight": weight}, dtype, regime)
+    return y
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "regime"))
+def dense_linears(
+    x: Float[Array, "t *g k"],
+    weights: Sequence[Float[Array, "_ k"]],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    regime: Regime | None = None,
+) -> tuple[Float[Array, "t *g _"], ...]:
+    """``dense_linear(x, weight)`` for each of several weights, the same bits, in one foreign call.
+
+    With FP32 operands, under `jax.vmap` and in its lack of a gradient as `dense_linear`.
+
+    Args:
+        x: activations; with a group axis every weight's rows are split evenly over the groups.
+        weights: 1 to 8 of one dtype, each with one row per output.
+        dtype: of the results, as in `dense_linear`.
+        regime: as in `dense_linear`.
+
+    Raises:
+        TypeError: a dtype is not accepted, or a weight's is not that of the first.
+        ValueError: there are no weights or more than 8, ``regime`` is unknown, the inner sizes
+            disagree or are 0, or the groups do not divide a weight's rows.
+    """
+    if not 1 <= len(weights) <= MAX_WEIGHTS:
         raise ValueError(
-            f"dense_linear: x and weight must agree on the last axis, at least 1, got x "
-            f"{list(x.shape)} and weight {list(weight.shape)}"
+            f"dense_linears: weights must hold 1..{MAX_WEIGHTS} arrays, got {len(weights)}"
         )
-    check_groups("dense_linear", x, n, k)
-    if x.dtype == weight.dtype == jnp.bfloat16:
-        return linear_call("dense_linear", x, weight, (), act=None, dtype=dtype, regime=regime)
+    named = {f"weights[{i}]": weight for i, weight in enumerate(weights)}
+    return tuple(_products("dense_linears", x, named, dtype, regime))
+
+
+def _products(
+    op: str, x: Array, weights: Mapping[str, Array], dtype: DTypeLike, regime: Regime | None
+) -> list[Array]:
+    """Of ``x`` with weights of one dtype, which errors call by their names."""
+    check_operand(op, "x", x, "t g? k", FLOATS)
+    check_result(op, dtype, regime)
+    accepted = FLOATS
+    for name, weight in weights.items():
+        check_operand(op, name, weight, "n k", accepted)
+        accepted = (weight.dtype,)
+        k = weight.shape[1]
+        if x.shape[-1] != k or k == 0:
+            raise ValueError(
+                f"{op}: x and {name} must agree on the last axis, at least 1, got x "
+                f"{list(x.shape)} and {name} {list(weight.shape)}"
+            )
+        check_groups(op, x, name, weight)
+    stored = tuple(weights.values())
+    if x.dtype == stored[0].dtype == jnp.bfloat16:
+        return linear_call("dense_linear", x, stored, (), act=None, dtype=dtype, regime=regime)
+    return [_product_in_fp32(x, weight, dtype) for weight in stored]
+
+
+def _product_in_fp32(x: Array, weight: Array, dtype: DTypeLike) -> Array:
     x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
     if x.ndim == 3:
-        weight = weight.reshape(x.shape[1], n // x.shape[1], k)
+        weight = weight.reshape(x.shape[1], weight.shape[0] // x.shape[1], weight.shape[1])
     return round_to(row_dot(x, weight), dtype)

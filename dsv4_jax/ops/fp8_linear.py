@@ -61,4 +61,5 @@ def fp8_linear(
             f"fp8_linear: scale must be {list(expected)} for weight {[n, k]}, "
             f"got {list(scale.shape)}"
         )
-    return linear_call("fp8_linear", x, weight, (scale,), act=act, dtype=dtype, regime=regime)
+    (y,) = linear_call("fp8_linear", x, (weight,), (scale,), act=act, dtype=dtype, regime=regime)
+    return y

@@ -51,7 +51,6 @@ inline int64_t LinearScratchBytes(int64_t t, int64_t groups, int64_t k) {
 }
 
 #ifdef DSV4_CUDA
-cudaError_t Bf16LinearCuda(const LinearParams& params, cudaStream_t stream);
 cudaError_t Fp8LinearCuda(const LinearParams& params, cudaStream_t stream);
 cudaError_t Mxfp4LinearCuda(const LinearParams& params, cudaStream_t stream);
 cudaError_t Nvfp4LinearCuda(const LinearParams& params, cudaStream_t stream);

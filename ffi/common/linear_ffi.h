@@ -21,6 +21,7 @@ struct LinearOperands {
   const ffi::AnyBuffer* scale = nullptr;          // all but kBf16
   const ffi::AnyBuffer* global_scale = nullptr;   // kNvfp4: []
   const ffi::RemainingArgs* act_scale = nullptr;  // kNvfp4: [], if static
+  std::string index = {};                         // of weight and y in messages, if several
 };
 
 inline ffi::DataType LinearWeightDtype(WeightForm form) {
@@ -86,31 +87,33 @@ inline ffi::Error CheckLinearAttributes(const LinearOperands& in, int32_t act, i
 inline ffi::Error FillLinear(const LinearOperands& in, int32_t act, int32_t regime, LinearResult y,
                              LinearResult scratch, LinearParams& params) {
   DSV4_RETURN_IF_ERROR(CheckLinearAttributes(in, act, regime, params));
+  const std::string weight_name = "weight" + in.index, y_name = "y" + in.index;
   const bool dense = in.form == WeightForm::kBf16;
   DSV4_RETURN_IF_ERROR(dense ? CheckDtype(in.op, "x", in.x.element_type(), {ffi::DataType::BF16})
                              : CheckDtype(in.op, "x", in.x.element_type(),
                                           {ffi::DataType::BF16, ffi::DataType::F32}));
   DSV4_RETURN_IF_ERROR(
-      CheckDtype(in.op, "weight", in.weight.element_type(), {LinearWeightDtype(in.form)}));
+      CheckDtype(in.op, weight_name, in.weight.element_type(), {LinearWeightDtype(in.form)}));
   DSV4_RETURN_IF_ERROR(
-      CheckDtype(in.op, "y", y->element_type(), {ffi::DataType::BF16, ffi::DataType::F32}));
+      CheckDtype(in.op, y_name, y->element_type(), {ffi::DataType::BF16, ffi::DataType::F32}));
   DSV4_RETURN_IF_ERROR(CheckDtype(in.op, "scratch", scratch->element_type(), {ffi::DataType::U8}));
   const Dims dims = in.x.dimensions(), weight_dims = in.weight.dimensions();
   if (dims.size() != 2 && dims.size() != 3) {
     return InvalidArgument(in.op, "x must be [t, k] or [t, g, k], got " + ToString(dims));
   }
   if (weight_dims.size() != 2) {
-    return InvalidArgument(in.op, "weight must be [n, k], got " + ToString(weight_dims));
+    return InvalidArgument(in.op, weight_name + " must be [n, k], got " + ToString(weight_dims));
   }
   const bool grouped = dims.size() == 3;
   const int64_t t = dims[0], g = grouped ? dims[1] : 1, k = dims[dims.size() - 1];
   const int64_t n = weight_dims[0];
   if (k < 1 || weight_dims[1] != k) {
-    return InvalidArgument(in.op, "x and weight must agree on the last axis, at least 1, got " +
+    return InvalidArgument(in.op, "x and " + weight_name +
+                                      " must agree on the last axis, at least 1, got " +
                                       ToString(dims) + " and " + ToString(weight_dims));
   }
   if (g < 1 || n % g != 0) {
-    return InvalidArgument(in.op, "weight must split evenly over x's " + std::to_string(g) +
+    return InvalidArgument(in.op, weight_name + " must split evenly over x's " + std::to_string(g) +
                                       " groups, got " + ToString(weight_dims));
   }
   if (in.scale != nullptr) {
@@ -134,8 +137,8 @@ inline ffi::Error FillLinear(const LinearOperands& in, int32_t act, int32_t regi
     if (!scale) return InvalidArgument(in.op, "act_scale must be a buffer");
     DSV4_RETURN_IF_ERROR(CheckLinearScalar(in, "act_scale", *scale, params.act_scale));
   }
-  DSV4_RETURN_IF_ERROR(grouped ? CheckShape(in.op, "y", y->dimensions(), {t, g, n / g})
-                               : CheckShape(in.op, "y", y->dimensions(), {t, n}));
+  DSV4_RETURN_IF_ERROR(grouped ? CheckShape(in.op, y_name, y->dimensions(), {t, g, n / g})
+                               : CheckShape(in.op, y_name, y->dimensions(), {t, n}));
   const Dims scratch_dims = scratch->dimensions();
   const int64_t least = LinearScratchBytes(t, g, k);
   if (scratch_dims.size() != 1 || scratch_dims[0] < least) {

@@ -19,7 +19,7 @@ import numpy as np
 
 from dsv4_jax import library
 from dsv4_jax.ops.cache_write import cache_write
-from dsv4_jax.ops.dense_linear import dense_linear
+from dsv4_jax.ops.dense_linear import dense_linear, dense_linears
 from dsv4_jax.ops.fp8_linear import fp8_linear
 from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
@@ -130,7 +130,7 @@ LINEAR_SHAPES = (
 
 
 def _linear(
-    op: Callable[..., jax.Array],
+    op: Callable[..., Any],
     weights: Callable[[int, int], tuple[Any, ...]],
     acts: tuple[str, ...],
     shapes: tuple[tuple[int, int, int, int], ...] = LINEAR_SHAPES,
@@ -155,10 +155,12 @@ def _linear(
 
 
 def _dense_linear() -> Iterator[Any]:
-    """Any number of inputs, too."""
+    """Any number of inputs, too, and two weights at once."""
     weights = lambda n, k: (random_bytes(0, (n, k), jnp.bfloat16),)  # noqa: E731
     shapes = (*LINEAR_SHAPES, (3, 0, 37, 19), (20, 3, 45, 21))
-    return _linear(dense_linear, weights, ("",), shapes)
+    yield from _linear(dense_linear, weights, ("",), shapes)
+    two = lambda x, w, **settings: dense_linears(x, (w, jnp.tile(w, (2, 1))), **settings)  # noqa: E731
+    yield from _linear(two, weights, ("",), LINEAR_SHAPES)
 
 
 def _fp8_linear() -> Iterator[Any]:

@@ -143,6 +143,12 @@ def moe_call(form: int, act: int, *scales: Callable[[int, int], Spec]) -> RawCal
 
 NVFP4_MOE = moe_call(3, 2, lambda n, k: s(f"2 {n} {k // 16}", E4M3), lambda n, k: s("2", F32))
 SCRATCH = s("33536", U8)  # of the linears below: 128 tokens of 128 inputs
+SEVERAL = RawCall(
+    "dense_linear",
+    (s("3 32"), s("10 32"), s("5 32")),
+    (s("3 10", F32), s("3 5", F32), SCRATCH),
+    {"abi": ABI, "regime": np.int32(0)},
+)
 LINEARS = ("dense_linear", "fp8_linear", "mxfp4_linear", "nvfp4_linear")
 TARGETS = {
     call.op: call
@@ -202,6 +208,18 @@ OPS = list(TARGETS)
 def nvfp4(mutation: Mutation) -> Mutation:
     """Of the call with NVFP4 weights instead."""
     return lambda call: mutation(NVFP4_MOE)
+
+
+def several(mutation: Mutation) -> Mutation:
+    """Of the call with two weights instead."""
+    return lambda call: mutation(SEVERAL)
+
+
+def _nine_weights(call: RawCall) -> RawCall:
+    """One more than there may be."""
+    x, weight = call.operands
+    y, scratch = call.results
+    return dataclasses.replace(call, operands=(x, *[weight] * 9), results=(*[y] * 9, scratch))
 
 
 def _less_scratch(call: RawCall) -> RawCall:
@@ -640,7 +658,9 @@ def _linear_faults(op: str) -> list[tuple[str, str, Mutation, str]]:
     """What every linear asks of its operands."""
     call = TARGETS[op]
     weight, y = call.operands[1].dtype, call.results[0].dtype
-    accepted = "bfloat16" if op == "dense_linear" else "bfloat16 or float32"
+    dense = op == "dense_linear"
+    accepted = "bfloat16" if dense else "bfloat16 or float32"
+    number = "must have x and n weights for n results and scratch, .*got" if dense else LAYER
     return [
         (op, *fault)
         for fault in (
@@ -678,10 +698,10 @@ def _linear_faults(op: str) -> list[tuple[str, str, Mutation, str]]:
             ("scratch-rank", result(1, "2 33536", U8), r"scratch must be .*got \[2, 33536\]"),
             ("regime", attributes(regime=np.int32(3)), "regime must be 0 .* or 2 .*got 3"),
             ("regime-negative", attributes(regime=np.int32(-1)), "regime must be .*got -1"),
-            ("operands-too-few", first(operands=len(call.operands) - 1), LAYER),
+            ("operands-too-few", first(operands=len(call.operands) - 1), number),
             ("operands-none", first(operands=0), LAYER),
-            ("results-too-few", first(results=1), LAYER),
-            ("results-too-many", more(results=(SCRATCH,)), LAYER),
+            ("results-too-few", first(results=1), number),
+            ("results-too-many", more(results=(SCRATCH,)), number),
         )
     ]
 
@@ -689,7 +709,72 @@ def _linear_faults(op: str) -> list[tuple[str, str, Mutation, str]]:
 SHAPES += [fault for op in LINEARS for fault in _linear_faults(op)]
 SHAPES += [
     ("dense_linear", "x-dtype-f32", operand(0, "3 32", F32), "x must be bfloat16, got float32"),
-    ("dense_linear", "operands-too-many", more((s("", F32),)), LAYER),
+    (
+        "dense_linear",
+        "operands-too-many",
+        more((s("", F32),)),
+        "must have .* n = 1..8, got 2 weights and 2 results",
+    ),
+    (
+        "dense_linear",
+        "weights-too-many",
+        _nine_weights,
+        "must have .* n = 1..8, got 9 weights and 10 results",
+    ),
+    (
+        "dense_linear",
+        "several-results-too-few",
+        several(first(results=2)),
+        "must have .*got 2 weights and 2 results",
+    ),
+    (
+        "dense_linear",
+        "several-results-too-many",
+        several(more(results=(SCRATCH,))),
+        "must have .*got 2 weights and 4 results",
+    ),
+    (
+        "dense_linear",
+        "several-scratch-first",
+        several(lambda call: dataclasses.replace(call, results=call.results[::-1])),
+        r"y\[0\] must be bfloat16 or float32, got uint8",
+    ),
+    (
+        "dense_linear",
+        "several-weight-dtype",
+        several(operand(2, "5 32", F32)),
+        r"weight\[1\] must be bfloat16, got float32",
+    ),
+    (
+        "dense_linear",
+        "several-weight-rank",
+        several(operand(1, "320")),
+        r"weight\[0\] must be \[n, k\], got \[320\]",
+    ),
+    (
+        "dense_linear",
+        "several-weight-inputs",
+        several(operand(2, "5 31")),
+        r"x and weight\[1\] must agree .*got \[3, 32\] and \[5, 31\]",
+    ),
+    (
+        "dense_linear",
+        "several-weight-groups",
+        several(all_of(operand(0, "3 2 32"), result(0, "3 2 5", F32), result(2, "66816", U8))),
+        r"weight\[1\] must split evenly over x's 2 groups, got \[5, 32\]",
+    ),
+    (
+        "dense_linear",
+        "several-y-shape",
+        several(result(1, "3 10", F32)),
+        r"y\[1\] must be \[3, 5\], got \[3, 10\]",
+    ),
+    (
+        "dense_linear",
+        "several-y-dtype",
+        several(result(1, "3 5")),
+        r"y\[1\] must be float32, got bfloat16",
+    ),
     (
         "fp8_linear",
         "scale-dtype",

@@ -15,7 +15,7 @@ import pytest
 
 from dsv4_jax.ops.cache_write import cache_write
 from dsv4_jax.ops.compressor import compressor
-from dsv4_jax.ops.dense_linear import dense_linear
+from dsv4_jax.ops.dense_linear import dense_linear, dense_linears
 from dsv4_jax.ops.fp8_linear import fp8_linear
 from dsv4_jax.ops.hadamard import hadamard
 from dsv4_jax.ops.head_norm import head_norm
@@ -117,6 +117,12 @@ def _router(
 
 def _dense_linear(x: Any = s("5 96"), weight: Any = s("40 96"), **settings: Any) -> Any:
     return jax.eval_shape(lambda *a: dense_linear(*a, **settings), x, weight)
+
+
+def _dense_linears(
+    x: Any = s("5 96"), weights: Any = (s("40 96"), s("24 96")), **settings: Any
+) -> Any:
+    return jax.eval_shape(lambda *a: dense_linears(*a, **settings), x, weights)
 
 
 def _fp8_linear(
@@ -247,6 +253,7 @@ CALLS: list[Callable[..., Any]] = [
     _hadamard,
     _router,
     _dense_linear,
+    _dense_linears,
     _fp8_linear,
     _mxfp4_linear,
     _nvfp4_linear,
@@ -288,6 +295,9 @@ RANK: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_dense_linear, "x", {"x": s("96")}),
     (_dense_linear, "x", {"x": s("1 1 5 96")}),
     (_dense_linear, "weight", {"weight": s("1 40 96")}),
+    (_dense_linears, "x", {"x": s("96")}),
+    (_dense_linears, r"weights\[0\]", {"weights": [s("40")]}),
+    (_dense_linears, r"weights\[1\]", {"weights": [s("40 96"), s("1 24 96")]}),
     (_fp8_linear, "x", {"x": s("192")}),
     (_fp8_linear, "weight", {"weight": s("1 160 192", E4M3)}),
     (_fp8_linear, "scale", {"scale": s("2", UE8M0)}),
@@ -358,6 +368,24 @@ AXIS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_dense_linear, r"evenly over x's 3 groups, got \[40, 96\]", {"x": s("5 3 96")}),
     (_dense_linear, r"evenly over x's 0 groups, got \[40, 96\]", {"x": s("5 0 96")}),
     (_dense_linear, r"regime must be one of .*got 'any'", {"regime": "any"}),
+    (_dense_linears, r"weights must hold 1\.\.8 arrays, got 0", {"weights": []}),
+    (_dense_linears, r"weights must hold 1\.\.8 arrays, got 9", {"weights": [s("40 96")] * 9}),
+    (
+        _dense_linears,
+        r"x and weights\[1\] must agree .*got x \[5, 96\] and weights\[1\] \[24, 95\]",
+        {"weights": [s("40 96"), s("24 95")]},
+    ),
+    (
+        _dense_linears,
+        r"x and weights\[0\] must agree .*at least 1, got x \[5, 0\]",
+        {"x": s("5 0"), "weights": [s("40 0")] * 2},
+    ),
+    (
+        _dense_linears,
+        r"weights\[1\] must split evenly over x's 5 groups, got \[24, 96\]",
+        {"x": s("3 5 96")},
+    ),
+    (_dense_linears, r"regime must be one of .*got 'any'", {"regime": "any"}),
     (_fp8_linear, r"x must end in weight's 192 inputs, got \[5, 191\]", {"x": s("5 191")}),
     (_fp8_linear, r"evenly over x's 3 groups, got \[160, 192\]", {"x": s("5 3 192")}),
     (_fp8_linear, r"evenly over x's 0 groups, got \[160, 192\]", {"x": s("5 0 192")}),
@@ -503,6 +531,18 @@ DTYPE: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_dense_linear, "weight must be .*got float8_e4m3fn", {"weight": s("40 96", E4M3)}),
     (_dense_linear, "x must be .*got float16", {"x": s("5 96", F16)}),
     (_dense_linear, "dtype must be .*got float16", {"dtype": F16}),
+    (
+        _dense_linears,
+        r"weights\[0\] must be bfloat16 or float32, got float8_e4m3fn",
+        {"weights": [s("40 96", E4M3), s("24 96")]},
+    ),
+    (
+        _dense_linears,
+        r"weights\[1\] must be bfloat16, got float32",
+        {"weights": [s("40 96"), s("24 96", F32)]},
+    ),
+    (_dense_linears, "x must be .*got float16", {"x": s("5 96", F16)}),
+    (_dense_linears, "dtype must be .*got float16", {"dtype": F16}),
     (_fp8_linear, "x must be .*got float16", {"x": s("5 192", F16)}),
     (_fp8_linear, "dtype must be bfloat16 or float32, got float8_e4m3fn", {"dtype": E4M3}),
     (_fp8_linear, "weight must be float8_e4m3fn, got uint8", {"weight": s("160 192", U8)}),
@@ -683,6 +723,7 @@ AHEAD_OF_TIME = (
     "moe-mxfp4_w4a8",
     "sparse_attention-topk",
     "rmsnorm_nvfp4-dynamic",
+    "dense_linear-several",
     "nvfp4_linear-w4a4",
     "cache_write-store",
 )
@@ -737,6 +778,7 @@ def test_settings_of_jax(name: str) -> None:
         "router-score",
         "dense_linear-bfloat16",
         "dense_linear-groups",
+        "dense_linear-several",
         "fp8_linear-w8a16-groups",
         "mxfp4_linear-w4a8",
         "nvfp4_linear-w4a4-static",

@@ -47,8 +47,8 @@ EXPERTS = Counter(router=1, moe=1)
 DENSE: dict[LayerKind | None, Counter[str]] = {
     None: Counter(dense_linear=1),  # head
     SWA: Counter(dense_linear=1),  # router
-    HCA: Counter(dense_linear=3),  # router, keys and gates of the compressor
-    CSA: Counter(dense_linear=6),  # router, the compressor, the indexer's, the heads' weights
+    HCA: Counter(dense_linear=2),  # router, keys and gates of the compressor in one
+    CSA: Counter(dense_linear=4),  # router, the compressor, the indexer's, the heads' weights
 }
 # wq_a, wq_b, wkv, wo_a, wo_b and three of the shared expert; CSA layers have the indexer's wq_b.
 LINEARS = {None: 0, SWA: 8, HCA: 8, CSA: 9}
@@ -77,6 +77,9 @@ ALIASES: dict[str, Callable[[int], dict[int, int]]] = {
     "router": lambda n: {},
 }
 """Result -> operand with the same buffer, by op, for a call with ``n`` results."""
+
+FUNCTIONS = {"dense_linears": "dense_linear"}
+"""Ops by their functions that are not named like them."""
 
 # Work that an op with a kernel must not leave to XLA on anything larger than this.
 HEAVY = {
@@ -239,7 +242,8 @@ def _bytes(value: Any) -> int:
 
 
 def _op_of(function: str) -> str:
-    return re.sub(r"_\d+$", "", function)
+    name = re.sub(r"_\d+$", "", function)
+    return FUNCTIONS.get(name, name)
 
 
 # The checks. Each returns what is wrong, so that the tests of the checks can look at it.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax.ops.dense_linear import dense_linear
+from dsv4_jax.ops.dense_linear import dense_linear, dense_linears
 from tests.support import linears
 from tests.support.linears import SHAPES, assert_product, exact, operands, product_problems
 from tests.support.numerics import assert_near, assert_same_bits, f64
@@ -51,6 +51,40 @@ def test_groups_of_fp32() -> None:
     want = np.einsum("tgk,gnk->tgn", f64(x), split)
     size = np.einsum("tgk,gnk->tgn", np.abs(f64(x)), np.abs(split))
     assert_near(dense_linear(x, w), want, REL * size)
+
+
+ROWS = (40, 1, 19, 0, 130, 16, 7, 1)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("t", "groups", "count"),
+    [
+        pytest.param(5, 0, 1, id="one"),
+        pytest.param(1, 0, 2, id="two"),
+        pytest.param(9, 0, 8, id="most"),
+        pytest.param(200, 0, 5, id="many-tokens"),
+        pytest.param(0, 0, 2, id="no-tokens"),
+        pytest.param(9, 3, 5, id="groups"),
+    ],
+)
+def test_several_weights(t: int, groups: int, count: int, dtype: Any) -> None:
+    """One foreign call, each result bit for bit that of a call of its own; any numbers of rows."""
+    x = normal(0, *((t, groups, 96) if groups else (t, 96)), dtype=jnp.bfloat16)
+    rows = [n * (groups or 1) for n in ROWS[:count]]
+    weights = [normal(i, n, 96, dtype=jnp.bfloat16) for i, n in enumerate(rows, 1)]
+    assert dense_linears.lower(x, weights).as_text().count("@dsv4.dense_linear") == 1
+    for i, y in enumerate(dense_linears(x, weights, dtype=dtype)):
+        assert_same_bits(y, dense_linear(x, weights[i], dtype=dtype), f"weights[{i}]")
+
+
+@pytest.mark.parametrize(("x_dtype", "w_dtype"), DTYPES)
+def test_several_weights_of_fp32(x_dtype: jnp.dtype, w_dtype: jnp.dtype) -> None:
+    x = normal(0, 5, 3, 96, dtype=x_dtype)
+    weights = [normal(i, n, 96, dtype=w_dtype) for i, n in enumerate((39, 3), 1)]
+    assert "dsv4." not in dense_linears.lower(x, weights).as_text()
+    for i, y in enumerate(dense_linears(x, weights)):
+        assert_same_bits(y, dense_linear(x, weights[i]), f"weights[{i}]")
 
 
 @pytest.mark.parametrize("groups", [0, 2])

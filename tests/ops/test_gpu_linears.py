@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dsv4_jax import library
-from dsv4_jax.ops.dense_linear import dense_linear
+from dsv4_jax.ops.dense_linear import dense_linear, dense_linears
 from dsv4_jax.ops.fp8_linear import fp8_linear
 from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
@@ -246,6 +246,22 @@ def test_every_fp8_code_and_scale(form: str, regime: str) -> None:
     want = np.stack(tables) * sizes
     want[:, low == 127] = np.nan  # both codes of the row are
     np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("t", TOKENS)
+def test_several_weights(t: int, groups: int) -> None:
+    """Each result bit for bit that of a call of its own, whatever the numbers of rows."""
+    x = jnp.asarray(tokens(1, t, 416, groups))
+    weights = [
+        products.random_weight(n, "bfloat16", (n, 416))["weight"] for n in (512, 8, 200, 4, 1024)
+    ]
+    for regime in (None, *REGIMES):
+        for dtype in (jnp.float32, jnp.bfloat16):
+            several = dense_linears(x, weights, dtype=dtype, regime=regime)
+            for y, weight in zip(several, weights, strict=True):
+                alone = dense_linear(x, weight, dtype=dtype, regime=regime)
+                assert_same_bits(y, alone, f"{regime} {weight.shape}")
 
 
 def test_more_rows_and_tokens_than_a_grid() -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from dsv4_jax.ops.cache_write import cache_write
 from dsv4_jax.ops.compressor import compressor
-from dsv4_jax.ops.dense_linear import dense_linear
+from dsv4_jax.ops.dense_linear import dense_linear, dense_linears
 from dsv4_jax.ops.fp8_linear import fp8_linear
 from dsv4_jax.ops.hadamard import hadamard
 from dsv4_jax.ops.head_norm import head_norm
@@ -147,6 +147,11 @@ def _dense_linear(stored: Any, groups: int = 0, **settings: Any) -> OpCase:
     weight = normal(1, 40, 96, dtype=stored)
     x = _linear_x(96, groups, stored)
     return OpCase(lambda x: dense_linear(x, weight, **settings), (x,))
+
+
+def _dense_linears() -> OpCase:
+    weights = [normal(i, n, 96, dtype=jnp.bfloat16) for i, n in enumerate((40, 5, 24), 1)]
+    return OpCase(lambda x: dense_linears(x, weights), (_linear_x(96, 0),))
 
 
 def _linear_x(k: int, groups: int, dtype: Any = jnp.bfloat16) -> jax.Array:
@@ -304,6 +309,7 @@ CASES: dict[str, Callable[[], OpCase]] = {
         "dense_linear-bfloat16": lambda: _dense_linear(jnp.bfloat16),
         "dense_linear-float32": lambda: _dense_linear(jnp.float32),
         "dense_linear-groups": lambda: _dense_linear(jnp.bfloat16, 2, dtype=jnp.bfloat16),
+        "dense_linear-several": _dense_linears,
         "fp8_linear-w8a8": lambda: _fp8_linear(dtype=jnp.bfloat16, regime="decode"),
         "fp8_linear-w8a16-groups": lambda: _fp8_linear(2, act="bfloat16"),
         "mxfp4_linear-w4a8": lambda: _mxfp4_linear(),
