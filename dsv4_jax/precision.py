@@ -49,13 +49,15 @@ Regime = Literal["decode", "prefill"]
 WeightFormat = Literal["float32", "bfloat16", "fp8", "mxfp4", "nvfp4"]
 
 LINEAR_FORMATS: Final[tuple[str, ...]] = get_args(LinearFormat)
-_CHOICES: Final[dict[str, tuple[str, ...]]] = {
+_CHOICES: Final[dict[str, tuple[str | bool | None, ...]]] = {
+    "experts_power_of_two": (None, True, False),
     "kv": ("fp8", "bfloat16", "float32"),
     "index_keys": ("mxfp4", "fp8", "bfloat16", "float32"),
     "dense": ("bfloat16", "float32"),
     "index_scores": ("float32", "bfloat16"),
     "q_norm": ("bfloat16", "float32"),
     "streams": ("bfloat16", "float32"),
+    "regime": (None, *get_args(Regime)),
 }
 
 
@@ -79,6 +81,11 @@ class Precision:
         shared_expert: the shared expert.
         wq_a, wq_b, wkv, wo_a, wo_b, indexer_wq_b: the attention linears.
         mtp_experts: routed experts of the multi-token-prediction module.
+        experts_power_of_two: whether all block scales of the routed experts in ``nvfp4_w4a8``, be
+            they ``experts`` or ``mtp_experts``, are zero or powers of two, as those of a lossless
+            cast from MXFP4 are; on a GPU their products then run on FP8 tensor cores (`moe`).
+            ``None``: `from_checkpoint` looks, and the model that it returns has the answer; any
+            other model takes it for ``False``. ``True`` is checked at load, ``False`` is not.
         mtp_proj: ``e_proj`` and ``h_proj`` of that module.
         dense: the linears that the release keeps unquantised (embedding, head, router,
             compressor projections, ``weights_proj``, norm weights): ``bfloat16`` | ``float32``.
@@ -98,7 +105,8 @@ class Precision:
             calls are XLA's, which picks its kernels by shape on a GPU.
 
     Raises:
-        ValueError: a field holds a word that is not among its choices.
+        ValueError: a field holds a value that is not among its choices, or
+            ``experts_power_of_two`` is ``True`` without experts in ``nvfp4_w4a8``.
     """
 
     experts: LinearFormat = "mxfp4_w4a8"
@@ -111,6 +119,7 @@ class Precision:
     indexer_wq_b: LinearFormat = "fp8_w8a8"
     mtp_experts: LinearFormat = "mxfp4_w4a8"
     mtp_proj: LinearFormat = "fp8_w8a8"
+    experts_power_of_two: bool | None = None
     dense: Literal["bfloat16", "float32"] = "bfloat16"
     kv: Literal["fp8", "bfloat16", "float32"] = "fp8"
     index_keys: Literal["mxfp4", "fp8", "bfloat16", "float32"] = "mxfp4"
@@ -122,14 +131,18 @@ class Precision:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name == "regime":
-                choices: tuple[str | None, ...] = (None, *get_args(Regime))
-            else:
-                choices = _CHOICES.get(field.name, LINEAR_FORMATS)
-            if value not in choices:
+            choices = _CHOICES.get(field.name, LINEAR_FORMATS)
+            # 1 is not True.
+            known = value in choices if isinstance(value, str) else any(value is c for c in choices)
+            if not known:
                 raise ValueError(
                     f"Precision: {field.name} must be one of {list(choices)}, got {value!r}"
                 )
+        if self.experts_power_of_two and "nvfp4_w4a8" not in (self.experts, self.mtp_experts):
+            raise ValueError(
+                "Precision: experts_power_of_two is of nvfp4_w4a8 alone, got experts "
+                f"{self.experts!r} and mtp_experts {self.mtp_experts!r}"
+            )
 
     @classmethod
     def preset(cls, name: str) -> "Precision":

@@ -47,8 +47,8 @@ def from_checkpoint(
 ) -> "tuple[DeepseekV4, Params]":
     """Model and params of a checkpoint directory (model.md section 7).
 
-    Prints to stderr which preset was chosen when ``precision`` is ``None``, and what conversions
-    did to the weights.
+    Prints to stderr which preset was chosen when ``precision`` is ``None``, what conversions did to
+    the weights, and ``experts_power_of_two`` of the model's precision where it was found out.
 
     Args:
         path: directory with ``config.json`` and safetensors, official or from transformers.
@@ -59,7 +59,8 @@ def from_checkpoint(
             callable taking (bytes done, bytes in total).
 
     Raises:
-        CheckpointError: the checkpoint is malformed, unsupported, or does not fit its config.
+        CheckpointError: the checkpoint is malformed, unsupported, or does not fit its config, or
+            ``experts_power_of_two`` is ``True`` and not so.
         ValueError: ``sharding`` is not ``None``; no such preset; a width does not fit a format.
     """
     from dsv4_jax.checkpoint.load import load_params_from
@@ -84,7 +85,7 @@ def from_checkpoint(
             }[preset]
             print(f'dsv4: precision "{preset}": {source} holds {why}', file=sys.stderr)
             precision = Precision.preset(preset)
-        params = load_params_from(
+        params, precision = load_params_from(
             reader, config, precision, mtp=mtp, progress=progress, source=source
         )
     from dsv4_jax.model import DeepseekV4

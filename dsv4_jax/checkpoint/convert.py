@@ -197,7 +197,8 @@ class Report:
     """What loading did to the numbers, per kind of parameter; ``lines`` is for people.
 
     ``errors``: (kind, stored, target) -> layer -> relative L2 error. ``exact``: (stored, target)
-    -> kinds whose values were all kept. ``notes``: exact routes that were not possible.
+    -> kinds whose values were all kept. ``notes``: exact routes that were not possible, and what
+    ``Precision.experts_power_of_two`` became.
     """
 
     errors: dict[tuple[str, str, str], dict[str, float]] = dataclasses.field(default_factory=dict)

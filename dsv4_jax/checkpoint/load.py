@@ -1,6 +1,7 @@
 """From the files of a checkpoint to the params tree (model.md sections 7 and 9)."""
 
 import contextlib
+import dataclasses
 import math
 import os
 import sys
@@ -12,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv4_jax.checkpoint.convert import EXACT, Report, byte_type, convert, mxfp4_to_nvfp4, typed
+from dsv4_jax.checkpoint.errors import CheckpointError
 from dsv4_jax.checkpoint.names import Parameter, leaves, set_path, target_format
 from dsv4_jax.checkpoint.place import SLAB_BYTES, Placer, write_slice
 from dsv4_jax.checkpoint.read import Reader, TensorInfo
 from dsv4_jax.checkpoint.validate import Resolved, resolve
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.precision import Precision
+from dsv4_jax.quant import nvfp4
 from dsv4_jax.typing import Array, Params
 
 __all__ = ["Progress", "load_params", "load_params_from"]
@@ -46,6 +49,7 @@ class _Loader:
         self._config = config
         self._precision = precision
         self._report = report
+        self._power_of_two: bool | None = None  # so far; None: no scale seen that matters
 
     def _linear(self, parameter: Parameter, name: str) -> dict[str, TensorInfo]:
         """Leaf -> tensor of the file; one leaf ``weight`` for what is not a linear."""
@@ -89,7 +93,43 @@ class _Loader:
             parameter, found = job[key], groups.pop(key)
             for leaf in list(found):
                 path = (*parameter.path, leaf) if parameter.is_linear else parameter.path
-                set_path(tree, path, typed(leaf, found.pop(leaf), target))
+                array = typed(leaf, found.pop(leaf), target)
+                if parameter.experts and leaf == "block_scale":
+                    self._look_at_scales(parameter, array)
+                set_path(tree, path, array)
+
+    def _look_at_scales(self, parameter: Parameter, block_scale: Array) -> None:
+        """Looks for a scale that ``experts_power_of_two`` does not allow, until there is one."""
+        asked = self._precision.experts_power_of_two
+        if (
+            getattr(self._precision, parameter.rule) != "nvfp4_w4a8"
+            or asked is False
+            or self._power_of_two is False
+        ):
+            return
+        self._power_of_two = bool(nvfp4.scales_are_powers_of_two(block_scale))
+        if self._power_of_two:
+            return
+        flat = jnp.argmin(nvfp4.power_of_two_scales(block_scale))
+        at = tuple(int(i) for i in np.unravel_index(int(flat), block_scale.shape))
+        name = parameter.names()[at[0]]
+        found = f"got {float(np.asarray(block_scale)[at])} at {list(at[1:])}"
+        rule = "block scales must be zero or powers of two"
+        if asked:
+            file = self._linear(parameter, name)["weight"].file
+            raise CheckpointError(f"{file}: {name}: {rule} for experts_power_of_two=True, {found}")
+        self._report.notes.append(f"experts_power_of_two=False: {name}: {rule}, {found}")
+
+    def settle(self) -> Precision:
+        """The precision asked for, with what was found of the experts' scales; reports it."""
+        if self._power_of_two is None:
+            return self._precision
+        if self._power_of_two:
+            self._report.notes.append(
+                "experts_power_of_two=True: all block scales of nvfp4_w4a8 experts are zero or "
+                "powers of two"
+            )
+        return dataclasses.replace(self._precision, experts_power_of_two=self._power_of_two)
 
     def _account(self, job: dict[str, Parameter], sums: Sums) -> None:
         for (key, stored, target), pairs in sums.items():
@@ -259,11 +299,12 @@ def load_params(
         report: filled with what conversions did; without it the lines are printed to stderr.
 
     Raises:
-        CheckpointError: the checkpoint is malformed or does not fit ``config``.
+        CheckpointError: the checkpoint is malformed or does not fit ``config``, or
+            ``precision.experts_power_of_two`` is ``True`` and not so.
         ValueError: a width does not fit a format of ``precision``.
     """
     with Reader(path) as reader:
-        return load_params_from(
+        params, _ = load_params_from(
             reader,
             config,
             precision,
@@ -272,6 +313,7 @@ def load_params(
             report=report,
             source=str(path),
         )
+    return params
 
 
 def load_params_from(
@@ -283,8 +325,12 @@ def load_params_from(
     progress: Progress = None,
     report: Report | None = None,
     source: str = "checkpoint",
-) -> Params:
-    """``load_params`` of an open reader; ``source`` names it in messages."""
+) -> tuple[Params, Precision]:
+    """``load_params`` of an open reader; ``source`` names it in messages.
+
+    Returns:
+        The tree, and ``precision`` with ``experts_power_of_two`` as it was found to be.
+    """
     resolved = resolve(reader, config, mtp=mtp, source=source)
     for parameter in resolved.parameters:
         leaves(parameter, precision)  # widths against formats, before anything is placed
@@ -297,7 +343,8 @@ def load_params_from(
         for job in sorted(_jobs(resolved.parameters), key=loader.job_start):
             loader.run(job, tree)
             placer.finish()
+    settled = loader.settle()
     if report is None:
         for line in found.lines():
             print(f"dsv4: {line}", file=sys.stderr)
-    return tree
+    return tree, settled

@@ -21,6 +21,7 @@ class Experts(nn.Module):
     config: ModelConfig
     form: LinearFormat
     regime: Regime | None
+    power_of_two: bool
 
     def setup(self) -> None:
         c = self.config
@@ -51,6 +52,7 @@ class Experts(nn.Module):
             limit=self.config.swiglu_limit,
             dtype=x.dtype,
             regime=self.regime,
+            power_of_two=self.power_of_two,
         )
 
 
@@ -137,7 +139,8 @@ class MoE(nn.Module):
     def setup(self) -> None:
         c, p = self.config, self.precision
         self.gate = Gate(c, p.dense, self.hashed, p.regime)
-        self.experts = Experts(c, self.experts_form, p.regime)
+        powers = self.experts_form == "nvfp4_w4a8" and bool(p.experts_power_of_two)
+        self.experts = Experts(c, self.experts_form, p.regime, powers)
         self.shared_experts = SharedExpert(c, p.shared_expert, p.regime)
 
     def __call__(

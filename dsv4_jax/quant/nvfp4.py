@@ -5,6 +5,7 @@ Convention: **multiply**; ``value = code * block_scale * global_scale``.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from dsv4_jax.quant.bits import (
@@ -16,13 +17,14 @@ from dsv4_jax.quant.bits import (
     exact_divide,
     pack_e2m1,
 )
-from dsv4_jax.typing import Array, Float4e2m1fn, Float8e4m3fn, Float32
+from dsv4_jax.typing import Array, Bool, Float4e2m1fn, Float8e4m3fn, Float32
 
 __all__ = [
     "BLOCK",
     "Nvfp4",
     "dequantize",
     "dequantize_blocks",
+    "power_of_two_scales",
     "quantize",
     "scales_are_powers_of_two",
     "token_global_scale",
@@ -93,12 +95,18 @@ def dequantize(q: Nvfp4) -> Float32[Array, "*lead n"]:
     return dequantize_blocks(q) * s2
 
 
-def scales_are_powers_of_two(block_scale: Float8e4m3fn[Array, "..."]) -> Array:
-    """Whether every block scale is zero or a power of two (a bool scalar; NaN and negative: no).
-
-    True of weights that were cast from MXFP4 without loss (performance.md 1). A scale has to be
-    looked at once, at load; `moe` takes the answer as ``power_of_two``.
-    """
+def power_of_two_scales(block_scale: Float8e4m3fn[Array, "*shape"]) -> Bool[Array, "*shape"]:
+    """Which block scales are zero or a power of two (NaN and negative: not)."""
     byte = byte_view(block_scale)
     subnormal = (byte == 0) | (byte == 1) | (byte == 2) | (byte == 4)
-    return jnp.all(subnormal | ((byte >= 8) & (byte < 0x7F) & (byte & 7 == 0)))
+    return subnormal | ((byte >= 8) & (byte < 0x7F) & (byte & 7 == 0))
+
+
+@jax.jit
+def scales_are_powers_of_two(block_scale: Float8e4m3fn[Array, "..."]) -> Bool[Array, ""]:
+    """Whether `power_of_two_scales` holds of every block scale.
+
+    So it does in weights that were cast from MXFP4 without loss (performance.md 1). The loader
+    looks, see `Precision.experts_power_of_two`; `moe` takes the answer as ``power_of_two``.
+    """
+    return jnp.all(power_of_two_scales(block_scale))

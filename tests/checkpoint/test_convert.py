@@ -1,5 +1,6 @@
 """Conversions at load time against independent decodes."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv4_jax.checkpoint import CheckpointError, from_checkpoint
 from dsv4_jax.checkpoint.convert import Report, convert, mxfp4_to_nvfp4
 from dsv4_jax.checkpoint.load import load_params
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.precision import PRESETS, Precision
 from tests.support import tiny
+from tests.support.models import append, assert_same_bytes, golden_ids, three_layers
+from tests.support.numerics import assert_same_bits
 
 CONFIG = ModelConfig.from_hf(tiny.official()[0])
 TENSORS = tiny.official()[1]
@@ -120,6 +124,94 @@ def test_one_wide_expert_is_requantised_and_said_so(tmp_path: Path) -> None:
     assert set(report.errors[wide]) == {"layers.2"}
     assert 0 < report.errors[wide]["layers.2"] < 0.2
     assert any("layers.2 ffn.experts.w1 of 1 of 4 experts" in note for note in report.notes)
+
+
+POWERS = Precision(experts="nvfp4_w4a8", mtp_experts="nvfp4_w4a8")
+"""The formats that `Precision.experts_power_of_two` is of."""
+
+
+@pytest.fixture(params=["layers.2", "mtp.0"])
+def wide(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, str]:
+    """The checkpoint with a byte changed, so that one expert has to be requantised; its name."""
+    expert = f"{request.param}.ffn.experts.1.w1"
+    scale = TENSORS[f"{expert}.scale"].array(np.uint8).copy()
+    scale[0, 0] -= 40
+    changed = {f"{expert}.scale": tiny.raw("F8_E8M0", scale)}
+    return tiny.write(tmp_path, tiny.official()[0], TENSORS | changed), expert
+
+
+def _powers(lines: str) -> list[str]:
+    return [line for line in lines.splitlines() if "experts_power_of_two" in line]
+
+
+@pytest.mark.parametrize("asked", [None, True])
+def test_powers_of_two_are_found(asked: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    precision = dataclasses.replace(POWERS, experts_power_of_two=asked)
+    model, _ = from_checkpoint(tiny.OFFICIAL, precision=precision, mtp=True)
+    assert model.precision == dataclasses.replace(POWERS, experts_power_of_two=True)
+    assert _powers(capsys.readouterr().err) == [
+        "dsv4: experts_power_of_two=True: all block scales of nvfp4_w4a8 experts are zero or "
+        "powers of two"
+    ]
+
+
+def test_powers_of_two_change_nothing_on_the_cpu() -> None:
+    ids = jnp.asarray(golden_ids(24))
+    found = []
+    for asked in (None, False):
+        model, params = three_layers(experts="nvfp4_w4a8", experts_power_of_two=asked)
+        assert model.precision.experts_power_of_two == (asked is None)
+        cache = model.init_cache(len(ids), 24)
+        found.append(append(model, params, ids, cache, jnp.full(len(ids), 24)))
+    (logits, cache), (other, other_cache) = found
+    assert_same_bits(logits, other)
+    assert_same_bytes(cache, other_cache)
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        pytest.param(dataclasses.replace(POWERS, experts_power_of_two=False), id="forgone"),
+        pytest.param(Precision(experts="nvfp4_w4a4"), id="other-experts"),
+        pytest.param(Precision(shared_expert="nvfp4_w4a8"), id="not-routed"),
+        pytest.param(Precision(mtp_experts="nvfp4_w4a8"), id="not-loaded"),
+    ],
+)
+def test_powers_of_two_are_not_looked_for(
+    precision: Precision, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = from_checkpoint(tiny.OFFICIAL, precision=precision)
+    assert model.precision == precision
+    assert _powers(capsys.readouterr().err) == []
+
+
+def test_other_scales_turn_power_of_two_off(
+    wide: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, name = wide
+    model, params = from_checkpoint(path, precision=POWERS, mtp=True)
+    assert model.precision == dataclasses.replace(POWERS, experts_power_of_two=False)
+    (line,) = _powers(capsys.readouterr().err)
+    layer = "mtp_0" if name.startswith("mtp") else "layers_2"
+    block_scale = params[layer]["ffn"]["experts"]["w1"]["block_scale"]
+    value = tiny.e4m3(np.asarray(block_scale).view(np.uint8))
+    odd = np.argwhere((value != 0) & (np.frexp(value)[0] != 0.5))
+    assert set(odd[:, 0]) == {1}
+    assert line == (
+        f"dsv4: experts_power_of_two=False: {name}: block scales must be zero or powers of two, "
+        f"got {value[tuple(odd[0])]} at {odd[0, 1:].tolist()}"
+    )
+    # Nothing of the module is loaded without it.
+    model, _ = from_checkpoint(path, precision=POWERS)
+    assert model.precision.experts_power_of_two == name.startswith("mtp")
+
+
+def test_other_scales_than_demanded(wide: tuple[Path, str]) -> None:
+    path, name = wide
+    precision = dataclasses.replace(POWERS, experts_power_of_two=True)
+    rule = "block scales must be zero or powers of two for experts_power_of_two=True, got "
+    with pytest.raises(CheckpointError, match=rf"^{tiny.SINGLE}: {name}: {rule}\d+\.\d+ at \[0, "):
+        from_checkpoint(path, precision=precision, mtp=True)
 
 
 def _bytes(leaf: Any) -> Any:

@@ -709,11 +709,29 @@ def test_wrong_dtype(call: Callable[..., Any], rule: str, broken: dict[str, Any]
         call(**broken)
 
 
-@pytest.mark.parametrize(("field", "value"), [("regime", "any"), ("regime", 1), ("wq_a", "fp4")])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("regime", "any"),
+        ("regime", 1),
+        ("wq_a", "fp4"),
+        ("experts_power_of_two", "True"),
+        ("experts_power_of_two", 1),
+    ],
+)
 def test_precision_of_no_known_format(field: str, value: Any) -> None:
     """A2: what no op could serve is refused where it is named."""
     with pytest.raises(ValueError, match=rf"^Precision: {field} must be one of .*got {value!r}"):
         Precision(**{field: value})
+
+
+def test_precision_of_other_experts_has_no_powers_of_two() -> None:
+    """A2: MXFP4's scales always are, and no other format has an op that asks."""
+    rule = "^Precision: experts_power_of_two is of nvfp4_w4a8 alone, got experts 'nvfp4_w4a4' and "
+    with pytest.raises(ValueError, match=rule + "mtp_experts 'mxfp4_w4a8'"):
+        Precision(experts="nvfp4_w4a4", experts_power_of_two=True)
+    for field in ("experts", "mtp_experts"):
+        Precision(**{field: "nvfp4_w4a8", "experts_power_of_two": True})
 
 
 NAMES = list(CASES)

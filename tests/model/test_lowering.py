@@ -34,6 +34,7 @@ from dsv4_jax.ops.router import router
 from dsv4_jax.quant.kv import IndexRows
 from dsv4_jax.typing import E2M1, E4M3, UE8M0
 from reference import cache_write as reference_cache_write
+from tests.support.models import golden_model
 
 SWA, HCA, CSA = LayerKind.SWA, LayerKind.HCA, LayerKind.CSA
 
@@ -388,6 +389,41 @@ def test_the_regime_reaches_every_product(regime: Any, number: int) -> None:
     expected = sum(expected_calls("nvfp4").values(), Counter())
     products = ("dense_linear", "nvfp4_linear", "moe")
     assert found == Counter({(op, number): expected[op] for op in products})
+
+
+def powers_of_two(traced: Any) -> list[int]:
+    """What every call of the experts says of their block scales."""
+    program = Program(traced.lower(lowering_platforms=("cuda",)))
+    calls = [call.operation for call in program.calls() if call.op == "moe"]
+    configs = [str(operation.attributes["mhlo.backend_config"]) for operation in calls]
+    return [int(n) for c in configs for n in re.findall(r"power_of_two = (\d) : i32", c)]
+
+
+@pytest.mark.parametrize(
+    ("formats", "main", "draft"),
+    [
+        ({"experts": "nvfp4_w4a8"}, 1, 0),
+        ({"mtp_experts": "nvfp4_w4a8"}, 0, 1),
+        ({"experts": "nvfp4_w4a8", "mtp_experts": "nvfp4_w4a8"}, 1, 1),
+        ({"experts": "nvfp4_w4a8", "experts_power_of_two": False}, 0, 0),
+    ],
+)
+def test_powers_of_two_reach_the_experts(formats: dict[str, Any], main: int, draft: int) -> None:
+    """As the checkpoint, whose experts are MXFP4, was found to have them."""
+    model, params = golden_model(**formats)
+    arguments = step_arguments(model)
+    layers = model.config.num_hidden_layers
+    assert powers_of_two(_decode.trace(**arguments)) == [main] * layers
+    streams = bf16(1, 1, model.config.hc_mult, model.config.hidden_size)
+    apply = functools.partial(model.apply, method="draft")
+    operands = streams, typed(jnp.int32, 1, 1), arguments["cache"]
+    assert powers_of_two(jax.jit(apply).trace({"params": params}, *operands)) == [draft]
+
+
+def test_nobody_looked_for_powers_of_two() -> None:
+    model = flash("nvfp4")
+    model = model.clone(precision=dataclasses.replace(model.precision, experts="nvfp4_w4a8"))
+    assert powers_of_two(_decode.trace(**step_arguments(model))) == [0] * LAYERS
 
 
 def test_the_step_of_generate_donates_too() -> None:
