@@ -25,10 +25,12 @@ from typing import Final, Literal, cast, get_args
 __all__ = [
     "LINEAR_FORMATS",
     "PRESETS",
+    "SCALE_LEAVES",
     "ActFormat",
     "LinearFormat",
     "Precision",
     "Regime",
+    "WeightFormat",
     "act_format",
     "weight_format",
 ]
@@ -49,6 +51,14 @@ Regime = Literal["decode", "prefill"]
 WeightFormat = Literal["float32", "bfloat16", "fp8", "mxfp4", "nvfp4"]
 
 LINEAR_FORMATS: Final[tuple[str, ...]] = get_args(LinearFormat)
+SCALE_LEAVES: Final[dict[WeightFormat, tuple[str, ...]]] = {
+    "float32": (),
+    "bfloat16": (),
+    "fp8": ("scale",),
+    "mxfp4": ("scale",),
+    "nvfp4": ("block_scale", "global_scale"),
+}
+"""What a linear has beside its ``weight``, in the order in which ops take it."""
 _CHOICES: Final[dict[str, tuple[str | bool | None, ...]]] = {
     "experts_power_of_two": (None, True, False),
     "kv": ("fp8", "bfloat16", "float32"),

@@ -13,18 +13,13 @@ from dsv4_jax.ops.fp8_linear import fp8_linear
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
 from dsv4_jax.ops.rmsnorm import rmsnorm
-from dsv4_jax.precision import LinearFormat, Regime, act_format, weight_format
+from dsv4_jax.precision import SCALE_LEAVES, LinearFormat, Regime, act_format, weight_format
 from dsv4_jax.quant import fp8, mxfp4, nvfp4
 from dsv4_jax.typing import Array, Float
 
 __all__ = ["Linear", "RMSNorm", "Weight", "linear", "linear_leaves"]
 
 INIT_STD = 0.02
-_LEAVES = {
-    "fp8": ("weight", "scale"),
-    "mxfp4": ("weight", "scale"),
-    "nvfp4": ("weight", "block_scale", "global_scale"),
-}
 
 
 def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -58,7 +53,9 @@ def linear_leaves(
     if stored in ("float32", "bfloat16"):
         return {"weight": module.param("weight", _normal, shape, jnp.dtype(stored))}
     if not module.is_initializing():  # tracing the quantising initialisers costs seconds a model
-        return {name: module.get_variable("params", name) for name in _LEAVES[stored]}
+        return {
+            name: module.get_variable("params", name) for name in ("weight", *SCALE_LEAVES[stored])
+        }
     parts = jax.eval_shape(lambda: _quantized(jax.random.key(0), shape, stored))
 
     def init(name: str) -> Callable[[jax.Array], Array]:

@@ -19,7 +19,15 @@ from dsv4_jax.ops._check import (
 )
 from dsv4_jax.ops._linear import ACTS, REGIMES, check_result
 from dsv4_jax.ops._moe_jax import moe_jax
-from dsv4_jax.precision import LINEAR_FORMATS, LinearFormat, Regime, act_format, weight_format
+from dsv4_jax.precision import (
+    LINEAR_FORMATS,
+    SCALE_LEAVES,
+    LinearFormat,
+    Regime,
+    WeightFormat,
+    act_format,
+    weight_format,
+)
 from dsv4_jax.quant import fp8, mxfp4, nvfp4
 from dsv4_jax.typing import E2M1, E4M3, UE8M0, Array, Bool, Float, Float32, Int32
 
@@ -31,7 +39,6 @@ KERNEL_FORMATS = ("mxfp4_w4a8", "mxfp4_w4a16", "nvfp4_w4a4", "nvfp4_w4a8", "nvfp
 
 # Values of the C++ enum (ffi/common/linear.h).
 _WEIGHT_FORM = {"mxfp4": np.int32(2), "nvfp4": np.int32(3)}
-_SCALES = {"fp8": ("scale",), "mxfp4": ("scale",), "nvfp4": ("block_scale", "global_scale")}
 _INT32 = jnp.iinfo(jnp.int32)
 
 
@@ -155,7 +162,7 @@ def moe(
         expert_idx,
         expert_weight,
         valid.astype(jnp.uint8),
-        *(w[leaf] for w in (w1, w3, w2) for leaf in ("weight", *_SCALES[form])),
+        *(w[leaf] for w in (w1, w3, w2) for leaf in ("weight", *SCALE_LEAVES[form])),
         *(() if shared is None else (shared,)),
         form=_WEIGHT_FORM[form],
         act=ACTS[act_format(linear)],
@@ -176,9 +183,9 @@ def _scratch_bytes(t: int, k: int, experts: int, dim: int, inter: int) -> int:
     return slots * (2 * (padded + dim + inter) + 32) + 4 * pairs + 4096
 
 
-def _check_leaves(name: str, leaves: Mapping[str, Array], form: str) -> None:
+def _check_leaves(name: str, leaves: Mapping[str, Array], form: WeightFormat) -> None:
     """Leaves, dtypes and scale shapes of one stacked weight."""
-    want = {"weight", *_SCALES.get(form, ())}
+    want = {"weight", *SCALE_LEAVES[form]}
     if set(leaves) != want:
         raise ValueError(
             f"moe: {name} must have the leaves {sorted(want)} for {form}, got {sorted(leaves)}"

@@ -6,7 +6,6 @@ Beside it XLA's BF16 product, at the shapes of the quantised weights as well.
 import functools
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 
@@ -26,14 +25,7 @@ MOST_HEAD_TOKENS = 256
 CASES = cases(linears.DENSE)
 EVERY = cases(linears.DENSE, linears.MORE_TOKENS)
 BASELINES = linears.baseline_cases(cases([*linears.DENSE, *linears.QUANTIZED]))
-
-
-def measure(case: linears.Case, **settings: Any) -> timing.Result:
-    """One line."""
-    op, target = linears.baseline(case), None
-    if not case.form.startswith("xla_"):
-        op, target = functools.partial(dense_linear, dtype=case.dtype), "dense_linear"
-    return linears.measure("dense_linear", case, op, target=target, **settings)
+measure = functools.partial(linears.measure, dense_linear)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

@@ -5,7 +5,6 @@ Beside it what XLA makes of dequantise + dot; of the dot alone see bench_dense_l
 
 import functools
 import sys
-from typing import Any
 
 import pytest
 
@@ -24,14 +23,7 @@ ALL_FORMS = ["fp8_w8a8", "fp8_w8a16"]
 CASES = linears.linear_cases(linears.QUANTIZED, forms)
 EVERY = linears.linear_cases(linears.QUANTIZED, lambda _: ALL_FORMS, linears.MORE_TOKENS)
 BASELINES = linears.baseline_cases(CASES)
-
-
-def measure(case: linears.Case, **settings: Any) -> timing.Result:
-    """One line."""
-    op, target = linears.baseline(case), None
-    if not case.form.startswith("xla_"):
-        op, target = functools.partial(fp8_linear, act=case.act, dtype=case.dtype), "fp8_linear"
-    return linears.measure("fp8_linear", case, op, target=target, **settings)
+measure = functools.partial(linears.measure, fp8_linear)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

@@ -5,7 +5,6 @@ Beside it what XLA makes of dequantise + dot; of the dot alone see bench_dense_l
 
 import functools
 import sys
-from typing import Any
 
 import pytest
 
@@ -20,14 +19,7 @@ ALL_FORMS = ["mxfp4_w4a8", "mxfp4_w4a16"]
 CASES = linears.linear_cases(ROWS, lambda _: ["mxfp4_w4a8"])
 EVERY = linears.linear_cases(linears.QUANTIZED, lambda _: ALL_FORMS, linears.MORE_TOKENS)
 BASELINES = linears.baseline_cases(CASES)
-
-
-def measure(case: linears.Case, **settings: Any) -> timing.Result:
-    """One line."""
-    op, target = linears.baseline(case), None
-    if not case.form.startswith("xla_"):
-        op, target = functools.partial(mxfp4_linear, act=case.act, dtype=case.dtype), "mxfp4_linear"
-    return linears.measure("mxfp4_linear", case, op, target=target, **settings)
+measure = functools.partial(linears.measure, mxfp4_linear)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

@@ -252,10 +252,11 @@ def poisoned(shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jax.device_put(data.view(dtype))
 
 
-def measure(
-    bench: str, case: Case, op: Op, *, target: str | None, **settings: Any
-) -> timing.Result:
-    """One line of ``op(x, *leaves)``; without a target of XLA's ``op(zero, x, *leaves)``."""
+def measure(op: Op, case: Case, **settings: Any) -> timing.Result:
+    """One line of a linear's benchmark: of ``op``, or for an ``xla_`` form of its `baseline`."""
+    ours = not case.form.startswith("xla_")
+    act = {} if case.storage == "bfloat16" else {"act": case.act}
+    function = functools.partial(op, dtype=case.dtype, **act) if ours else baseline(case)
     weights = _weights(case.row, case.storage)
     sets = max(len(weights), timing.FEWEST_SETS)
     different = sets if case.t < FEW_X_TOKENS else 2
@@ -266,7 +267,7 @@ def measure(
     shape = (case.t, *groups, case.row.n // case.row.groups)
 
     def run(carry: jax.Array, *inputs: jax.Array) -> jax.Array:
-        return op(*inputs) if target else op(timing.held(carry), *inputs)
+        return function(*inputs) if ours else function(timing.held(carry), *inputs)
 
     def make_set(i: int) -> timing.Set:
         leaves = weights[i % len(weights)]
@@ -275,12 +276,12 @@ def measure(
 
     max_us, min_fraction = case.bars
     return timing.measure(
-        bench,
+        op.__name__,
         case.name,
         run,
         make_set,
         lambda i, y: _check(case, i % len(weights), hosts[i % different], y),
-        target=target,
+        target=op.__name__ if ours else None,
         launch_bytes=case.launch_bytes,
         bytes_at="read",
         flops=case.flops,

@@ -9,9 +9,10 @@ import pytest
 
 from dsv4_jax.ops.dense_linear import dense_linear, dense_linears
 from tests.support import linears
-from tests.support.linears import SHAPES, assert_product, exact, operands, product_problems
+from tests.support.linears import SHAPES, assert_product, exact, operands
 from tests.support.numerics import assert_near, assert_same_bits, f64
 from tests.support.op_cases import normal
+from tests.support.products import product_problems
 
 OP = "dense_linear"
 MORE = {"one-input": (3, 0, 1, 5), "odd": (5, 0, 37, 19), "odd-groups": (2, 3, 45, 21)}

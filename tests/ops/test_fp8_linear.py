@@ -11,8 +11,9 @@ from dsv4_jax.ops.fp8_linear import fp8_linear
 from dsv4_jax.typing import E4M3, UE8M0
 from reference import formats
 from tests.support import linears
-from tests.support.linears import SHAPES, assert_product, exact, operands, product_problems
+from tests.support.linears import SHAPES, assert_product, exact, operands
 from tests.support.numerics import assert_same_bits
+from tests.support.products import product_problems
 
 OP = "fp8_linear"
 MORE = {"odd": (5, 0, 37, 19), "odd-tiles": (2, 0, 131, 130), "groups-in-a-tile": (4, 3, 200, 96)}

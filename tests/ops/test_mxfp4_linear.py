@@ -11,8 +11,9 @@ from dsv4_jax.quant import bits
 from dsv4_jax.typing import UE8M0
 from reference import formats
 from tests.support import linears
-from tests.support.linears import SHAPES, assert_product, exact, operands, product_problems
+from tests.support.linears import SHAPES, assert_product, exact, operands
 from tests.support.numerics import assert_same_bits
+from tests.support.products import product_problems
 
 OP = "mxfp4_linear"
 ACTS = ("fp8", "bfloat16")

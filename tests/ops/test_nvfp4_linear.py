@@ -11,8 +11,9 @@ from dsv4_jax.quant import bits
 from dsv4_jax.typing import E4M3
 from reference import formats
 from tests.support import linears
-from tests.support.linears import SHAPES, assert_product, exact, operands, product_problems
+from tests.support.linears import SHAPES, assert_product, exact, operands
 from tests.support.numerics import assert_same_bits, f64
+from tests.support.products import product_problems
 
 OP = "nvfp4_linear"
 MORE = {"one-block": (3, 0, 16, 8), "blocks": (2, 0, 176, 24), "blocks-groups": (9, 2, 48, 10)}

@@ -18,7 +18,8 @@ from reference import fp8_linear as reference_fp8
 from reference import mxfp4_linear as reference_mxfp4
 from reference import nvfp4_linear as reference_nvfp4
 from reference.linear import activations, exact_product
-from tests.support.numerics import assert_near, assert_same_bits, bf16_ulp, f64, row_of
+from tests.support.numerics import assert_near, assert_same_bits, f64, row_of
+from tests.support.products import product_problems
 
 __all__ = [
     "OPS",
@@ -32,16 +33,11 @@ __all__ = [
     "check_rows",
     "exact",
     "operands",
-    "product_problems",
     "stored",
 ]
 
 # Of FP32 sums of exact products, and of the scales that follow: relative to the sum of magnitudes.
 REL = 1e-6
-# Issue 5: 1 - 2<x,y> / (<x,x> + <y,y>), and each element within 2 ulps of BF16 or this part of its
-# row's root mean square.
-MAX_DIFFERENCE = {"float32": 1e-7, "bfloat16": 5e-6}
-MAX_OF_RMS = 2e-3
 
 REGIMES = (None, "decode", "prefill")
 OPS: dict[str, Callable[..., jax.Array]] = {
@@ -128,21 +124,6 @@ def _magnitude(op: str, *arguments: Any, act: str = "bfloat16") -> np.ndarray:
     x, *weights = map(_host, arguments)
     values = activations(x, act, *weights[3:])
     return exact_product(np.abs(values), np.abs(_DECODE[op](*weights[:3])))
-
-
-def product_problems(got: Any, want: np.ndarray) -> list[str]:
-    """Where a result misses the bars of the issue."""
-    problems: list[str] = []
-    x, y = f64(got).ravel(), want.ravel()
-    far = float(1 - 2 * (x @ y) / (x @ x + y @ y))
-    # Of a single element, its one rounding may be more.
-    if want.size > 1 and not far <= MAX_DIFFERENCE[np.asarray(got).dtype.name]:
-        problems.append(f"difference {far:.2e}")
-    rms = np.sqrt(np.mean(want**2, axis=-1, keepdims=True))
-    error, allowed = np.abs(f64(got) - want), np.maximum(2 * bf16_ulp(want), MAX_OF_RMS * rms)
-    if not (error <= allowed).all():
-        problems.append(f"{(error > allowed).sum()} of {error.size} elements too far")
-    return problems
 
 
 def assert_product(op: str, arguments: tuple[Any, ...], dtype: Any, **act: str) -> None:
