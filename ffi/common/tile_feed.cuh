@@ -53,12 +53,14 @@ struct Args {
   int cluster;  // thread blocks that share the inputs, if few
   int slots;    // stages in shared memory
   Output out;
+  void* other_y;
 };
 
 // What a thread block works on: a tile times a block of rows.
 struct Unit {
   Tile tile;
   int64_t index, block;  // of the tile, of rows
+  bool other;            // of the other weight's rows
 };
 
 // Copies of a stage, issued by one thread: weights of the halves, their scales, and x, which alone
@@ -86,9 +88,10 @@ __device__ __forceinline__ void Fill(const Args& args, const Unit& unit, int sta
   if (part == Part::kFirst) {
     constexpr int kScales = kFourBits<kForm> ? 2 * Layout::kRows * kScaleBytes : 0;
     ArriveExpecting(full, 2 * Layout::kRows * kRowBytes + kScales + column_bytes);
-    CopyTile(to, &args.weight[0], stage * kRowBytes, row, full);
+    CopyTile(to, &args.weight[unit.other], stage * kRowBytes, row, full);
   } else if (part == Part::kSecond) {
-    CopyTile(to + Layout::kRows * kRowBytes, &args.weight[1], stage * kRowBytes, second, full);
+    CopyTile(to + Layout::kRows * kRowBytes, &args.weight[pair || unit.other], stage * kRowBytes,
+             second, full);
   } else if (kFourBits<kForm>) {
     const int column = kForm == WeightForm::kNvfp4 ? stage * 16 : stage / 2 * 16;
     CopyTile(to + Layout::kScaleAt, &args.scale[0], column, row, full);
@@ -228,6 +231,7 @@ __device__ __forceinline__ void Finish(const Args& args, char* shared, float (&a
   const Scales scales(args.out, tile.group);
   const Lines lines(args.out, tile, unit.index);
   const bool pair = args.out.store == Store::kSwiglu;
+  void* const y = unit.other ? args.other_y : args.out.y;
   const int64_t row = unit.block * kRows * (pair ? 1 : 2) + warpgroup * kBlockRows + 2 * lane;
 #pragma unroll 2
   for (int column = 4 * rank + warp; column < tile.count; column += 4 * cluster) {
@@ -255,10 +259,10 @@ __device__ __forceinline__ void Finish(const Args& args, char* shared, float (&a
       const float weight = args.out.column_weight[tile.first + column];
       const float2 h = {Swiglu(value[0].x, value[1].x, args.out.limit, weight),
                         Swiglu(value[0].y, value[1].y, args.out.limit, weight)};
-      StoreTwo(args.out, h, true, at, row);
+      StoreTwo(args.out, y, h, true, at, row);
     } else {
-      StoreTwo(args.out, value[0], args.out.y_bf16, at, row);
-      StoreTwo(args.out, value[1], args.out.y_bf16, at + kRows, row + kRows);
+      StoreTwo(args.out, y, value[0], args.out.y_bf16, at, row);
+      StoreTwo(args.out, y, value[1], args.out.y_bf16, at + kRows, row + kRows);
     }
   }
   if (cluster > 1) SyncCluster();  // its shared memory is read until here

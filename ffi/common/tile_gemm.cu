@@ -99,7 +99,8 @@ __global__ void __launch_bounds__(32 * kWarps) AnyGemmKernel(const __grid_consta
         const float up = __fmul_rn(sums[1][i - first], scales.Of(args.out, 1, tile, i));
         value = Swiglu(value, up, args.out.limit, args.out.column_weight[tile.first + i]);
       }
-      StoreTwo(one, {value, value}, args.out.y_bf16, lines.first + i * lines.step + row, row);
+      StoreTwo(one, one.y, {value, value}, args.out.y_bf16, lines.first + i * lines.step + row,
+               row);
     }
   }
 }
@@ -187,6 +188,14 @@ cudaError_t RunTileGemm(const TileGemm& gemm, cudaStream_t stream) {
   if (HopperTakes(gemm)) return TileGemmSm90(gemm, stream);
 #endif
   if (gemm.fp8_mma) return cudaErrorInvalidValue;
+  if (gemm.other_weight != nullptr) {
+    TileGemm one = gemm, two = gemm;
+    one.other_weight = two.other_weight = nullptr;
+    two.weight[0] = two.weight[1] = gemm.other_weight;
+    two.y = gemm.other_y;
+    const cudaError_t error = RunTileGemm(one, stream);
+    return error != cudaSuccess ? error : RunTileGemm(two, stream);
+  }
   switch (gemm.form) {
     case WeightForm::kBf16:
       return LaunchAny<WeightForm::kBf16>(gemm, stream);
@@ -200,7 +209,8 @@ cudaError_t RunTileGemm(const TileGemm& gemm, cudaStream_t stream) {
   return cudaErrorInvalidValue;
 }
 
-cudaError_t LinearTiles(WeightForm form, const LinearParams& params, cudaStream_t stream) {
+cudaError_t LinearTiles(WeightForm form, const LinearParams& params, cudaStream_t stream,
+                        const LinearParams* other) {
   // Narrow tiles where there are few tokens, or too few rows to keep the chip busy with wide ones.
   int width = TileWidth(static_cast<int>(std::min<int64_t>(params.t, kMaxTileWidth)));
   const int64_t wide_blocks =
@@ -233,6 +243,10 @@ cudaError_t LinearTiles(WeightForm form, const LinearParams& params, cudaStream_
   gemm.column_scale = params.act == ActForm::kNvfp4 ? scales : nullptr;
   gemm.y = params.y;
   gemm.y_bf16 = params.y_bf16;
+  if (other != nullptr) {
+    gemm.other_weight = other->weight;
+    gemm.other_y = other->y;
+  }
   cudaError_t error = cudaErrorInvalidValue;
   switch (form) {
     case WeightForm::kBf16:

@@ -51,6 +51,8 @@ struct TileGemm {
   float limit;
   void* y;
   bool y_bf16;
+  const void* other_weight;  // kBf16: one more of the same shape for the same x, or nullptr
+  void* other_y;
   int64_t tokens;     // kTokens
   int width;          // kTokens: of every tile; else the largest there may be
   const Tile* tiles;  // kSlots, kSwiglu: with their number; nullptr for kTokens
@@ -74,7 +76,9 @@ inline __host__ __device__ int64_t ColumnBytes(bool fp8_mma, int64_t padded_inpu
 // By the Hopper kernel where it can be, else by one that takes anything.
 cudaError_t RunTileGemm(const TileGemm& gemm, cudaStream_t stream);
 
-// A linear as tiles of tokens: x into its order, then the product.
-cudaError_t LinearTiles(WeightForm form, const LinearParams& params, cudaStream_t stream);
+// A linear as tiles of tokens: x into its order, then the product. With `other`, which differs in
+// weight and y alone (kBf16): both in one.
+cudaError_t LinearTiles(WeightForm form, const LinearParams& params, cudaStream_t stream,
+                        const LinearParams* other = nullptr);
 
 }  // namespace dsv4

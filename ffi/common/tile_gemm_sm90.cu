@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads<kMany>, kMany ? 1 : 3)
   extern __shared__ char raw[];
   __shared__ uint64_t barriers[2 * kMaxSlots];  // full, then empty
   __shared__ uint2 tables[kTables];
-  Unit unit = {{}, blockIdx.y, kMany ? blockIdx.x : blockIdx.x / args.cluster};
+  Unit unit = {{}, blockIdx.y, kMany ? blockIdx.x : blockIdx.x / args.cluster, blockIdx.z > 0};
   // The table of tiles is older than the kernel just ahead, or that kernel's.
   if (args.tiles != nullptr && args.new_tiles) WaitForPrevious();
   if (!FindTile(args.out, args.tiles, args.tile_count, unit.index, unit.tile)) return;
@@ -134,7 +134,9 @@ cudaError_t Launch(const TileGemm& gemm, cudaStream_t stream) {
   const int64_t rows = gemm.groups * gemm.rows;
   const int64_t row_bytes = gemm.inputs / Weights<kForm>::kPieceInputs * kPieceBytes;
   for (int half = 0; half < 2; ++half) {
-    if (!MakeMap(args.weight[half], gemm.weight[half], rows, row_bytes, kRowBytes, Layout::kRows,
+    const bool other = half > 0 && gemm.other_weight != nullptr;
+    const void* weight = other ? gemm.other_weight : gemm.weight[half];
+    if (!MakeMap(args.weight[half], weight, rows, row_bytes, kRowBytes, Layout::kRows,
                  CU_TENSOR_MAP_SWIZZLE_128B)) {
       return cudaErrorInvalidValue;
     }
@@ -154,6 +156,8 @@ cudaError_t Launch(const TileGemm& gemm, cudaStream_t stream) {
   args.new_tiles = gemm.new_tiles;
   args.inputs = gemm.inputs;
   args.out = Output(gemm);
+  args.other_y = gemm.other_y;
+  const unsigned weights = gemm.other_weight != nullptr ? 2 : 1;
   const int64_t block_rows = Layout::kRows * (gemm.store == Store::kSwiglu ? 1 : 2);
   const int64_t blocks = (gemm.rows + block_rows - 1) / block_rows;
   // Few rows: thread blocks share the inputs, as many as the shape of the weights asks for, so that
@@ -163,7 +167,7 @@ cudaError_t Launch(const TileGemm& gemm, cudaStream_t stream) {
          gemm.inputs / kStageInputs<kForm> >= 4 * args.cluster) {
     args.cluster *= 2;
   }
-  const int64_t grid_blocks = blocks * args.cluster * gemm.max_tiles;
+  const int64_t grid_blocks = blocks * args.cluster * gemm.max_tiles * weights;
   const bool three = grid_blocks >= (args.cluster > 1 ? kThreeFromOfClusters : kThreeFrom) &&
                      grid_blocks <= kThreeTo;
   const int stage = Layout::Bytes(gemm.width);
@@ -178,7 +182,7 @@ cudaError_t Launch(const TileGemm& gemm, cudaStream_t stream) {
       TileGemmKernel<kForm, kFp8Mma, kMany>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(blocks * args.cluster),
-                  static_cast<unsigned>(gemm.max_tiles));
+                  static_cast<unsigned>(gemm.max_tiles), weights);
   return LaunchDependent(TileGemmKernel<kForm, kFp8Mma, kMany>, grid, kThreads<kMany>, bytes,
                          stream, args, args.cluster);
 }
@@ -194,7 +198,7 @@ cudaError_t LaunchForm(const TileGemm& gemm, cudaStream_t stream) {
 bool TileGemmTakes(const TileGemm& gemm) {
   const bool four_bits = gemm.form == WeightForm::kMxfp4 || gemm.form == WeightForm::kNvfp4;
   const int64_t inputs = four_bits ? 256 : 128;  // whole stages, and x without padding
-  uintptr_t addresses = 0;
+  uintptr_t addresses = reinterpret_cast<uintptr_t>(gemm.other_weight);
   for (int half = 0; half < 2; ++half) {
     addresses |= reinterpret_cast<uintptr_t>(gemm.weight[half]);
     if (four_bits) addresses |= reinterpret_cast<uintptr_t>(gemm.scale[half]);

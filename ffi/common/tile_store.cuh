@@ -82,12 +82,12 @@ __device__ __forceinline__ float Swiglu(float gate, float up, float limit, float
 }
 
 // Two rows of a column from an even `row` on, as far as there are.
-__device__ __forceinline__ void StoreTwo(const Output& out, float2 value, bool bf16, int64_t at,
-                                         int64_t row) {
+__device__ __forceinline__ void StoreTwo(const Output& out, void* to, float2 value, bool bf16,
+                                         int64_t at, int64_t row) {
   if (row >= out.rows) return;
   const bool both = row + 1 < out.rows;
   if (bf16) {
-    __nv_bfloat16* const y = static_cast<__nv_bfloat16*>(out.y) + at;
+    __nv_bfloat16* const y = static_cast<__nv_bfloat16*>(to) + at;
     if (both && at % 2 == 0) {
       *reinterpret_cast<__nv_bfloat162*>(y) = __floats2bfloat162_rn(value.x, value.y);
     } else {
@@ -95,7 +95,7 @@ __device__ __forceinline__ void StoreTwo(const Output& out, float2 value, bool b
       if (both) y[1] = __float2bfloat16_rn(value.y);
     }
   } else {
-    float* const y = static_cast<float*>(out.y) + at;
+    float* const y = static_cast<float*>(to) + at;
     y[0] = value.x;
     if (both) y[1] = value.y;
   }
