@@ -94,7 +94,7 @@ __device__ __forceinline__ void Multiply(const Args& args, Feed<kForm, false, kM
       }
     }
     const char* here = feed.Here();
-    const uint64_t columns = CoreMatrices(SharedAddress(here) + Layout::kColumnsAt, kN * 16);
+    const uint32_t columns = SharedAddress(here) + Layout::kColumnsAt;
     if constexpr (kGroups > 1) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -122,8 +122,10 @@ __device__ __forceinline__ void Multiply(const Args& args, Feed<kForm, false, kM
         WgmmaFence();
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
-          Wgmma<kN, false>::Run(acc[half], a[half][step], columns + (4 * group + step) * 2 * kN,
-                                begun || group + step > 0);
+          Wgmma<kN, false>::Run(
+              acc[half], a[half][step],
+              CoreMatrices(columns + (4 * group + step) * kStepInputs * kN * 2, kN * 16),
+              begun || group + step > 0);
         }
         WgmmaCommit();
         WgmmaWait<1>();

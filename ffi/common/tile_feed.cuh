@@ -4,6 +4,7 @@
 #include <cuda.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/barrier.cuh"
 #include "common/tile_gemm.h"
@@ -50,7 +51,7 @@ struct Args {
   const int32_t* tile_count;
   int64_t inputs, scale_columns;
   bool new_tiles;
-  int cluster;  // thread blocks that share the inputs, if few
+  int cluster;  // thread blocks that share the inputs
   int slots;    // stages in shared memory
   Output out;
   void* other_y;
@@ -116,9 +117,9 @@ struct Feed {
       : args(a), unit(u), shared(memory), full(barriers), empty(barriers + 8 * kMaxSlots) {
     stage_bytes = Stage<kForm, kFp8Mma, kMany>::Bytes(args.out.width);
     const int all = static_cast<int>(args.inputs / kStageInputs<kForm>);
-    const int rank = kMany ? 0 : static_cast<int>(blockIdx.x % args.cluster);
-    first = stage = kMany ? 0 : all * rank / args.cluster;
-    stages = kMany ? all : all * (rank + 1) / args.cluster;
+    const int rank = static_cast<int>(blockIdx.x % args.cluster);
+    first = stage = all * rank / args.cluster;
+    stages = all * (rank + 1) / args.cluster;
   }
   __device__ __forceinline__ void Copy(int of, int into, Part part) const {
     Fill<kForm, kFp8Mma, kMany>(args, unit, of, SharedAddress(shared) + into * stage_bytes,
@@ -221,7 +222,7 @@ __device__ __forceinline__ void Finish(const Args& args, char* shared, float (&a
       sums[(half * kN + column) * kSumPitch + in_block + i % 4 / 2 * 8] = acc[half][i];
     }
   }
-  const int cluster = kMany ? 1 : args.cluster, rank = static_cast<int>(blockIdx.x) % cluster;
+  const int cluster = args.cluster, rank = static_cast<int>(blockIdx.x) % cluster;
   if (cluster > 1) {
     SyncCluster();
   } else {
@@ -233,39 +234,47 @@ __device__ __forceinline__ void Finish(const Args& args, char* shared, float (&a
   const bool pair = args.out.store == Store::kSwiglu;
   void* const y = unit.other ? args.other_y : args.out.y;
   const int64_t row = unit.block * kRows * (pair ? 1 : 2) + warpgroup * kBlockRows + 2 * lane;
+  const auto store = [&](auto shared) {  // by a cluster, whose sums are added here
 #pragma unroll 2
-  for (int column = 4 * rank + warp; column < tile.count; column += 4 * cluster) {
-    float2 value[2];
+    for (int column = 4 * rank + warp; column < tile.count;
+         column += decltype(shared)::value ? 4 * cluster : 4) {
+      float2 value[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float* from = sums + (half * kN + column) * kSumPitch + 2 * lane;
-      if (cluster == 1) {
-        value[half] = *reinterpret_cast<const float2*>(from);
-      } else {  // of every thread block of the cluster, in their order
-        value[half] = make_float2(0.0f, 0.0f);
+      for (int half = 0; half < 2; ++half) {
+        const float* from = sums + (half * kN + column) * kSumPitch + 2 * lane;
+        if constexpr (!decltype(shared)::value) {
+          value[half] = *reinterpret_cast<const float2*>(from);
+        } else {  // of every thread block of the cluster, in their order
+          value[half] = make_float2(0.0f, 0.0f);
 #pragma unroll 4
-        for (int i = 0; i < cluster; ++i) {
-          const float2 part = LoadFrom(SharedAddress(from), i);
-          value[half].x = __fadd_rn(value[half].x, part.x);
-          value[half].y = __fadd_rn(value[half].y, part.y);
+          for (int i = 0; i < cluster; ++i) {
+            const float2 part = LoadFrom(SharedAddress(from), i);
+            value[half].x = __fadd_rn(value[half].x, part.x);
+            value[half].y = __fadd_rn(value[half].y, part.y);
+          }
         }
+        const float scale = __fmul_rn(unit_scale, scales.Of(args.out, half, tile, column));
+        value[half].x = __fmul_rn(value[half].x, scale);
+        value[half].y = __fmul_rn(value[half].y, scale);
       }
-      const float scale = __fmul_rn(unit_scale, scales.Of(args.out, half, tile, column));
-      value[half].x = __fmul_rn(value[half].x, scale);
-      value[half].y = __fmul_rn(value[half].y, scale);
+      const int64_t at = lines.first + column * lines.step + row;
+      if (pair) {
+        const float weight = args.out.column_weight[tile.first + column];
+        const float2 h = {Swiglu(value[0].x, value[1].x, args.out.limit, weight),
+                          Swiglu(value[0].y, value[1].y, args.out.limit, weight)};
+        StoreTwo(args.out, y, h, true, at, row);
+      } else {
+        StoreTwo(args.out, y, value[0], args.out.y_bf16, at, row);
+        StoreTwo(args.out, y, value[1], args.out.y_bf16, at + kRows, row + kRows);
+      }
     }
-    const int64_t at = lines.first + column * lines.step + row;
-    if (pair) {
-      const float weight = args.out.column_weight[tile.first + column];
-      const float2 h = {Swiglu(value[0].x, value[1].x, args.out.limit, weight),
-                        Swiglu(value[0].y, value[1].y, args.out.limit, weight)};
-      StoreTwo(args.out, y, h, true, at, row);
-    } else {
-      StoreTwo(args.out, y, value[0], args.out.y_bf16, at, row);
-      StoreTwo(args.out, y, value[1], args.out.y_bf16, at + kRows, row + kRows);
-    }
+  };
+  if (cluster > 1) {
+    store(std::true_type());
+    SyncCluster();  // its shared memory is read until here
+  } else {
+    store(std::false_type());
   }
-  if (cluster > 1) SyncCluster();  // its shared memory is read until here
 }
 
 }  // namespace tile

@@ -129,7 +129,7 @@ __device__ __forceinline__ void Promote(float (&sum)[kN / 2], const float (&part
 
 // Halves whose products are on their way together: both, while there are registers for them.
 template <int kN>
-constexpr int kTogether = kN <= 80 ? 2 : 1;
+constexpr int kAtOnce = kN <= 80 ? 2 : 1;
 
 template <WeightForm kForm, bool kMany, int kN>
 __device__ __forceinline__ void MultiplyFp8(const Args& args, Feed<kForm, true, kMany>& feed,
@@ -159,16 +159,16 @@ __device__ __forceinline__ void MultiplyFp8(const Args& args, Feed<kForm, true, 
     }
     const char* here = feed.Here();
     const char* const x = here + Layout::kColumnsAt;
-    const uint64_t columns = CoreMatrices(SharedAddress(x), kN * 16);
+    const uint32_t columns = SharedAddress(x);
     const float* column_scales = reinterpret_cast<const float*>(x + kStageInputs<kForm> * kN);
 #pragma unroll
     for (int k = 0; k < kBlocks; ++k) {
 #pragma unroll
-      for (int first = 0; first < 2; first += kTogether<kN>) {
-        Fp8Operand<kForm> operand[kTogether<kN>];
-        float part[kTogether<kN>][kN / 2];
+      for (int first = 0; first < 2; first += kAtOnce<kN>) {
+        Fp8Operand<kForm> operand[kAtOnce<kN>];
+        float part[kAtOnce<kN>][kN / 2];
 #pragma unroll
-        for (int i = 0; i < kTogether<kN>; ++i) {
+        for (int i = 0; i < kAtOnce<kN>; ++i) {
           const int half = first + i;
           LoadOperand<kForm>(operand[i], here + half * Layout::kRows * kRowBytes,
                              here + Layout::kScaleAt + half * Layout::kRows * kScaleBytes, row, c,
@@ -178,15 +178,16 @@ __device__ __forceinline__ void MultiplyFp8(const Args& args, Feed<kForm, true, 
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
 #pragma unroll
-          for (int i = 0; i < kTogether<kN>; ++i) {
-            Wgmma<kN, true>::Run(part[i], operand[i].a[step], columns + (4 * k + step) * 2 * kN,
+          for (int i = 0; i < kAtOnce<kN>; ++i) {
+            Wgmma<kN, true>::Run(part[i], operand[i].a[step],
+                                 CoreMatrices(columns + (4 * k + step) * 32 * kN, kN * 16),
                                  step > 0);
           }
         }
         WgmmaCommit();
         WgmmaWait<0>();
 #pragma unroll
-        for (int i = 0; i < kTogether<kN>; ++i) {
+        for (int i = 0; i < kAtOnce<kN>; ++i) {
           Promote<kForm, kN>(sum[first + i], part[i], operand[i].scale, column_scales + k * kN, c);
         }
       }

@@ -17,7 +17,11 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kColumns = 8;
+constexpr int kTokens = 8;           // whose x a thread block lays out
 constexpr int kPrepareWarps = 2048;  // that lay out x, if there is so much
+constexpr int kFullGrid = 128;       // thread blocks that keep the memory busy
+constexpr int kWideBlocks = 66;      // of 256 rows and a tile, that keep half of the chip busy
+constexpr int kNarrowBlocks = 200;   // of 128 rows and a narrow tile, that run at once
 
 struct Args {
   const uint8_t* weight[2];
@@ -107,16 +111,17 @@ __global__ void __launch_bounds__(32 * kWarps) AnyGemmKernel(const __grid_consta
 
 // x [tokens, groups, inputs] into tiles of `width` tokens.
 template <WeightForm kForm>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(32 * kTokens)
     PrepareKernel(const __grid_constant__ LinearParams params, int width, int64_t padded,
-                  bool fp8_mma, int parts, char* out, float* column_scale) {
+                  bool fp8_mma, unsigned parts, char* out, float* column_scale) {
   LetNextBegin();
-  // A warp per row, or per part of one.
-  const int64_t task = int64_t{blockIdx.x} * 8 + threadIdx.x / 32;
-  const int64_t line = task / parts;  // token * groups + group
-  const int part = static_cast<int>(task % parts);
-  if (line >= params.t * params.groups) return;
-  const int64_t token = line / params.groups, group = line % params.groups;
+  // A warp per row, or per part of one: eight tokens of a group, whose columns lie side by side.
+  const unsigned block = blockIdx.x / parts, groups = static_cast<unsigned>(params.groups);
+  const int part = static_cast<int>(blockIdx.x % parts);
+  const int64_t group = block % groups;
+  const int64_t token = int64_t{block / groups} * kTokens + threadIdx.x / 32;
+  if (token >= params.t) return;
+  const int64_t line = token * params.groups + group;
   const int64_t first = (token / width * params.groups + group) * width;
   const int column = static_cast<int>(token % width);
   const void* row =
@@ -139,12 +144,12 @@ __global__ void __launch_bounds__(256)
 template <WeightForm kForm>
 cudaError_t Prepare(const LinearParams& params, int width, int64_t padded, bool fp8_mma, char* out,
                     float* column_scale, cudaStream_t stream) {
-  const int64_t lines = params.t * params.groups;
-  if (lines > int64_t{INT32_MAX} * 8) return cudaErrorInvalidConfiguration;
   const int64_t most = std::max<int64_t>(1, padded / (kBatch * kWarpChunk));
-  const int parts = static_cast<int>(std::clamp<int64_t>(kPrepareWarps / lines, 1, most));
-  PrepareKernel<kForm><<<static_cast<unsigned>((lines * parts + 7) / 8), 256, 0, stream>>>(
-      params, width, padded, fp8_mma, parts, out, column_scale);
+  const int64_t parts = std::clamp<int64_t>(kPrepareWarps / (params.t * params.groups), 1, most);
+  const int64_t blocks = (params.t + kTokens - 1) / kTokens * params.groups * parts;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  PrepareKernel<kForm><<<static_cast<unsigned>(blocks), 32 * kTokens, 0, stream>>>(
+      params, width, padded, fp8_mma, static_cast<unsigned>(parts), out, column_scale);
   return cudaGetLastError();
 }
 
@@ -170,6 +175,21 @@ cudaError_t LaunchAny(const TileGemm& gemm, cudaStream_t stream) {
 }
 
 }  // namespace
+
+int64_t TileGemmRowBlocks(const TileGemm& gemm) {
+  const int rows = gemm.store == Store::kSwiglu ? 64 : 128;
+  return (gemm.rows + rows - 1) / rows * gemm.groups;
+}
+
+int TileGemmSplit(const TileGemm& gemm) {
+  const int stage_inputs = gemm.form == WeightForm::kBf16  ? 64
+                           : gemm.form == WeightForm::kFp8 ? 128
+                                                           : 256;
+  const int64_t stages = gemm.inputs / stage_inputs, blocks = TileGemmRowBlocks(gemm);
+  int parts = 1;
+  while (gemm.split && parts < 8 && blocks * parts < kFullGrid && stages >= 4 * parts) parts *= 2;
+  return parts;
+}
 
 bool HopperTakes(const TileGemm& gemm) {
 #ifdef DSV4_SM90
@@ -211,25 +231,33 @@ cudaError_t RunTileGemm(const TileGemm& gemm, cudaStream_t stream) {
 
 cudaError_t LinearTiles(WeightForm form, const LinearParams& params, cudaStream_t stream,
                         const LinearParams* other) {
-  // Narrow tiles where there are few tokens, or too few rows to keep the chip busy with wide ones.
-  int width = TileWidth(static_cast<int>(std::min<int64_t>(params.t, kMaxTileWidth)));
+  // The inputs are shared where wide tiles would not keep the chip busy: what a token gets depends
+  // on that, not on the width of tiles. Narrow ones serve few tokens, and the smallest weights.
   const int64_t wide_blocks =
       (params.n + 255) / 256 * ((params.t + kMaxTileWidth - 1) / kMaxTileWidth);
-  const bool few = params.regime == Regime::kDecode ||
-                   (params.regime == Regime::kAuto && (width <= kFewWidth || wide_blocks < 66));
-  width = few ? std::min(width, kFewWidth) : std::max(width, kFewWidth + 32);
-  const int64_t padded = (params.k + 127) / 128 * 128;
-  const int64_t tiles = (params.t + width - 1) / width * params.groups;
+  const bool prefill =
+      params.regime == Regime::kPrefill ||
+      (params.regime == Regime::kAuto && params.t > kFewWidth && wide_blocks >= kWideBlocks);
   TileGemm gemm = {};
   gemm.form = form;
   gemm.store = Store::kTokens;
+  gemm.groups = params.groups;
+  gemm.rows = params.n / params.groups;
+  gemm.inputs = params.k;
+  gemm.split = !prefill;
+  const int64_t narrow_blocks =
+      TileGemmRowBlocks(gemm) * TileGemmSplit(gemm) * ((params.t + kFewWidth - 1) / kFewWidth);
+  const bool narrow = !prefill && (params.t <= kFewWidth || narrow_blocks <= kNarrowBlocks);
+  const int width =
+      narrow ? TileWidth(static_cast<int>(std::min<int64_t>(params.t, kFewWidth)))
+             : std::max(TileWidth(static_cast<int>(std::min<int64_t>(params.t, kMaxTileWidth))),
+                        kFewWidth + 32);
+  const int64_t padded = (params.k + 127) / 128 * 128;
+  const int64_t tiles = (params.t + width - 1) / width * params.groups;
   gemm.weight[0] = gemm.weight[1] = params.weight;
   gemm.scale[0] = gemm.scale[1] = params.scale;
   gemm.global_scale[0] = gemm.global_scale[1] = params.global_scale;
   gemm.one_global_scale = true;
-  gemm.groups = params.groups;
-  gemm.rows = params.n / params.groups;
-  gemm.inputs = params.k;
   gemm.padded_inputs = padded;
   gemm.tokens = params.t;
   gemm.width = width;

@@ -59,7 +59,13 @@ struct TileGemm {
   const int32_t* tile_count;
   bool new_tiles;     // the kernel just ahead writes them
   int64_t max_tiles;  // of all groups together
+  bool split;         // thread blocks share the inputs where there are few rows
 };
+
+// Thread blocks of 128 rows, and how many share the inputs of each: as many as the shape of the
+// weights asks for, so that the order of sums does not depend on the tokens.
+int64_t TileGemmRowBlocks(const TileGemm& gemm);
+int TileGemmSplit(const TileGemm& gemm);
 
 // Whether the Hopper kernel takes these shapes and addresses.
 bool TileGemmTakes(const TileGemm& gemm);

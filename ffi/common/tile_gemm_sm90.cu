@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads<kMany>, kMany ? 1 : 3)
   extern __shared__ char raw[];
   __shared__ uint64_t barriers[2 * kMaxSlots];  // full, then empty
   __shared__ uint2 tables[kTables];
-  Unit unit = {{}, blockIdx.y, kMany ? blockIdx.x : blockIdx.x / args.cluster, blockIdx.z > 0};
+  Unit unit = {{}, blockIdx.y, blockIdx.x / args.cluster, blockIdx.z > 0};
   // The table of tiles is older than the kernel just ahead, or that kernel's.
   if (args.tiles != nullptr && args.new_tiles) WaitForPrevious();
   if (!FindTile(args.out, args.tiles, args.tile_count, unit.index, unit.tile)) return;
@@ -123,7 +123,6 @@ bool MakeMap(CUtensorMap& map, const void* data, int64_t rows, int64_t row_bytes
 constexpr int kThirdBytes = 74 << 10;  // three thread blocks share an SM
 constexpr int kHalfBytes = 112 << 10;  // two do
 constexpr int kAllBytes = 224 << 10;   // one has it
-constexpr int kFullGrid = 112;         // thread blocks that keep the memory busy
 // As many as would leave a remainder behind two on each of 132 SMs. Clusters fit less well.
 constexpr int kThreeFrom = 265, kThreeFromOfClusters = 199, kThreeTo = 528;
 
@@ -160,13 +159,7 @@ cudaError_t Launch(const TileGemm& gemm, cudaStream_t stream) {
   const unsigned weights = gemm.other_weight != nullptr ? 2 : 1;
   const int64_t block_rows = Layout::kRows * (gemm.store == Store::kSwiglu ? 1 : 2);
   const int64_t blocks = (gemm.rows + block_rows - 1) / block_rows;
-  // Few rows: thread blocks share the inputs, as many as the shape of the weights asks for, so that
-  // the order of sums does not depend on the tokens.
-  args.cluster = 1;
-  while (!kMany && args.cluster < 8 && blocks * gemm.groups * args.cluster < kFullGrid &&
-         gemm.inputs / kStageInputs<kForm> >= 4 * args.cluster) {
-    args.cluster *= 2;
-  }
+  args.cluster = TileGemmSplit(gemm);
   const int64_t grid_blocks = blocks * args.cluster * gemm.max_tiles * weights;
   const bool three = grid_blocks >= (args.cluster > 1 ? kThreeFromOfClusters : kThreeFrom) &&
                      grid_blocks <= kThreeTo;

@@ -17,7 +17,6 @@ __device__ __forceinline__ void WgmmaWait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// A descriptor; one more is 16 bytes on.
 __device__ __forceinline__ uint64_t CoreMatrices(uint32_t address, uint32_t step) {
   return static_cast<uint64_t>((address & 0x3FFFFu) >> 4) | static_cast<uint64_t>(step >> 4) << 16 |
          static_cast<uint64_t>(128 >> 4) << 32;

@@ -145,7 +145,7 @@ __device__ __forceinline__ Bases FindBases(const Args& args, const int* count, i
 }
 
 // Few pairs: a thread block per expert finds its pairs and lays out their x.
-__global__ void __launch_bounds__(kThreads) SortFewKernel(const __grid_constant__ Args args) {
+__global__ void __launch_bounds__(kThreads, 2) SortFewKernel(const __grid_constant__ Args args) {
   const MoeParams& params = args.params;
   const Work& work = args.work;
   __shared__ int count[kMaxExperts];
@@ -450,6 +450,7 @@ cudaError_t MoeCuda(const MoeParams& params, cudaStream_t stream) {
   gemm.tile_count = args.work.counts;
   gemm.max_tiles = max_tiles;
   gemm.new_tiles = true;
+  gemm.split = few;
   TileGemm down = gemm;
   down.store = Store::kSlots;
   down.new_tiles = false;
