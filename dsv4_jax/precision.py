@@ -47,7 +47,7 @@ LinearFormat = Literal[
     "nvfp4_w4a16",
 ]
 ActFormat = Literal["nvfp4", "fp8", "bfloat16"]
-Regime = Literal["decode", "prefill"]
+Regime = Literal["decode", "prefill", "exact"]
 WeightFormat = Literal["float32", "bfloat16", "fp8", "mxfp4", "nvfp4"]
 
 LINEAR_FORMATS: Final[tuple[str, ...]] = get_args(LinearFormat)
@@ -108,11 +108,14 @@ class Precision:
         q_norm: ``bfloat16`` rounds every step of the per-head query norm as the official code
             does, ``float32`` rounds once.
         streams: residual streams and every activation between ops: ``bfloat16`` | ``float32``.
-        regime: pins the kernels of the linears and experts on a GPU: ``decode`` takes tiles of up
-            to 32 tokens, whose sums two or more groups of warps share; ``prefill`` wider ones;
-            ``None`` chooses by the number of tokens in the call. Inside one regime a row has the
-            same bits whatever the call holds; on the CPU always. The ops that are not foreign
-            calls are XLA's, which picks its kernels by shape on a GPU.
+        regime: pins the kernels of the linears and experts on a GPU. ``decode``: thread blocks
+            share the inputs of a row where the weight has few rows; ``prefill``: one sums them
+            all; ``None`` chooses by the number of tokens in the call. Both multiply E4M3 by E4M3
+            on FP8 tensor cores, which keep about 14 bits of 128 inputs' sum. ``exact`` sums as
+            ``decode`` does, on BF16 tensor cores: slower for many tokens, and as exact as FP32
+            sums are. Inside one regime a row has the same bits whatever the call holds; on the
+            CPU always. The ops that are not foreign calls are XLA's, which picks its kernels by
+            shape on a GPU.
 
     Raises:
         ValueError: a field holds a value that is not among its choices, or

@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 ACTS: Final = {"bfloat16": np.int32(0), "fp8": np.int32(1), "nvfp4": np.int32(2)}
-REGIMES: Final = {None: 0, "decode": 1, "prefill": 2}
+REGIMES: Final = {None: 0, "decode": 1, "prefill": 2, "exact": 3}
 
 
 def check_linear(

@@ -39,7 +39,7 @@ def dense_linear(
         x: activations.
         weight: one row per output.
         dtype: of the result, ``float32`` or ``bfloat16``.
-        regime: of the kernel on a GPU, ``decode`` or ``prefill``; ``None``: by the number of
+        regime: of the kernel on a GPU (`Precision`); ``None``: by the number of
             tokens. A row has the same bits in every call of one regime. Without effect on the CPU,
             where it has them in every call, and on FP32 operands.
 

@@ -42,7 +42,7 @@ def fp8_linear(
         act: ``fp8`` quantises ``x`` per token and 128 inputs (``w8a8``); ``bfloat16`` rounds it
             (``w8a16``).
         dtype: of the result, ``float32`` or ``bfloat16``.
-        regime: of the kernel on a GPU, ``decode`` or ``prefill``; ``None``: by the number of
+        regime: of the kernel on a GPU (`Precision`); ``None``: by the number of
             tokens. A row has the same bits in every call of one regime. Without effect on the CPU,
             where it has them in every call.
 

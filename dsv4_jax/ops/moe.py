@@ -84,7 +84,7 @@ def moe(
         first_expert: id of the first expert of the stack; ids outside ``first_expert ..
             first_expert + e - 1`` add nothing.
         dtype: of the result: FP32, or BF16 (nearest even).
-        regime: of the kernels on a GPU, ``decode`` or ``prefill``; ``None``: by the number of picks
+        regime: of the kernels on a GPU (`Precision`); ``None``: by the number of picks
             an expert. A token has the same bits in every call of one regime. Without effect on the
             CPU and on formats without a kernel.
         power_of_two: the caller's word that every block scale of ``nvfp4_w4a8`` is zero or a power

@@ -38,7 +38,7 @@ def mxfp4_linear(
         scale: one per 32 inputs.
         act: ``fp8`` per token and 128 inputs (``w4a8``, official) or ``bfloat16`` (``w4a16``).
         dtype: of the result, ``float32`` or ``bfloat16``.
-        regime: of the kernel on a GPU, ``decode`` or ``prefill``; ``None``: by the number of
+        regime: of the kernel on a GPU (`Precision`); ``None``: by the number of
             tokens. Without effect on the CPU.
 
     Raises:

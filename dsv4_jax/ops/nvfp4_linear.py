@@ -47,7 +47,7 @@ def nvfp4_linear(
         act: ``nvfp4`` (``w4a4``), ``fp8`` per token and 128 inputs (``w4a8``) or ``bfloat16``
             (``w4a16``).
         dtype: of the result, ``float32`` or ``bfloat16``.
-        regime: of the kernel on a GPU, ``decode`` or ``prefill``; ``None``: by the number of
+        regime: of the kernel on a GPU (`Precision`); ``None``: by the number of
             tokens. A row has the same bits in every call of one regime. Without effect on the CPU,
             where it has them in every call.
 

@@ -26,8 +26,9 @@ enum class ActForm : int32_t {
 // Which kernel serves a call. A row's result is the same bits in every call of one regime.
 enum class Regime : int32_t {
   kAuto = 0,     // by the number of tokens
-  kDecode = 1,   // tiles of up to 32 tokens; thread blocks may share the inputs
-  kPrefill = 2,  // wider tiles
+  kDecode = 1,   // thread blocks share the inputs of few rows
+  kPrefill = 2,  // a thread block sums all inputs
+  kExact = 3,    // as kDecode, never on FP8 tensor cores
 };
 
 struct LinearParams {

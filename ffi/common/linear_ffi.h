@@ -73,10 +73,10 @@ inline ffi::Error CheckLinearAttributes(const LinearOperands& in, int32_t act, i
                    (in.form == WeightForm::kNvfp4 ? ", 1 (fp8) or 2 (nvfp4)" : " or 1 (fp8)") +
                    ", got " + std::to_string(act));
   }
-  if (regime < 0 || regime > static_cast<int32_t>(Regime::kPrefill)) {
+  if (regime < 0 || regime > static_cast<int32_t>(Regime::kExact)) {
     return InvalidArgument(in.op,
-                           "regime must be 0 (by the number of tokens), 1 (decode) or 2 (prefill), "
-                           "got " +
+                           "regime must be 0 (by the number of tokens), 1 (decode), 2 (prefill) or "
+                           "3 (exact), got " +
                                std::to_string(regime));
   }
   params.act = static_cast<ActForm>(act);

@@ -39,8 +39,9 @@ __device__ float Decoded(const Args& args, int half, int64_t row, int64_t k) {
   if constexpr (kForm == WeightForm::kBf16) {
     return Bf16ToFloat(reinterpret_cast<const uint16_t*>(args.weight[half])[at]);
   } else if constexpr (kForm == WeightForm::kFp8) {
-    return __fmul_rn(DecodeE4m3(args.weight[half][at]),
-                     DecodeUe8m0(args.scale[half][row / 128 * args.scale_columns + k / 128]));
+    return RoundBf16(
+        __fmul_rn(DecodeE4m3(args.weight[half][at]),
+                  DecodeUe8m0(args.scale[half][row / 128 * args.scale_columns + k / 128])));
   } else {
     const uint32_t code = args.weight[half][at / 2] >> at % 2 * 4 & 0xFu;
     const float magnitude = E2m1Magnitude(code);
@@ -263,7 +264,8 @@ cudaError_t LinearTiles(WeightForm form, const LinearParams& params, cudaStream_
   gemm.width = width;
   gemm.max_tiles = tiles;
   const bool fp8 = form == WeightForm::kFp8 || form == WeightForm::kMxfp4;
-  gemm.fp8_mma = fp8 && params.act == ActForm::kFp8 && HopperTakes(gemm);
+  gemm.fp8_mma =
+      fp8 && params.act == ActForm::kFp8 && params.regime != Regime::kExact && HopperTakes(gemm);
   char* const x = static_cast<char*>(params.scratch);
   float* const scales =
       reinterpret_cast<float*>(x + tiles * width * ColumnBytes(gemm.fp8_mma, padded));

@@ -420,8 +420,7 @@ cudaError_t MoeCuda(const MoeParams& params, cudaStream_t stream) {
   args.padded_d = Padded(params.d);
   args.padded_inter = Padded(params.inter);
   // Few tokens an expert: narrow tiles, and the memory is what counts.
-  const bool few = params.regime == Regime::kDecode ||
-                   (params.regime == Regime::kAuto && pairs <= 28 * params.experts);
+  const bool few = params.regime != Regime::kPrefill && pairs <= 28 * params.experts;
   args.min_width = few ? 8 : kFewWidth + 32;
   args.max_width = !few ? kMaxTileWidth : pairs <= 4 * params.experts ? 16 : kFewWidth;
   const int64_t max_tiles = std::min(pairs, active + pairs / args.max_width);
@@ -450,7 +449,7 @@ cudaError_t MoeCuda(const MoeParams& params, cudaStream_t stream) {
   gemm.tile_count = args.work.counts;
   gemm.max_tiles = max_tiles;
   gemm.new_tiles = true;
-  gemm.split = few;
+  gemm.split = few || params.regime == Regime::kDecode || params.regime == Regime::kExact;
   TileGemm down = gemm;
   down.store = Store::kSlots;
   down.new_tiles = false;
@@ -463,8 +462,8 @@ cudaError_t MoeCuda(const MoeParams& params, cudaStream_t stream) {
   down.x = args.work.h_tiles;
   down.column_scale = params.act == ActForm::kNvfp4 ? args.work.h_scale : nullptr;
   down.y = args.work.y;
-  const bool fp8 =
-      params.act == ActForm::kFp8 && (params.form == WeightForm::kMxfp4 || params.power_of_two);
+  const bool fp8 = params.act == ActForm::kFp8 && params.regime != Regime::kExact &&
+                   (params.form == WeightForm::kMxfp4 || params.power_of_two);
   gemm.fp8_mma = args.fp8_mma[0] = fp8 && HopperTakes(gemm);
   down.fp8_mma = args.fp8_mma[1] = fp8 && HopperTakes(down);
 

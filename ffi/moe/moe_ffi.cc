@@ -65,9 +65,10 @@ ffi::Error CheckAttributes(const Attributes& a) {
     return InvalidArgument(kOp, "act must be 0 (BF16), 1 (FP8) or, for NVFP4, 2 (NVFP4), got " +
                                     std::to_string(a.act));
   }
-  if (a.regime < 0 || a.regime > 2) {
-    return InvalidArgument(
-        kOp, "regime must be 0 (any), 1 (decode) or 2 (prefill), got " + std::to_string(a.regime));
+  if (a.regime < 0 || a.regime > static_cast<int32_t>(Regime::kExact)) {
+    return InvalidArgument(kOp,
+                           "regime must be 0 (any), 1 (decode), 2 (prefill) or 3 (exact), got " +
+                               std::to_string(a.regime));
   }
   if (a.power_of_two < 0 || a.power_of_two > (form == WeightForm::kNvfp4 && a.act == 1)) {
     return InvalidArgument(kOp, "power_of_two must be 0 or, for NVFP4 with act 1 (FP8), 1, got " +

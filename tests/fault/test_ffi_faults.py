@@ -598,7 +598,7 @@ SHAPES: list[tuple[str, str, Mutation, str]] = [
     ("moe", "form-unknown", attributes(form=np.int32(4)), r"form must be 2 .*or 3 .*got 4"),
     ("moe", "act-nvfp4", attributes(act=np.int32(2)), "act must be 0 .* got 2"),
     ("moe", "act-negative", attributes(act=np.int32(-1)), "act must be 0 .* got -1"),
-    ("moe", "regime", attributes(regime=np.int32(3)), "regime must be 0 .* or 2 .*got 3"),
+    ("moe", "regime", attributes(regime=np.int32(4)), "regime must be 0 .* or 3 .*got 4"),
     ("moe", "regime-negative", attributes(regime=np.int32(-1)), "regime must be 0 .*got -1"),
     (
         "moe",
@@ -696,7 +696,7 @@ def _linear_faults(op: str) -> list[tuple[str, str, Mutation, str]]:
             ("scratch-dtype", result(1, "33536", BF16), "scratch must be uint8, got bfloat16"),
             ("scratch-size", result(1, "33535", U8), r"scratch must be \[at least 33536\], got"),
             ("scratch-rank", result(1, "2 33536", U8), r"scratch must be .*got \[2, 33536\]"),
-            ("regime", attributes(regime=np.int32(3)), "regime must be 0 .* or 2 .*got 3"),
+            ("regime", attributes(regime=np.int32(4)), "regime must be 0 .* or 3 .*got 4"),
             ("regime-negative", attributes(regime=np.int32(-1)), "regime must be .*got -1"),
             ("operands-too-few", first(operands=len(call.operands) - 1), number),
             ("operands-none", first(operands=0), LAYER),

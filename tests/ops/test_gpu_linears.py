@@ -45,7 +45,7 @@ FORMS = [
     "nvfp4_w4a8",
     "nvfp4_w4a16",
 ]
-REGIMES = ("decode", "prefill")
+REGIMES = ("decode", "prefill", "exact")
 
 SHAPES = {
     "one-block": (8, 32, 1),
@@ -53,6 +53,7 @@ SHAPES = {
     "groups": (256, 512, 4),
     "flash-wkv": (512, 4096, 1),
     "pro-wo_b-inputs": (136, 16384, 1),
+    "shared-inputs": (2048, 2048, 1),  # wide tiles whose inputs several thread blocks share
 }
 TOKENS = (1, 5, 40, 130)
 """One; less than eight; between; more than a tile of 128."""
@@ -126,7 +127,7 @@ def test_linear(form: str, shape: str) -> None:
             assert_same_bits(again[0][key], y, f"{key} again")
     for (t, regime), y in wide.items():
         what = f"{form} {shape} t={t} {regime}"
-        fp8_sums = act_format(form) == "fp8"
+        fp8_sums = act_format(form) == "fp8" and regime != "exact"
         scaled = relative(f64(y).reshape(t, n), x[:t]).astype(np.float32)
         products.assert_product(scaled, want[:t], what, fp8=fp8_sums)
         if regime != "auto":
@@ -149,7 +150,8 @@ def test_float32_activations(form: str) -> None:
             want = f64(x) @ f64(leaves["weight"]).T
         else:
             want = exact(form, x, leaves)
-        products.assert_product(got, want, f"{form} {regime}", fp8=act_format(form) == "fp8")
+        fp8_sums = act_format(form) == "fp8" and regime != "exact"
+        products.assert_product(got, want, f"{form} {regime}", fp8=fp8_sums)
 
 
 def test_static_activation_scale() -> None:
@@ -404,6 +406,17 @@ def test_a_token_depends_on_no_other(form: str, t: int) -> None:
     x2[4:], idx2[4:], weight2[4:] = np.nan, 77, np.inf
     valid = np.arange(t) < 4
     assert_same_bits(run(x2, idx2, weight2, valid)[:4], clean[:4], "padding")
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("form", EXPERT_FORMS)
+def test_experts_in_every_regime(form: str, regime: str) -> None:
+    """Few and many tokens: the first three keep every bit."""
+    run = experts(form, "small")
+    x, idx, weight = run.inputs(300, seed=6)
+    got = run(x, idx, weight, regime=regime)
+    products.assert_experts(got, run.exact(x, idx, weight), form, f"{form} {regime}")
+    assert_same_bits(run(x[:3], idx[:3], weight[:3], regime=regime), got[:3])
 
 
 @pytest.mark.parametrize("form", ["mxfp4_w4a8", "nvfp4_w4a16"])

@@ -20,8 +20,12 @@ THREE = 3
 
 @functools.cache
 def golden_model(preset: str = "official", **overrides: Any) -> tuple[DeepseekV4, Any]:
-    """The whole golden model, MTP included, in a preset with some fields replaced."""
-    precision = dataclasses.replace(Precision.preset(preset), **overrides)
+    """The whole golden model, MTP included, in a preset with some fields replaced.
+
+    In FP32 sums, on a GPU too.
+    """
+    precision = Precision.preset(preset)
+    precision = dataclasses.replace(precision, **{"regime": "exact", **overrides})
     return dsv4_jax.from_checkpoint(TINY, precision=precision, mtp=True, progress=False)
 
 
