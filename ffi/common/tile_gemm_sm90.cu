@@ -1,10 +1,11 @@
 // A thread block multiplies 128 (or 256) rows of weights by one tile of columns.
 //
 // Weights are the rows of the MMA (M), tokens its columns (N), so that a few tokens waste nothing.
-// A ring of stages is kept full: 128 bytes of every row by the tensor copy engine, scales, and the
-// tile's x, already laid out. A warpgroup decodes weights in registers, for one block of 64 rows
-// while the tensor cores work on another. Sums are in order of the inputs whatever the tile's
-// width, so that a column is the same bits in any tile.
+// A warp keeps a ring of stages full: 128 bytes of every row by the tensor copy engine, scales, and
+// the tile's x, already laid out. A warpgroup decodes weights in registers, for one block of 64
+// rows while the tensor cores work on another. Where weights have few rows, a cluster of thread
+// blocks shares their inputs, and adds its sums in the end. Sums are in order of the inputs
+// whatever the tile's width, so that a column is the same bits in any tile.
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -27,7 +28,6 @@ constexpr int kThreads = kMany ? 3 * 128 : 128 + 32;
 template <WeightForm kForm, bool kFp8Mma, bool kMany>
 __global__ void __launch_bounds__(kThreads<kMany>, kMany ? 1 : 3)
     TileGemmKernel(const __grid_constant__ Args args) {
-  using Layout = Stage<kForm, kFp8Mma, kMany>;
   extern __shared__ char raw[];
   __shared__ uint64_t barriers[2 * kMaxSlots];  // full, then empty
   __shared__ uint2 tables[kTables];

@@ -376,7 +376,9 @@ def test_every_leaf_is_donated_and_written_in_place(preset: str) -> None:
     assert copied_leaves(decode(preset), cache_of(preset)) == []
 
 
-@pytest.mark.parametrize(("regime", "number"), [(None, 0), ("decode", 1), ("prefill", 2), ("exact", 3)])
+@pytest.mark.parametrize(
+    ("regime", "number"), [(None, 0), ("decode", 1), ("prefill", 2), ("exact", 3)]
+)
 def test_the_regime_reaches_every_product(regime: Any, number: int) -> None:
     model = flash("nvfp4")
     model = model.clone(precision=dataclasses.replace(model.precision, regime=regime))

@@ -206,8 +206,9 @@ def test_power_of_two_block_scales(linear: str, inter: int, dim: int) -> None:
     want = exact(x, idx, weight, np.ones(21), experts.leaves, linear)
     got = experts(x, idx, weight)
     assert rel_l2(got, want) < ROUNDED_REL
-    if linear == "nvfp4_w4a8":  # said so: on the CPU the same
-        assert_same_bits(experts(x, idx, weight, power_of_two=True), got)
+    if linear == "nvfp4_w4a8":  # said so: the same, where sums are exact
+        got = experts(x, idx, weight, regime="exact")
+        assert_same_bits(experts(x, idx, weight, power_of_two=True, regime="exact"), got)
 
 
 @pytest.mark.parametrize("linear", KERNEL_FORMATS)
