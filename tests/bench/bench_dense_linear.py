@@ -1,15 +1,17 @@
 """dense_linear at the shapes of Flash and Pro; run with ``-m bench``, or parts of it as a program.
 
-Beside it XLA's BF16 product, at the shapes of the quantised weights as well.
+Beside it XLA's BF16 product, at the shapes of the quantised weights as well. Rows ``.._x2`` are two
+weights in one call (`dense_linears`).
 """
 
-import functools
 import sys
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import pytest
 
-from dsv4_jax.ops.dense_linear import dense_linear
+from dsv4_jax.ops.dense_linear import dense_linear, dense_linears
 from tests.bench import linears, timing
 
 pytestmark = [pytest.mark.bench, pytest.mark.gpu]
@@ -24,8 +26,19 @@ def cases(rows: list[linears.Row], tokens: Sequence[int] = linears.TOKENS) -> li
 MOST_HEAD_TOKENS = 256
 CASES = cases(linears.DENSE)
 EVERY = cases(linears.DENSE, linears.MORE_TOKENS)
-BASELINES = linears.baseline_cases(cases([*linears.DENSE, *linears.QUANTIZED]))
-measure = functools.partial(linears.measure, dense_linear)
+BASELINES = linears.baseline_cases(
+    cases([*(row for row in linears.DENSE if row.weights == 1), *linears.QUANTIZED])
+)
+
+
+def _several(x: jax.Array, *weights: jax.Array, dtype: Any) -> tuple[jax.Array, ...]:
+    return dense_linears(x, weights, dtype=dtype)
+
+
+def measure(case: linears.Case, **settings: Any) -> timing.Result:
+    """One line."""
+    op = _several if case.row.weights > 1 else dense_linear
+    return linears.measure("dense_linear", op, case, **settings)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

@@ -23,7 +23,7 @@ ALL_FORMS = ["fp8_w8a8", "fp8_w8a16"]
 CASES = linears.linear_cases(linears.QUANTIZED, forms)
 EVERY = linears.linear_cases(linears.QUANTIZED, lambda _: ALL_FORMS, linears.MORE_TOKENS)
 BASELINES = linears.baseline_cases(CASES)
-measure = functools.partial(linears.measure, fp8_linear)
+measure = functools.partial(linears.measure, "fp8_linear", fp8_linear)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

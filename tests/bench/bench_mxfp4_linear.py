@@ -19,7 +19,7 @@ ALL_FORMS = ["mxfp4_w4a8", "mxfp4_w4a16"]
 CASES = linears.linear_cases(ROWS, lambda _: ["mxfp4_w4a8"])
 EVERY = linears.linear_cases(linears.QUANTIZED, lambda _: ALL_FORMS, linears.MORE_TOKENS)
 BASELINES = linears.baseline_cases(CASES)
-measure = functools.partial(linears.measure, mxfp4_linear)
+measure = functools.partial(linears.measure, "mxfp4_linear", mxfp4_linear)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

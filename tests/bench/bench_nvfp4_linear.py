@@ -24,7 +24,7 @@ ALL_FORMS = ["nvfp4_w4a4", "nvfp4_w4a8", "nvfp4_w4a16"]
 CASES = linears.linear_cases(linears.QUANTIZED, forms)
 EVERY = linears.linear_cases(linears.QUANTIZED, lambda _: ALL_FORMS, linears.MORE_TOKENS)
 BASELINES = linears.baseline_cases(CASES)
-measure = functools.partial(linears.measure, nvfp4_linear)
+measure = functools.partial(linears.measure, "nvfp4_linear", nvfp4_linear)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

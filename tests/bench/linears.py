@@ -66,13 +66,14 @@ _begin = time.monotonic()
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One weight of a model."""
+    """One weight of a model, or several of the same shape in one call."""
 
     model: str
     name: str
-    n: int
+    n: int  # of all weights
     k: int
     groups: int = 1
+    weights: int = 1
 
 
 def _rows(model: str, d: int, q: int, heads: int, groups: int, inter: int) -> list[Row]:
@@ -93,6 +94,11 @@ DENSE = [
     for model, d in (("flash", 4096), ("pro", 7168))
     # wkv or wgate of a compressor: CSA keeps two halves.
     for name, n in (("csa", 1024), ("csa_index", 256), ("hca", 512), ("head", 129280))
+]
+DENSE += [
+    dataclasses.replace(row, name=f"{row.name}_x2", n=2 * row.n, weights=2)  # wkv and wgate
+    for row in DENSE
+    if row.name != "head"
 ]
 LARGEST = ("wq_b", "wo_b", "head")
 """Rows that baselines and second contracts are run on unless others are asked for."""
@@ -252,36 +258,48 @@ def poisoned(shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jax.device_put(data.view(dtype))
 
 
-def measure(op: Op, case: Case, **settings: Any) -> timing.Result:
-    """One line of a linear's benchmark: of ``op``, or for an ``xla_`` form of its `baseline`."""
-    ours = not case.form.startswith("xla_")
+def measure(name: str, op: Op, case: Case, **settings: Any) -> timing.Result:
+    """One line of a linear's benchmark: of ``op``, or for an ``xla_`` form of its `baseline`.
+
+    With several weights ``op`` takes and returns as many.
+    """
+    ours, count = not case.form.startswith("xla_"), case.row.weights
+    part = dataclasses.replace(case.row, n=case.row.n // count, weights=1)
     act = {} if case.storage == "bfloat16" else {"act": case.act}
     function = functools.partial(op, dtype=case.dtype, **act) if ours else baseline(case)
-    weights = _weights(case.row, case.storage)
+    weights = _weights(part, case.storage)
     sets = max(len(weights), timing.FEWEST_SETS)
     different = sets if case.t < FEW_X_TOKENS else 2
     hosts = [_x(case, i) for i in range(different)]
     xs = jax.device_put(hosts)
     names = support.leaves_of(case.storage)
     groups = (case.row.groups,) if case.row.groups > 1 else ()
-    shape = (case.t, *groups, case.row.n // case.row.groups)
+    shape = (case.t, *groups, part.n // part.groups)
 
-    def run(carry: jax.Array, *inputs: jax.Array) -> jax.Array:
+    def chosen(i: int) -> list[int]:
+        return [(i * count + p) % len(weights) for p in range(count)]
+
+    def run(carry: Any, *inputs: jax.Array) -> Any:
         return function(*inputs) if ours else function(timing.held(carry), *inputs)
 
     def make_set(i: int) -> timing.Set:
-        leaves = weights[i % len(weights)]
-        inputs = xs[i % different], *(leaves[name] for name in names)
-        return poisoned(shape, case.dtype), inputs
+        leaves = (weights[w][name] for w in chosen(i) for name in names)
+        results = tuple(poisoned(shape, case.dtype) for _ in range(count))
+        return results if count > 1 else results[0], (xs[i % different], *leaves)
+
+    def check(i: int, y: Any) -> None:
+        of_part = dataclasses.replace(case, row=part)
+        for w, result in zip(chosen(i), y if count > 1 else [y], strict=True):
+            _check(of_part, w, hosts[i % different], result)
 
     max_us, min_fraction = case.bars
     return timing.measure(
-        op.__name__,
+        name,
         case.name,
         run,
         make_set,
-        lambda i, y: _check(case, i % len(weights), hosts[i % different], y),
-        target=op.__name__ if ours else None,
+        check,
+        target=name if ours else None,
         launch_bytes=case.launch_bytes,
         bytes_at="read",
         flops=case.flops,

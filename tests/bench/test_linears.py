@@ -54,6 +54,22 @@ def test_linear_bench_at_tiny_size(form: str, baseline: bool) -> None:
 
 
 @pytest.mark.usefixtures("few_sets")
+def test_several_weights_at_tiny_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both results are looked at."""
+    case = linears.Case(linears.Row("flash", "tiny_x2", 96, 160, weights=2), "bfloat16", 3)
+    bench_dense_linear.measure(case, **TINY)
+    right = bench_dense_linear._several
+
+    def wrong(*arguments: Any, **settings: Any) -> Any:
+        first, _ = right(*arguments, **settings)
+        return first, first
+
+    monkeypatch.setattr(bench_dense_linear, "_several", wrong)
+    with pytest.raises(AssertionError, match="similarity"):
+        bench_dense_linear.measure(case, **TINY)
+
+
+@pytest.mark.usefixtures("few_sets")
 @pytest.mark.parametrize("form", [*bench_moe.FORMS, "xla_mxfp4_w4a16", "xla_nvfp4_w4a16"])
 def test_moe_bench_at_tiny_size(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bench_moe.SIZES, "tiny", (8, 64, 96))
