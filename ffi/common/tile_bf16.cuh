@@ -105,8 +105,7 @@ __device__ __forceinline__ void Multiply(const Args& args, Feed<kForm, false, kM
     for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        // Undecoded words are the operand itself: they change when no product reads them any
-        // more.
+        // Undecoded words are the operand itself: they change when no product reads them any more.
         if constexpr (kGroups == 1) {
           Load<kForm>(words[half], here + half * Layout::kRows * kRowBytes, row, c, 0);
         }

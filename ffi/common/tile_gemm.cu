@@ -183,10 +183,10 @@ int64_t TileGemmRowBlocks(const TileGemm& gemm) {
 }
 
 int TileGemmSplit(const TileGemm& gemm) {
-  const int stage_inputs = gemm.form == WeightForm::kBf16  ? 64
-                           : gemm.form == WeightForm::kFp8 ? 128
-                                                           : 256;
-  const int64_t stages = gemm.inputs / stage_inputs, blocks = TileGemmRowBlocks(gemm);
+  const int piece = gemm.form == WeightForm::kBf16  ? Weights<WeightForm::kBf16>::kPieceInputs
+                    : gemm.form == WeightForm::kFp8 ? Weights<WeightForm::kFp8>::kPieceInputs
+                                                    : FourBits::kPieceInputs;
+  const int64_t stages = gemm.inputs / (2 * piece), blocks = TileGemmRowBlocks(gemm);
   int parts = 1;
   while (gemm.split && parts < 8 && blocks * parts < kFullGrid && stages >= 4 * parts) parts *= 2;
   return parts;
@@ -249,10 +249,9 @@ cudaError_t LinearTiles(WeightForm form, const LinearParams& params, cudaStream_
   const int64_t narrow_blocks =
       TileGemmRowBlocks(gemm) * TileGemmSplit(gemm) * ((params.t + kFewWidth - 1) / kFewWidth);
   const bool narrow = !prefill && (params.t <= kFewWidth || narrow_blocks <= kNarrowBlocks);
-  const int width =
-      narrow ? TileWidth(static_cast<int>(std::min<int64_t>(params.t, kFewWidth)))
-             : std::max(TileWidth(static_cast<int>(std::min<int64_t>(params.t, kMaxTileWidth))),
-                        kFewWidth + 32);
+  const int64_t most = narrow ? kFewWidth : kMaxTileWidth;
+  int width = TileWidth(static_cast<int>(std::min(params.t, most)));
+  if (!narrow) width = std::max(width, kFewWidth + 32);
   const int64_t padded = (params.k + 127) / 128 * 128;
   const int64_t tiles = (params.t + width - 1) / width * params.groups;
   gemm.weight[0] = gemm.weight[1] = params.weight;
