@@ -75,4 +75,21 @@ cudaError_t LaunchDependent(void (*kernel)(Params), dim3 grid, int threads, int 
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
+// Clusters of a kernel that run at once on the current device.
+template <typename Params>
+cudaError_t MostClusters(void (*kernel)(Params), int threads, int shared_bytes, int cluster,
+                         int& count) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(cluster));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+}
+
 }  // namespace dsv4

@@ -192,12 +192,16 @@ int TileGemmSplit(const TileGemm& gemm) {
   return parts;
 }
 
-bool HopperTakes(const TileGemm& gemm) {
-#ifdef DSV4_SM90
+bool OnHopper() {
   int device = 0, major = 0;
-  return TileGemmTakes(gemm) && cudaGetDevice(&device) == cudaSuccess &&
+  return cudaGetDevice(&device) == cudaSuccess &&
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
          major == 9;
+}
+
+bool HopperTakes(const TileGemm& gemm) {
+#ifdef DSV4_SM90
+  return TileGemmTakes(gemm) && OnHopper();
 #else
   static_cast<void>(gemm);
   return false;

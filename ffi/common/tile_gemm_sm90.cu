@@ -6,13 +6,13 @@
 // rows while the tensor cores work on another. Where weights have few rows, a cluster of thread
 // blocks shares their inputs, and adds its sums in the end. Sums are in order of the inputs
 // whatever the tile's width, so that a column is the same bits in any tile.
-#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <type_traits>
 
+#include "common/tensor_map.h"
 #include "common/tile_bf16.cuh"
 #include "common/tile_fp8.cuh"
 #include "common/tile_gemm.h"
@@ -90,34 +90,6 @@ __global__ void __launch_bounds__(kThreads<kMany>, kMany ? 1 : 3)
       multiply(std::integral_constant<int, 32>());
     }
   }
-}
-
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-Encode TensorMapEncoder() {
-  static const Encode encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
-                                                               12000, cudaEnableDefault, &found);
-    return error == cudaSuccess && found == cudaDriverEntryPointSuccess
-               ? reinterpret_cast<Encode>(function)
-               : nullptr;
-  }();
-  return encode;
-}
-
-// Bytes [rows, row_bytes], read in boxes.
-bool MakeMap(CUtensorMap& map, const void* data, int64_t rows, int64_t row_bytes, int box_bytes,
-             int box_rows, CUtensorMapSwizzle swizzle) {
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(row_bytes), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t pitch[1] = {static_cast<cuuint64_t>(row_bytes)};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_bytes), static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t steps[2] = {1, 1};
-  return TensorMapEncoder()(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(data), sizes,
-                            pitch, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 constexpr int kThirdBytes = 74 << 10;  // three thread blocks share an SM

@@ -14,4 +14,12 @@ class LinearActivations;
 void Fp8LinearCpu(const LinearParams& params, const LinearActivations& x, int64_t first,
                   int64_t last);
 
+#ifdef DSV4_CUDA
+// Prefill on FP8 tensor cores of a Hopper GPU: whether the kernel can, and whether there is so much
+// work that it is the fastest.
+bool Fp8PrefillTakes(const LinearParams& params);
+bool Fp8PrefillPays(const LinearParams& params);
+cudaError_t Fp8PrefillSm90(const LinearParams& params, cudaStream_t stream);
+#endif
+
 }  // namespace dsv4

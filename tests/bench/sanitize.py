@@ -145,7 +145,7 @@ def _linear(
             for regime, dtype in (
                 (None, jnp.bfloat16),
                 ("decode", jnp.float32),
-                ("prefill", jnp.bfloat16),
+                ("prefill", jnp.float32 if i % 2 else jnp.bfloat16),
             ):
                 operand = jnp.asarray(x, jnp.float32 if wide else jnp.bfloat16)
                 yield op(operand, *stored, dtype=dtype, regime=regime, **settings)

@@ -277,6 +277,22 @@ def test_more_rows_and_tokens_than_a_grid() -> None:
             products.assert_product(got, want, f"n={n} t={t} {regime}")
 
 
+def test_fp8_tiles_that_thread_blocks_take_in_turn() -> None:
+    """More 128 x 128 tiles than a GPU holds at once, three stages each, the last ones cut off."""
+    n, k, t = 25_000, 384, 300
+    leaves = products.random_weight(7, "fp8", (n, k))
+    x = tokens(8, t, k)
+    got = linear("fp8_w8a8", x, leaves, regime="prefill", dtype=jnp.float32)
+    want = relative(exact("fp8_w8a8", x, leaves), x)
+    scaled = relative(f64(got), x).astype(np.float32)
+    products.assert_product(scaled, want, "fp8 in turn", fp8=True)
+    narrow = linear("fp8_w8a8", x, leaves, regime="prefill")
+    assert_same_bits(narrow, got.astype(narrow.dtype), "BF16")
+    for few in (1, 128, 129):
+        alone = linear("fp8_w8a8", x[:few], leaves, regime="prefill", dtype=jnp.float32)
+        assert_same_bits(alone, got[:few], f"rows of {few} tokens")
+
+
 # Experts: [e, inter, d], picks of a token.
 LAYERS = {
     "small": (5, 128, 256, 3),

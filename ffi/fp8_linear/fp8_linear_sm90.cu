@@ -1,0 +1,392 @@
+// Many tokens times E4M3 weights on Hopper: both sides straight from shared memory.
+//
+// Tokens are the rows of the MMA (M): two scales a lane and 128 inputs, where weights as rows would
+// need one per column. A thread block keeps to one SM and takes tile after tile of 128 tokens and
+// 128 weight rows; one thread fills a ring of stages of 128 inputs, each warpgroup multiplies 64
+// tokens. With more than 128 tokens two thread blocks form a cluster: each fetches half of the
+// weights they share. Sums are in order of the inputs, whatever the number of tokens.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "common/activations.cuh"
+#include "common/barrier.cuh"
+#include "common/bits.h"
+#include "common/tensor_map.h"
+#include "common/wgmma.cuh"
+#include "fp8_linear/fp8_linear.h"
+
+namespace dsv4 {
+namespace {
+
+constexpr int kTokens = 128, kRows = 128;  // of a tile
+constexpr int kInputs = 128;               // of a stage: a scale of x, and of the weights
+constexpr int kWarpgroups = 2;             // that multiply
+constexpr int kThreads = 128 * (kWarpgroups + 1);
+constexpr int kTileBytes = 128 * kInputs;  // of x, and of the weights
+constexpr int kStages = 6;
+constexpr int kScaleBytes = kTokens * 4;
+constexpr int kSharedBytes = kStages * (2 * kTileBytes + kScaleBytes) + 1024;
+constexpr int kFewTokens = 32;     // that the tile kernel serves by one tile
+constexpr int kTilesThatPay = 32;  // against thread blocks that share the inputs
+constexpr int kTokenTiles = 16;    // side by side, so that neighbours find x and weights in the L2
+
+struct Args {
+  CUtensorMap x, weight;
+  const float* x_scale;         // [k / 128, padded tokens]
+  const uint8_t* weight_scale;  // [ceil(n / 128), k / 128]
+  void* y;
+  int64_t padded;  // tokens
+  int t, n, k;
+  bool y_bf16;
+};
+
+// x as E4M3 [t, k], and its scales: eight tokens a thread block, a warp each.
+constexpr int kPrepareTokens = 8;
+
+__global__ void __launch_bounds__(32 * kPrepareTokens)
+    QuantizeKernel(const __grid_constant__ LinearParams params, uint8_t* codes_out, float* scales,
+                   int64_t padded) {
+  LetNextBegin();
+  const int64_t token = int64_t{blockIdx.x} * kPrepareTokens + threadIdx.x / 32;
+  if (token >= params.t) return;
+  const int lane = threadIdx.x % 32;
+  const char* row =
+      static_cast<const char*>(params.x) + token * params.k * (params.x_float32 ? 4 : 2);
+  const int64_t first = int64_t{blockIdx.y} * kBatch * kWarpChunk + lane * kChunk;
+  float v[kBatch][kChunk];
+#pragma unroll
+  for (int i = 0; i < kBatch; ++i) {
+    LoadChunk(row, params.x_float32, first + i * kWarpChunk, params.k, v[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < kBatch; ++i) {
+    const int64_t at = first + i * kWarpChunk;
+    uint16_t codes[kChunk / 2];
+    const float scale = EncodeFp8(v[i], codes);
+    if (at >= params.k) continue;
+    *reinterpret_cast<uint2*>(codes_out + token * params.k + at) =
+        make_uint2(codes[0] | static_cast<uint32_t>(codes[1]) << 16,
+                   codes[2] | static_cast<uint32_t>(codes[3]) << 16);
+    if (lane % 16 == 0) scales[at / kInputs * padded + token] = scale;
+  }
+}
+
+// Tile `index` of all: bands of kTokenTiles tiles of tokens, weights one after another in each.
+struct Place {
+  int token, row;  // the tile's first; tokens in units of a cluster's thread blocks
+
+  __device__ __forceinline__ Place(int index, int token_tiles, int row_tiles) {
+    const int in_band = kTokenTiles * row_tiles, band = index / in_band;
+    const int width = min(kTokenTiles, token_tiles - band * kTokenTiles);
+    const int at = index - band * in_band;
+    token = (band * kTokenTiles + at % width) * kTokens;
+    row = at / width * kRows;
+  }
+};
+
+__device__ __forceinline__ uint32_t AddressIn(uint32_t address, int rank) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+__device__ __forceinline__ void ArriveIn(uint32_t barrier, int rank) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(AddressIn(barrier, rank))
+               : "memory");
+}
+__device__ __forceinline__ void CopyTileToAll(uint32_t to, const CUtensorMap* map, int x, int y,
+                                              uint32_t barrier, uint16_t ranks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::"
+      "cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(ranks)
+      : "memory");
+}
+__device__ __forceinline__ void SyncCluster() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// The ring: where a stage lies, and when it turns round.
+struct Ring {
+  uint32_t shared, full, empty;
+  int slot = 0;
+  uint32_t phase = 0;
+
+  __device__ __forceinline__ uint32_t X() const { return shared + slot * 2 * kTileBytes; }
+  __device__ __forceinline__ uint32_t Weight() const { return X() + kTileBytes; }
+  __device__ __forceinline__ uint32_t Scale() const {
+    return shared + kStages * 2 * kTileBytes + slot * kScaleBytes;
+  }
+  __device__ __forceinline__ uint32_t Full() const { return full + 8 * slot; }
+  __device__ __forceinline__ uint32_t Empty() const { return empty + 8 * slot; }
+  __device__ __forceinline__ void Next() {
+    if (++slot == kStages) {
+      slot = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+template <int kCluster>
+__device__ __forceinline__ void CopyWeight(const Args& args, const Ring& ring, int input, int row,
+                                           int rank) {
+  ArriveExpecting(ring.Full(), 2 * kTileBytes + kScaleBytes);
+  if constexpr (kCluster == 1) {
+    CopyTile(ring.Weight(), &args.weight, input, row, ring.Full());
+  } else {
+    constexpr int kShare = kRows / kCluster;
+    CopyTileToAll(ring.Weight() + rank * kShare * kInputs, &args.weight, input, row + rank * kShare,
+                  ring.Full(), (1 << kCluster) - 1);
+  }
+}
+
+__device__ __forceinline__ void CopyX(const Args& args, const Ring& ring, int input, int token) {
+  CopyTile(ring.X(), &args.x, input, token, ring.Full());
+  CopyBytes(ring.Scale(), args.x_scale + input / kInputs * args.padded + token, kScaleBytes,
+            ring.Full());
+}
+
+// All copies of a thread block, by one thread. Weights do not wait for the kernel that rounds x.
+template <int kCluster>
+__device__ void FillAll(const Args& args, Ring ring, int first, int step, int tiles,
+                        int token_tiles, int row_tiles, int rank) {
+  const int stages = args.k / kInputs;
+  const int ahead = first < tiles ? min(kStages, stages) : 0;
+  {
+    const Place place(first, token_tiles, row_tiles);
+    Ring early = ring;
+    for (int i = 0; i < ahead; ++i, early.Next()) {
+      CopyWeight<kCluster>(args, early, i * kInputs, place.row, rank);
+    }
+  }
+  WaitForPrevious();
+  int copied = 0;
+  for (int index = first; index < tiles; index += step) {
+    const Place place(index, token_tiles, row_tiles);
+    const int token = place.token * kCluster + rank * kTokens;
+    for (int i = 0; i < stages; ++i, ++copied, ring.Next()) {
+      if (copied >= kStages) Wait(ring.Empty(), ring.phase ^ 1);
+      if (copied >= ahead) CopyWeight<kCluster>(args, ring, i * kInputs, place.row, rank);
+      CopyX(args, ring, i * kInputs, token);
+    }
+  }
+}
+
+__device__ __forceinline__ float LoadShared(uint32_t address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address));
+  return value;
+}
+
+// A lane's sums: rows g and g + 8 of the warp's 16, columns 8 j + 2 c and the next.
+__device__ __forceinline__ void StoreSums(const Args& args, const float (&sum)[64], int token,
+                                          int row) {
+  const int c = threadIdx.x % 4;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int line = token + 8 * r;
+    const int64_t at = int64_t{line} * args.n + row;
+#pragma unroll
+    for (int j = 0; j < kRows / 8; j += 4) {
+      if (args.y_bf16) {  // four lanes trade pairs for whole blocks of eight
+        uint32_t pairs[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const __nv_bfloat162 pair =
+              __floats2bfloat162_rn(sum[4 * (j + i) + 2 * r], sum[4 * (j + i) + 2 * r + 1]);
+          pairs[i] = reinterpret_cast<const uint32_t&>(pair);
+        }
+        Transpose<0>(pairs, c);
+        const int column = 8 * (j + c);
+        if (line < args.t && row + column < args.n) {
+          *reinterpret_cast<uint4*>(static_cast<uint16_t*>(args.y) + at + column) =
+              make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int column = 8 * (j + i) + 2 * c;
+          if (line < args.t && row + column < args.n) {
+            *reinterpret_cast<float2*>(static_cast<float*>(args.y) + at + column) =
+                make_float2(sum[4 * (j + i) + 2 * r], sum[4 * (j + i) + 2 * r + 1]);
+          }
+        }
+      }
+    }
+  }
+}
+
+// A stage's product of its own, since the tensor cores keep 14 bits of an E4M3 sum; scales go in
+// when it is added.
+struct Product {
+  float part[64];
+  float scale[2];  // of rows g and g + 8
+  uint32_t empty;  // barrier of the stage
+};
+
+__device__ __forceinline__ void Begin(Product& product, const Ring& ring, uint32_t scale_byte) {
+  const int in_tile = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+  const float weight_scale = DecodeUe8m0(scale_byte);
+  product.empty = ring.Empty();
+  Wait(ring.Full(), ring.phase);
+  const uint32_t x = ring.X() + threadIdx.x / 128 * 64 * kInputs, weight = ring.Weight();
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    product.scale[r] = __fmul_rn(LoadShared(ring.Scale() + (in_tile + 8 * r) * 4), weight_scale);
+  }
+  WgmmaFence();
+#pragma unroll
+  for (int step = 0; step < kInputs / 32; ++step) {
+    WgmmaSharedE4m3(product.part, SwizzledRows(x + step * 32), SwizzledRows(weight + step * 32),
+                    step > 0);
+  }
+  WgmmaCommit();
+}
+
+// Once its MMAs are done: the stage is free for all that fill it, and the sums grow.
+template <int kCluster>
+__device__ __forceinline__ void End(const Product& product, float (&sum)[64]) {
+  const int lane = threadIdx.x % 32;
+  if (kCluster == 1 && lane == 0) Arrive(product.empty);
+  if (kCluster > 1 && lane < kCluster) ArriveIn(product.empty, lane);
+#pragma unroll
+  for (int j = 0; j < 64; ++j)
+    sum[j] = __fmaf_rn(product.part[j], product.scale[j % 4 / 2], sum[j]);
+}
+
+// One tile by a warpgroup, two stages at a time: one is added while the tensor cores do the other.
+template <int kCluster>
+__device__ __forceinline__ void MultiplyTile(const Args& args, Ring& ring, int token, int row) {
+  const int stages = args.k / kInputs;
+  const uint8_t* scales = args.weight_scale + row / kRows * stages;
+  float sum[64] = {};
+  Product first, second;
+  for (int i = 0; i + 1 < stages; i += 2, scales += 2) {
+    const uint32_t bytes[2] = {__ldg(scales), __ldg(scales + 1)};
+    Begin(first, ring, bytes[0]);
+    ring.Next();
+    Begin(second, ring, bytes[1]);
+    ring.Next();
+    WgmmaWait<1>();
+    End<kCluster>(first, sum);
+    WgmmaWait<0>();
+    End<kCluster>(second, sum);
+  }
+  if (stages % 2 > 0) {
+    Begin(first, ring, __ldg(scales));
+    ring.Next();
+    WgmmaWait<0>();
+    End<kCluster>(first, sum);
+  }
+  const int lane = threadIdx.x % 32;
+  StoreSums(args, sum, token + threadIdx.x / 32 * 16 + lane / 4, row);
+}
+
+template <int kCluster>
+__global__ void __launch_bounds__(kThreads, 1) Fp8PrefillKernel(const __grid_constant__ Args args) {
+  extern __shared__ char raw[];
+  __shared__ uint64_t barriers[2 * kStages];  // full, then empty
+  const int rank = static_cast<int>(blockIdx.x) % kCluster;
+  Ring ring;
+  ring.shared = (SharedAddress(raw) + 1023) / 1024 * 1024;  // the swizzle's pattern
+  ring.full = SharedAddress(barriers);
+  ring.empty = ring.full + 8 * kStages;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      InitBarrier(ring.full + 8 * i, 1);
+      InitBarrier(ring.empty + 8 * i, kCluster * kWarpgroups * 4);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  if constexpr (kCluster > 1) {
+    SyncCluster();
+  } else {
+    __syncthreads();
+  }
+  // A cluster takes kCluster tiles of tokens together.
+  constexpr int kTogether = kCluster * kTokens;
+  const int token_tiles = (args.t + kTogether - 1) / kTogether;
+  const int row_tiles = (args.n + kRows - 1) / kRows, tiles = token_tiles * row_tiles;
+  const int first = static_cast<int>(blockIdx.x) / kCluster;
+  const int step = static_cast<int>(gridDim.x) / kCluster;
+  // The copying warp is one of a warpgroup that hands its registers to the others.
+  if (threadIdx.x >= 128 * kWarpgroups) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (threadIdx.x == 128 * kWarpgroups) {
+      FillAll<kCluster>(args, ring, first, step, tiles, token_tiles, row_tiles, rank);
+    }
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    for (int index = first; index < tiles; index += step) {
+      const Place place(index, token_tiles, row_tiles);
+      MultiplyTile<kCluster>(args, ring, place.token * kCluster + rank * kTokens, place.row);
+    }
+  }
+  if constexpr (kCluster > 1) SyncCluster();  // the other may still arrive here
+}
+
+int64_t Tiles(const LinearParams& params) {
+  return (params.t + kTokens - 1) / kTokens * ((params.n + kRows - 1) / kRows);
+}
+
+template <int kCluster>
+cudaError_t Launch(const Args& args, cudaStream_t stream) {
+  const auto kernel = Fp8PrefillKernel<kCluster>;
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error != cudaSuccess) return error;
+  const int64_t together = kCluster * kTokens;
+  const int64_t tiles = (args.t + together - 1) / together * ((args.n + kRows - 1) / kRows);
+  int clusters = 0;  // that run at once: SMs that have no partner may be left over
+  error = MostClusters(kernel, kThreads, kSharedBytes, kCluster, clusters);
+  if (error != cudaSuccess) return error;
+  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(tiles, clusters) * kCluster));
+  return LaunchDependent(kernel, grid, kThreads, kSharedBytes, stream, args, kCluster);
+}
+
+}  // namespace
+
+bool Fp8PrefillTakes(const LinearParams& params) {
+  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  return params.groups == 1 && params.k % kInputs == 0 && params.n % 8 == 0 &&
+         std::max({params.n, params.k, params.t + 2 * kTokens, Tiles(params)}) <= INT32_MAX &&
+         aligned(params.weight) && aligned(params.y) && aligned(params.scratch) &&
+         TensorMapEncoder() != nullptr;
+}
+
+bool Fp8PrefillPays(const LinearParams& params) {
+  return params.t > kFewTokens &&
+         Tiles(params) * std::min<int64_t>(params.t, kTokens) >= kTilesThatPay * kTokens;
+}
+
+cudaError_t Fp8PrefillSm90(const LinearParams& params, cudaStream_t stream) {
+  Args args = {};
+  args.t = static_cast<int>(params.t);
+  args.n = static_cast<int>(params.n);
+  args.k = static_cast<int>(params.k);
+  const bool many = params.t > kTokens;
+  const int64_t together = many ? 2 * kTokens : kTokens;
+  args.padded = (params.t + together - 1) / together * together;
+  uint8_t* const codes = static_cast<uint8_t*>(params.scratch);
+  float* const scales = reinterpret_cast<float*>(codes + (params.t * params.k + 15) / 16 * 16);
+  args.x_scale = scales;
+  args.weight_scale = params.scale;
+  args.y = params.y;
+  args.y_bf16 = params.y_bf16;
+  if (!MakeMap(args.x, codes, params.t, params.k, kInputs, kTokens, CU_TENSOR_MAP_SWIZZLE_128B)) {
+    return cudaErrorInvalidValue;
+  }
+  if (!MakeMap(args.weight, params.weight, params.n, params.k, kInputs, many ? kRows / 2 : kRows,
+               CU_TENSOR_MAP_SWIZZLE_128B)) {
+    return cudaErrorInvalidValue;
+  }
+  const dim3 grid(
+      static_cast<unsigned>((params.t + kPrepareTokens - 1) / kPrepareTokens),
+      static_cast<unsigned>((params.k + kBatch * kWarpChunk - 1) / (kBatch * kWarpChunk)));
+  QuantizeKernel<<<grid, 32 * kPrepareTokens, 0, stream>>>(params, codes, scales, args.padded);
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) return error;
+  return many ? Launch<2>(args, stream) : Launch<1>(args, stream);
+}
+
+}  // namespace dsv4
