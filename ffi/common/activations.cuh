@@ -15,7 +15,6 @@
 namespace dsv4 {
 
 constexpr int kChunk = 8;  // inputs a lane takes at a time
-constexpr int kWarpChunk = 32 * kChunk;
 constexpr int kBatch = 4;  // chunks of a lane on their way at a time
 
 // Largest magnitude among `kLanes` neighbouring lanes, as bits: NaN above all.
@@ -35,28 +34,70 @@ __device__ __forceinline__ uint32_t MagnitudeOf(const float (&v)[kChunk]) {
   return bits;
 }
 
-// Eight inputs of a row from `at`; zeros from `k` on.
-__device__ __forceinline__ void LoadChunk(const void* row, bool x_float32, int64_t at, int64_t k,
-                                          float (&v)[kChunk]) {
-  if (x_float32) {
-    const float* x = static_cast<const float*>(row);
+struct Chunk {
+  float v[kChunk];
+};
+
+// Inputs of any dtype at any address, zeros from `count` on. A call: inline, its code would keep
+// the usual path's from lying together in the instruction cache.
+static __device__ __noinline__ Chunk LoadPart(const void* x, bool x_float32, int64_t count) {
+  Chunk chunk;
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) v[i] = at + i < k ? __ldg(x + at + i) : 0.0f;
-    return;
+  for (int i = 0; i < kChunk; ++i) {
+    chunk.v[i] = 0.0f;
+    if (i < count) {
+      chunk.v[i] = x_float32 ? __ldg(static_cast<const float*>(x) + i)
+                             : Bf16ToFloat(__ldg(static_cast<const uint16_t*>(x) + i));
+    }
   }
-  const uint16_t* x = static_cast<const uint16_t*>(row) + at;
-  if (at + kChunk <= k && reinterpret_cast<uintptr_t>(x) % 16 == 0) {
-    const uint4 words = __ldg(reinterpret_cast<const uint4*>(x));
-    const uint32_t w[4] = {words.x, words.y, words.z, words.w};
+  return chunk;
+}
+
+// Chunks of `count[i]` inputs, all on their way together; zeros beyond. `whole`: BF16 at multiples
+// of 16 bytes, and every count a multiple of eight or less than one.
+template <int kChunks>
+__device__ __forceinline__ void LoadChunks(const char* const (&x)[kChunks],
+                                           const int64_t (&count)[kChunks], bool x_float32,
+                                           bool whole, float (&v)[kChunks][kChunk]) {
+  if (!whole) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      v[2 * i] = __uint_as_float(w[i] << 16);
-      v[2 * i + 1] = __uint_as_float(w[i] & 0xFFFF0000u);
+    for (int i = 0; i < kChunks; ++i) {
+      const Chunk part = LoadPart(x[i], x_float32, count[i]);
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) v[i][j] = part.v[j];
     }
     return;
   }
+  uint4 words[kChunks];
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) v[i] = at + i < k ? Bf16ToFloat(__ldg(x + i)) : 0.0f;
+  for (int i = 0; i < kChunks; ++i) {
+    words[i] = make_uint4(0, 0, 0, 0);
+    if (count[i] > 0) words[i] = __ldg(reinterpret_cast<const uint4*>(x[i]));
+  }
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) {
+    const uint32_t w[4] = {words[i].x, words[i].y, words[i].z, words[i].w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      v[i][2 * j] = __uint_as_float(w[j] << 16);
+      v[i][2 * j + 1] = __uint_as_float(w[j] & 0xFFFF0000u);
+    }
+  }
+}
+
+// Chunks of a row from `at`, and from every `stride` on.
+__device__ __forceinline__ void LoadBatch(const void* row, bool x_float32, int64_t at,
+                                          int64_t stride, int64_t k, float (&v)[kBatch][kChunk]) {
+  const char* x[kBatch];
+  int64_t count[kBatch];
+#pragma unroll
+  for (int i = 0; i < kBatch; ++i) {
+    const int64_t from = at + i * stride;
+    x[i] = static_cast<const char*>(row) + from * (x_float32 ? 4 : 2);
+    count[i] = k - from;
+  }
+  const bool whole = !x_float32 && k % kChunk == 0 && reinterpret_cast<uintptr_t>(row) % 16 == 0;
+  LoadChunks(x, count, x_float32, whole, v);
 }
 
 // q8 (model.md 4.5) of 128 inputs over 16 lanes: codes in pairs, the scale returned.
@@ -108,26 +149,31 @@ __device__ __forceinline__ void RoundNvfp4(float (&v)[kChunk], float global) {
   }
 }
 
-// Largest magnitude of a row, or of every `step_chunks`-th chunk of it, by a warp.
+// Rows are the work of teams of kLanes lanes: of a whole warp, or of half a warp, so that two rows
+// side by side fill the memory's sectors together. A team without a row comes along with k = 0.
+
+// Largest magnitude of a row, or of every `step_chunks`-th of a team's chunks of it.
+template <int kLanes>
 __device__ __forceinline__ uint32_t RowMagnitude(const void* row, bool x_float32, int64_t k,
                                                  int first = 0, int step_chunks = 1) {
   uint32_t largest = 0;
-  const int stride = step_chunks * kWarpChunk;
-  for (int64_t at = first * kWarpChunk + threadIdx.x % 32 * kChunk; at < k; at += kBatch * stride) {
+  const int stride = step_chunks * kLanes * kChunk;
+  const int64_t begin = (first * kLanes + threadIdx.x % kLanes) * kChunk;
+  for (int64_t at = begin; at < k; at += kBatch * stride) {
     float v[kBatch][kChunk];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) LoadChunk(row, x_float32, at + i * stride, k, v[i]);
+    LoadBatch(row, x_float32, at, stride, k, v);
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) largest = max(largest, MagnitudeOf(v[i]));
   }
-  return MaxOfLanes<32>(largest);
+  return MaxOfLanes<kLanes>(largest);
 }
 
-// One FP32 scale of a row, by a warp.
+// One FP32 scale of a row.
+template <int kLanes>
 __device__ __forceinline__ float RowScale(const void* row, bool x_float32, int64_t k,
                                           const float* act_scale) {
   if (act_scale != nullptr) return StaticGlobalScale(__ldg(act_scale));
-  return TokenGlobalScale(__uint_as_float(RowMagnitude(row, x_float32, k)));
+  return TokenGlobalScale(__uint_as_float(RowMagnitude<kLanes>(row, x_float32, k)));
 }
 
 __device__ __forceinline__ void RoundChunk(float (&v)[kChunk], ActForm act, float global) {
@@ -159,21 +205,19 @@ __device__ __forceinline__ void Transpose(uint32_t (&w)[4], int c) {
   (high ? w[1] : w[3]) = e;
 }
 
-// One row by a warp: rounded, and laid out as column `column` of a tile of `width`. Lanes that hold
-// the same four pairs of a piece's lanes c trade them for whole lines of 16 bytes.
-template <WeightForm kForm>
+// One row: rounded, and laid out as column `column` of a tile of `width`. Lanes that hold the same
+// four pairs of a piece's lanes c trade them for whole lines of 16 bytes.
+template <WeightForm kForm, int kLanes>
 __device__ __forceinline__ void StoreRow(const void* row, bool x_float32, int64_t k, int64_t padded,
                                          ActForm act, float global, int width, int column,
                                          uint16_t* tile, int first, int step_chunks) {
   constexpr int kShift = kForm == WeightForm::kBf16 ? 0 : kForm == WeightForm::kFp8 ? 1 : 2;
-  const int lane = threadIdx.x % 32, c = lane >> kShift & 3, low = lane & ((1 << kShift) - 1);
-  const int stride = step_chunks * kWarpChunk;
-  for (int64_t base = first * kWarpChunk; base < padded; base += kBatch * stride) {
+  constexpr int kTeamChunk = kLanes * kChunk;
+  const int lane = threadIdx.x % kLanes, c = lane >> kShift & 3, low = lane & ((1 << kShift) - 1);
+  const int stride = step_chunks * kTeamChunk;
+  for (int64_t base = first * kTeamChunk; base < padded; base += kBatch * stride) {
     float v[kBatch][kChunk];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      LoadChunk(row, x_float32, base + i * stride + lane * kChunk, k, v[i]);
-    }
+    LoadBatch(row, x_float32, base + lane * kChunk, stride, k, v);
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int64_t at = base + i * stride + lane * kChunk;
@@ -183,7 +227,7 @@ __device__ __forceinline__ void StoreRow(const void* row, bool x_float32, int64_
 #pragma unroll
       for (int p = 0; p < 4; ++p) pairs[p] = PairOf<kForm>(v[i], p);
       Transpose<kShift>(pairs, c);
-      if (at >= padded) continue;
+      if (at >= padded || k == 0) continue;
       constexpr int kInputs = Weights<kForm>::kPieceInputs;
       const int64_t step = at / kInputs * Weights<kForm>::kSteps + 2 * low + (c >> 1);
       const int64_t line = (2 * step + (c & 1)) * width + column;
@@ -195,20 +239,18 @@ __device__ __forceinline__ void StoreRow(const void* row, bool x_float32, int64_
 
 // The same as E4M3 codes, stage by stage followed by the columns' scales per 128 inputs, for the
 // products with E4M3 on both sides.
-template <WeightForm kForm>
+template <WeightForm kForm, int kLanes>
 __device__ __forceinline__ void StoreFp8Row(const void* row, bool x_float32, int64_t k,
                                             int64_t padded, int width, int column, uint8_t* tile,
                                             int first, int step_chunks) {
   constexpr bool kEight = kForm == WeightForm::kFp8;
   constexpr int kShift = kEight ? 1 : 2, kStage = kEight ? 128 : 256;
-  const int lane = threadIdx.x % 32, c = lane >> kShift & 3;
-  const int stride = step_chunks * kWarpChunk;
-  for (int64_t base = first * kWarpChunk; base < padded; base += kBatch * stride) {
+  constexpr int kTeamChunk = kLanes * kChunk;
+  const int lane = threadIdx.x % kLanes, c = lane >> kShift & 3;
+  const int stride = step_chunks * kTeamChunk;
+  for (int64_t base = first * kTeamChunk; base < padded; base += kBatch * stride) {
     float v[kBatch][kChunk];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      LoadChunk(row, x_float32, base + i * stride + lane * kChunk, k, v[i]);
-    }
+    LoadBatch(row, x_float32, base + lane * kChunk, stride, k, v);
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int64_t at = base + i * stride + lane * kChunk;
@@ -219,7 +261,7 @@ __device__ __forceinline__ void StoreFp8Row(const void* row, bool x_float32, int
       uint32_t words[4] = {codes[0] | static_cast<uint32_t>(codes[1]) << 16,
                            codes[2] | static_cast<uint32_t>(codes[3]) << 16, 0, 0};
       Transpose<kShift>(words, c);
-      if (at >= padded) continue;
+      if (at >= padded || k == 0) continue;
       uint8_t* const stage = tile + at / kStage * kStage / 32 * 33 * width;
       const int in = static_cast<int>(at % kStage);
       if (lane % 16 == 0) {

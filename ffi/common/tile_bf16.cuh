@@ -78,7 +78,7 @@ __device__ __forceinline__ void Multiply(const Args& args, Feed<kForm, false, kM
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       scale_rows[half] =
-          Fp8ScaleRow(args, unit.tile.group, (2 * unit.block + half) * Layout::kRows);
+          Fp8ScaleRow(args, unit.tile.group, (2 * int64_t{unit.block} + half) * Layout::kRows);
       scale_bytes[half] = __ldg(scale_rows[half] + min(feed.stage, feed.stages - 1));
     }
   }

@@ -4,7 +4,6 @@
 #include <cuda.h>
 
 #include <cstdint>
-#include <type_traits>
 
 #include "common/barrier.cuh"
 #include "common/tile_gemm.h"
@@ -51,17 +50,21 @@ struct Args {
   const int32_t* tile_count;
   int64_t inputs, scale_columns;
   bool new_tiles;
-  int cluster;  // thread blocks that share the inputs
-  int slots;    // stages in shared memory
+  int cluster_log;  // log2 of the thread blocks that share the inputs
+  int slots;        // stages in shared memory
   Output out;
   void* other_y;
 };
 
+__device__ __forceinline__ int ClusterRank(const Args& args) {
+  return static_cast<int>(blockIdx.x & ((1u << args.cluster_log) - 1));
+}
+
 // What a thread block works on: a tile times a block of rows.
 struct Unit {
   Tile tile;
-  int64_t index, block;  // of the tile, of rows
-  bool other;            // of the other weight's rows
+  unsigned index, block;  // of the tile, of rows
+  bool other;             // of the other weight's rows
 };
 
 // Copies of a stage, issued by one thread: weights of the halves, their scales, and x, which alone
@@ -83,8 +86,8 @@ __device__ __forceinline__ void Fill(const Args& args, const Unit& unit, int sta
   }
   // First row of the halves among all rows of their weights.
   const bool pair = args.out.store == Store::kSwiglu;
-  const int row =
-      static_cast<int>(tile.group * args.out.rows + unit.block * Layout::kRows * (pair ? 1 : 2));
+  const int row = static_cast<int>(tile.group * args.out.rows) +
+                  static_cast<int>(unit.block) * (pair ? 1 : 2) * Layout::kRows;
   const int second = row + (pair ? 0 : Layout::kRows);
   if (part == Part::kFirst) {
     constexpr int kScales = kFourBits<kForm> ? 2 * Layout::kRows * kScaleBytes : 0;
@@ -117,9 +120,9 @@ struct Feed {
       : args(a), unit(u), shared(memory), full(barriers), empty(barriers + 8 * kMaxSlots) {
     stage_bytes = Stage<kForm, kFp8Mma, kMany>::Bytes(args.out.width);
     const int all = static_cast<int>(args.inputs / kStageInputs<kForm>);
-    const int rank = static_cast<int>(blockIdx.x % args.cluster);
-    first = stage = all * rank / args.cluster;
-    stages = all * (rank + 1) / args.cluster;
+    const int rank = ClusterRank(args);
+    first = stage = all * rank >> args.cluster_log;
+    stages = all * (rank + 1) >> args.cluster_log;
   }
   __device__ __forceinline__ void Copy(int of, int into, Part part) const {
     Fill<kForm, kFp8Mma, kMany>(args, unit, of, SharedAddress(shared) + into * stage_bytes,
@@ -222,7 +225,7 @@ __device__ __forceinline__ void Finish(const Args& args, char* shared, float (&a
       sums[(half * kN + column) * kSumPitch + in_block + i % 4 / 2 * 8] = acc[half][i];
     }
   }
-  const int cluster = args.cluster, rank = static_cast<int>(blockIdx.x) % cluster;
+  const int cluster = 1 << args.cluster_log, rank = ClusterRank(args);
   if (cluster > 1) {
     SyncCluster();
   } else {
@@ -233,16 +236,16 @@ __device__ __forceinline__ void Finish(const Args& args, char* shared, float (&a
   const Lines lines(args.out, tile, unit.index);
   const bool pair = args.out.store == Store::kSwiglu;
   void* const y = unit.other ? args.other_y : args.out.y;
-  const int64_t row = unit.block * kRows * (pair ? 1 : 2) + warpgroup * kBlockRows + 2 * lane;
-  const auto store = [&](auto shared) {  // by a cluster, whose sums are added here
+  const int64_t row =
+      int64_t{unit.block} * kRows * (pair ? 1 : 2) + warpgroup * kBlockRows + 2 * lane;
+  const auto store = [&](bool shared) {  // by a cluster, whose sums are added here
 #pragma unroll 2
-    for (int column = 4 * rank + warp; column < tile.count;
-         column += decltype(shared)::value ? 4 * cluster : 4) {
+    for (int column = 4 * rank + warp; column < tile.count; column += shared ? 4 * cluster : 4) {
       float2 value[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float* from = sums + (half * kN + column) * kSumPitch + 2 * lane;
-        if constexpr (!decltype(shared)::value) {
+        if (!shared) {
           value[half] = *reinterpret_cast<const float2*>(from);
         } else {  // of every thread block of the cluster, in their order
           value[half] = make_float2(0.0f, 0.0f);
@@ -269,12 +272,14 @@ __device__ __forceinline__ void Finish(const Args& args, char* shared, float (&a
       }
     }
   };
-  if (cluster > 1) {
-    store(std::true_type());
-    SyncCluster();  // its shared memory is read until here
+  if constexpr (!kMany) {
+    store(cluster > 1);
+  } else if (cluster > 1) {
+    store(true);
   } else {
-    store(std::false_type());
+    store(false);
   }
+  if (cluster > 1) SyncCluster();  // its shared memory is read until here
 }
 
 }  // namespace tile

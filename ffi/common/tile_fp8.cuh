@@ -144,7 +144,7 @@ __device__ __forceinline__ void MultiplyFp8(const Args& args, Feed<kForm, true, 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       scale_rows[half] =
-          Fp8ScaleRow(args, unit.tile.group, (2 * unit.block + half) * Layout::kRows);
+          Fp8ScaleRow(args, unit.tile.group, (2 * int64_t{unit.block} + half) * Layout::kRows);
       scale_bytes[half] = __ldg(scale_rows[half] + min(feed.stage, feed.stages - 1));
     }
   }

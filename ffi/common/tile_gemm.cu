@@ -17,11 +17,11 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kColumns = 8;
-constexpr int kTokens = 8;           // whose x a thread block lays out
-constexpr int kPrepareWarps = 2048;  // that lay out x, if there is so much
-constexpr int kFullGrid = 128;       // thread blocks that keep the memory busy
-constexpr int kWideBlocks = 66;      // of 256 rows and a tile, that keep half of the chip busy
-constexpr int kNarrowBlocks = 200;   // of 128 rows and a narrow tile, that run at once
+constexpr int kPrepareThreads = 256;
+constexpr int kTeams = 4096;        // that lay out x, if there is so much
+constexpr int kFullGrid = 128;      // thread blocks that keep the memory busy
+constexpr int kWideBlocks = 66;     // of 256 rows and a tile, that keep half of the chip busy
+constexpr int kNarrowBlocks = 200;  // of 128 rows and a narrow tile, that run at once
 
 struct Args {
   const uint8_t* weight[2];
@@ -110,48 +110,74 @@ __global__ void __launch_bounds__(32 * kWarps) AnyGemmKernel(const __grid_consta
   }
 }
 
+// Lanes that lay out a token's x: half a warp, a whole one where it first looks for the largest.
+template <ActForm kAct>
+constexpr int kTeam = kAct == ActForm::kNvfp4 ? 32 : 16;
+template <ActForm kAct>
+constexpr int kPrepareTokens = kPrepareThreads / kTeam<kAct>;
+
 // x [tokens, groups, inputs] into tiles of `width` tokens.
-template <WeightForm kForm>
-__global__ void __launch_bounds__(32 * kTokens)
-    PrepareKernel(const __grid_constant__ LinearParams params, int width, int64_t padded,
-                  bool fp8_mma, unsigned parts, char* out, float* column_scale) {
+template <WeightForm kForm, ActForm kAct, bool kFp8Mma>
+__global__ void __launch_bounds__(kPrepareThreads)
+    PrepareKernel(const __grid_constant__ LinearParams params, unsigned width, int64_t padded,
+                  unsigned parts, char* out, float* column_scale) {
   LetNextBegin();
-  // A warp per row, or per part of one: eight tokens of a group, whose columns lie side by side.
+  // A team per row, or per part of one: tokens of a group, whose columns lie side by side.
   const unsigned block = blockIdx.x / parts, groups = static_cast<unsigned>(params.groups);
-  const int part = static_cast<int>(blockIdx.x % parts);
-  const int64_t group = block % groups;
-  const int64_t token = int64_t{block / groups} * kTokens + threadIdx.x / 32;
-  if (token >= params.t) return;
-  const int64_t line = token * params.groups + group;
-  const int64_t first = (token / width * params.groups + group) * width;
-  const int column = static_cast<int>(token % width);
+  const int part = static_cast<int>(blockIdx.x - block * parts);
+  const unsigned tokens = block / groups, group = block - tokens * groups;
+  const unsigned token = tokens * kPrepareTokens<kAct> + threadIdx.x / kTeam<kAct>;
+  const int64_t k = token < params.t ? params.k : 0;
+  if (!__any_sync(0xFFFFFFFFu, k > 0)) return;
+  const unsigned token_tile = token / width;
+  const int column = static_cast<int>(token - token_tile * width);
+  const int64_t line = int64_t{token} * groups + group;
+  const int64_t first = (int64_t{token_tile} * groups + group) * width;
   const void* row =
       static_cast<const char*>(params.x) + line * params.k * (params.x_float32 ? 4 : 2);
   float global = 1.0f;
-  if (params.act == ActForm::kNvfp4) {
-    global = RowScale(row, params.x_float32, params.k, params.act_scale);
-    if (part == 0 && threadIdx.x % 32 == 0) column_scale[first + column] = global;
+  if constexpr (kAct == ActForm::kNvfp4) {
+    global = RowScale<kTeam<kAct>>(row, params.x_float32, k, params.act_scale);
+    if (part == 0 && threadIdx.x % kTeam<kAct> == 0 && k > 0) column_scale[first + column] = global;
   }
-  char* const tile = out + first * ColumnBytes(fp8_mma, padded);
-  if (fp8_mma) {
-    StoreFp8Row<kForm>(row, params.x_float32, params.k, padded, width, column,
-                       reinterpret_cast<uint8_t*>(tile), part, parts);
+  char* const tile = out + first * ColumnBytes(kFp8Mma, padded);
+  if constexpr (kFp8Mma) {
+    StoreFp8Row<kForm, kTeam<kAct>>(row, params.x_float32, k, padded, width, column,
+                                    reinterpret_cast<uint8_t*>(tile), part, parts);
   } else {
-    StoreRow<kForm>(row, params.x_float32, params.k, padded, params.act, global, width, column,
-                    reinterpret_cast<uint16_t*>(tile), part, parts);
+    StoreRow<kForm, kTeam<kAct>>(row, params.x_float32, k, padded, kAct, global, width, column,
+                                 reinterpret_cast<uint16_t*>(tile), part, parts);
   }
 }
 
-template <WeightForm kForm>
-cudaError_t Prepare(const LinearParams& params, int width, int64_t padded, bool fp8_mma, char* out,
+template <WeightForm kForm, ActForm kAct, bool kFp8Mma>
+cudaError_t Prepare(const LinearParams& params, int width, int64_t padded, char* out,
                     float* column_scale, cudaStream_t stream) {
-  const int64_t most = std::max<int64_t>(1, padded / (kBatch * kWarpChunk));
-  const int64_t parts = std::clamp<int64_t>(kPrepareWarps / (params.t * params.groups), 1, most);
-  const int64_t blocks = (params.t + kTokens - 1) / kTokens * params.groups * parts;
+  const int64_t most = std::max<int64_t>(1, padded / (kBatch * kTeam<kAct> * kChunk));
+  const int64_t parts = std::clamp<int64_t>(kTeams / (params.t * params.groups), 1, most);
+  const int64_t blocks =
+      (params.t + kPrepareTokens<kAct> - 1) / kPrepareTokens<kAct> * params.groups * parts;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  PrepareKernel<kForm><<<static_cast<unsigned>(blocks), 32 * kTokens, 0, stream>>>(
-      params, width, padded, fp8_mma, static_cast<unsigned>(parts), out, column_scale);
+  PrepareKernel<kForm, kAct, kFp8Mma>
+      <<<static_cast<unsigned>(blocks), kPrepareThreads, 0, stream>>>(
+          params, width, padded, static_cast<unsigned>(parts), out, column_scale);
   return cudaGetLastError();
+}
+
+template <WeightForm kForm>
+cudaError_t PrepareForm(const LinearParams& params, int width, int64_t padded, bool fp8_mma,
+                        char* out, float* column_scale, cudaStream_t stream) {
+  const auto run = [&](auto prepare) {
+    return prepare(params, width, padded, out, column_scale, stream);
+  };
+  if constexpr (kForm == WeightForm::kNvfp4) {
+    if (params.act == ActForm::kNvfp4) return run(Prepare<kForm, ActForm::kNvfp4, false>);
+  }
+  if constexpr (kForm != WeightForm::kBf16) {
+    if (fp8_mma) return run(Prepare<kForm, ActForm::kFp8, true>);
+    if (params.act == ActForm::kFp8) return run(Prepare<kForm, ActForm::kFp8, false>);
+  }
+  return run(Prepare<kForm, ActForm::kBf16, false>);
 }
 
 template <WeightForm kForm>
@@ -283,14 +309,16 @@ cudaError_t LinearTiles(WeightForm form, const LinearParams& params, cudaStream_
   cudaError_t error = cudaErrorInvalidValue;
   switch (form) {
     case WeightForm::kBf16:
-      error = Prepare<WeightForm::kBf16>(params, width, padded, gemm.fp8_mma, x, scales, stream);
+      error =
+          PrepareForm<WeightForm::kBf16>(params, width, padded, gemm.fp8_mma, x, scales, stream);
       break;
     case WeightForm::kFp8:
-      error = Prepare<WeightForm::kFp8>(params, width, padded, gemm.fp8_mma, x, scales, stream);
+      error = PrepareForm<WeightForm::kFp8>(params, width, padded, gemm.fp8_mma, x, scales, stream);
       break;
     case WeightForm::kMxfp4:
     case WeightForm::kNvfp4:
-      error = Prepare<WeightForm::kNvfp4>(params, width, padded, gemm.fp8_mma, x, scales, stream);
+      error =
+          PrepareForm<WeightForm::kNvfp4>(params, width, padded, gemm.fp8_mma, x, scales, stream);
       break;
   }
   return error != cudaSuccess ? error : RunTileGemm(gemm, stream);

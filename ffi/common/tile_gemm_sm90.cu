@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads<kMany>, kMany ? 1 : 3)
   extern __shared__ char raw[];
   __shared__ uint64_t barriers[2 * kMaxSlots];  // full, then empty
   __shared__ uint2 tables[kTables];
-  Unit unit = {{}, blockIdx.y, blockIdx.x / args.cluster, blockIdx.z > 0};
+  Unit unit = {{}, blockIdx.y, blockIdx.x >> args.cluster_log, blockIdx.z > 0};
   // The table of tiles is older than the kernel just ahead, or that kernel's.
   if (args.tiles != nullptr && args.new_tiles) WaitForPrevious();
   if (!FindTile(args.out, args.tiles, args.tile_count, unit.index, unit.tile)) return;
@@ -131,10 +131,11 @@ cudaError_t Launch(const TileGemm& gemm, cudaStream_t stream) {
   const unsigned weights = gemm.other_weight != nullptr ? 2 : 1;
   const int64_t block_rows = Layout::kRows * (gemm.store == Store::kSwiglu ? 1 : 2);
   const int64_t blocks = (gemm.rows + block_rows - 1) / block_rows;
-  args.cluster = TileGemmSplit(gemm);
-  const int64_t grid_blocks = blocks * args.cluster * gemm.max_tiles * weights;
-  const bool three = grid_blocks >= (args.cluster > 1 ? kThreeFromOfClusters : kThreeFrom) &&
-                     grid_blocks <= kThreeTo;
+  const int cluster = TileGemmSplit(gemm);
+  while (1 << args.cluster_log < cluster) ++args.cluster_log;
+  const int64_t grid_blocks = blocks * cluster * gemm.max_tiles * weights;
+  const bool three =
+      grid_blocks >= (cluster > 1 ? kThreeFromOfClusters : kThreeFrom) && grid_blocks <= kThreeTo;
   const int stage = Layout::Bytes(gemm.width);
   const int budget = kMany                                      ? kAllBytes
                      : three && 3 * stage + 1024 <= kThirdBytes ? kThirdBytes
@@ -146,10 +147,10 @@ cudaError_t Launch(const TileGemm& gemm, cudaStream_t stream) {
   const cudaError_t error = cudaFuncSetAttribute(
       TileGemmKernel<kForm, kFp8Mma, kMany>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  const dim3 grid(static_cast<unsigned>(blocks * args.cluster),
-                  static_cast<unsigned>(gemm.max_tiles), weights);
+  const dim3 grid(static_cast<unsigned>(blocks * cluster), static_cast<unsigned>(gemm.max_tiles),
+                  weights);
   return LaunchDependent(TileGemmKernel<kForm, kFp8Mma, kMany>, grid, kThreads<kMany>, bytes,
-                         stream, args, args.cluster);
+                         stream, args, cluster);
 }
 
 template <WeightForm kForm, bool kFp8Mma>

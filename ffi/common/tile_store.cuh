@@ -39,14 +39,15 @@ struct Output {
 
 // The tile of an index; false where there is none.
 __device__ __forceinline__ bool FindTile(const Output& out, const Tile* tiles,
-                                         const int32_t* tile_count, int64_t index, Tile& tile) {
+                                         const int32_t* tile_count, unsigned index, Tile& tile) {
   if (tiles != nullptr) {
-    if (index >= *tile_count) return false;
+    if (static_cast<int64_t>(index) >= *tile_count) return false;
     tile = tiles[index];
     return true;
   }
-  const int64_t left = out.tokens - index / out.groups * out.width;
-  tile.group = static_cast<int32_t>(index % out.groups);
+  const unsigned groups = static_cast<unsigned>(out.groups), token_tile = index / groups;
+  const int64_t left = out.tokens - int64_t{token_tile} * out.width;
+  tile.group = static_cast<int32_t>(index - token_tile * groups);
   tile.width = out.width;
   tile.first = static_cast<int32_t>(index * out.width);
   tile.count = static_cast<int32_t>(left < out.width ? left : out.width);
@@ -105,11 +106,11 @@ __device__ __forceinline__ void StoreTwo(const Output& out, void* to, float2 val
 struct Lines {
   int64_t first, step;
 
-  __device__ __forceinline__ Lines(const Output& out, const Tile& tile, int64_t tile_index)
+  __device__ __forceinline__ Lines(const Output& out, const Tile& tile, unsigned tile_index)
       : first(tile.first * out.rows), step(out.rows) {
     if (out.store != Store::kTokens) return;
     const uint32_t groups = static_cast<uint32_t>(out.groups);
-    const int64_t token = static_cast<uint32_t>(tile_index) / groups * int64_t{out.width};
+    const int64_t token = tile_index / groups * int64_t{out.width};
     first = (token * groups + tile.group) * out.rows;
     step = groups * out.rows;
   }

@@ -42,7 +42,7 @@ struct Args {
 };
 
 // x as E4M3 [t, k], and its scales: eight tokens a thread block, a warp each.
-constexpr int kPrepareTokens = 8;
+constexpr int kPrepareTokens = 8, kWarpInputs = 32 * kChunk;
 
 __global__ void __launch_bounds__(32 * kPrepareTokens)
     QuantizeKernel(const __grid_constant__ LinearParams params, uint8_t* codes_out, float* scales,
@@ -53,15 +53,12 @@ __global__ void __launch_bounds__(32 * kPrepareTokens)
   const int lane = threadIdx.x % 32;
   const char* row =
       static_cast<const char*>(params.x) + token * params.k * (params.x_float32 ? 4 : 2);
-  const int64_t first = int64_t{blockIdx.y} * kBatch * kWarpChunk + lane * kChunk;
+  const int64_t first = int64_t{blockIdx.y} * kBatch * kWarpInputs + lane * kChunk;
   float v[kBatch][kChunk];
+  LoadBatch(row, params.x_float32, first, kWarpInputs, params.k, v);
 #pragma unroll
   for (int i = 0; i < kBatch; ++i) {
-    LoadChunk(row, params.x_float32, first + i * kWarpChunk, params.k, v[i]);
-  }
-#pragma unroll
-  for (int i = 0; i < kBatch; ++i) {
-    const int64_t at = first + i * kWarpChunk;
+    const int64_t at = first + i * kWarpInputs;
     uint16_t codes[kChunk / 2];
     const float scale = EncodeFp8(v[i], codes);
     if (at >= params.k) continue;
@@ -382,7 +379,7 @@ cudaError_t Fp8PrefillSm90(const LinearParams& params, cudaStream_t stream) {
   }
   const dim3 grid(
       static_cast<unsigned>((params.t + kPrepareTokens - 1) / kPrepareTokens),
-      static_cast<unsigned>((params.k + kBatch * kWarpChunk - 1) / (kBatch * kWarpChunk)));
+      static_cast<unsigned>((params.k + kBatch * kWarpInputs - 1) / (kBatch * kWarpInputs)));
   QuantizeKernel<<<grid, 32 * kPrepareTokens, 0, stream>>>(params, codes, scales, args.padded);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;

@@ -18,6 +18,7 @@ namespace dsv4 {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kTeam = 16, kTeams = kThreads / kTeam;  // of many slots: lanes that lay out a row
 constexpr int kMaxExperts = 1024;
 constexpr int kFewPairs = 2048;  // that every thread block may go through
 constexpr int kRankThreads = 1024, kRankBlocks = 64;
@@ -74,20 +75,21 @@ __device__ __forceinline__ int ExpertOf(const MoeParams& params, int pair) {
 
 // A row into its column, or parts of it, by a warp. `largest`: of the whole row's magnitudes
 // (NVFP4); the row's FP32 scale is returned.
+template <int kLanes>
 __device__ __forceinline__ float LayOut(const Args& args, const uint16_t* row, int64_t k,
                                         int64_t padded, bool fp8_mma, int width, int column,
                                         char* tile, uint32_t largest, int part, int parts) {
   // Both 4-bit forms take x in the same order.
   constexpr WeightForm kForm = WeightForm::kNvfp4;
   if (fp8_mma) {
-    StoreFp8Row<kForm>(row, false, k, padded, width, column, reinterpret_cast<uint8_t*>(tile), part,
-                       parts);
+    StoreFp8Row<kForm, kLanes>(row, false, k, padded, width, column,
+                               reinterpret_cast<uint8_t*>(tile), part, parts);
     return 1.0f;
   }
   const bool nvfp4 = args.params.act == ActForm::kNvfp4;
   const float global = nvfp4 ? TokenGlobalScale(__uint_as_float(largest)) : 1.0f;
-  StoreRow<kForm>(row, false, k, padded, args.params.act, global, width, column,
-                  reinterpret_cast<uint16_t*>(tile), part, parts);
+  StoreRow<kForm, kLanes>(row, false, k, padded, args.params.act, global, width, column,
+                          reinterpret_cast<uint16_t*>(tile), part, parts);
   return global;
 }
 
@@ -96,16 +98,22 @@ __device__ __forceinline__ const uint16_t* RowOfPair(const MoeParams& params, in
   return params.x + token * params.d;
 }
 
-// A pair's x, or parts of it, into its slot by a warp.
+// Where a slot is laid out; of width 0 if it is nobody's.
+__device__ __forceinline__ SlotPlace PlaceOf(const Work& work, int slot) {
+  return slot < work.counts[1] ? work.places[slot] : SlotPlace{0, 0};
+}
+
+// A pair's x, or parts of it, into its slot.
+template <int kLanes>
 __device__ __forceinline__ void FillSlot(const Args& args, int pair, int slot, SlotPlace place,
                                          uint32_t largest, int part, int parts) {
   const MoeParams& params = args.params;
   const Work& work = args.work;
   char* const to = work.x + place.tile_first * ColumnBytes(args.fp8_mma[0], args.padded_d);
-  const float global =
-      LayOut(args, RowOfPair(params, pair), params.d, args.padded_d, args.fp8_mma[0], place.width,
-             slot - place.tile_first, to, largest, part, parts);
-  if (part == 0 && threadIdx.x % 32 == 0) {
+  const float global = LayOut<kLanes>(args, RowOfPair(params, pair), place.width > 0 ? params.d : 0,
+                                      args.padded_d, args.fp8_mma[0], place.width,
+                                      slot - place.tile_first, to, largest, part, parts);
+  if (part == 0 && threadIdx.x % kLanes == 0 && place.width > 0) {
     work.x_scale[slot] = global;
     work.weight[slot] = params.expert_weight[pair];
   }
@@ -206,7 +214,7 @@ __global__ void __launch_bounds__(kThreads, 2) SortFewKernel(const __grid_consta
     __syncthreads();
     for (int task = warp; task < mine * parts; task += kWarps) {
       const uint16_t* row = RowOfPair(params, listed[task / parts]);
-      const uint32_t largest = RowMagnitude(row, false, params.d, task % parts, parts);
+      const uint32_t largest = RowMagnitude<32>(row, false, params.d, task % parts, parts);
       if (lane == 0) atomicMax(&row_max[task / parts], largest);
     }
     __syncthreads();
@@ -215,7 +223,8 @@ __global__ void __launch_bounds__(kThreads, 2) SortFewKernel(const __grid_consta
     const int i = task / parts, tile = i / args.max_width;
     const SlotPlace place = {bases.slots + tile * args.max_width,
                              tile < tiles - 1 ? args.max_width : last_width};
-    FillSlot(args, listed[i], bases.slots + i, place, nvfp4 ? row_max[i] : 0, task % parts, parts);
+    FillSlot<32>(args, listed[i], bases.slots + i, place, nvfp4 ? row_max[i] : 0, task % parts,
+                 parts);
   }
 }
 
@@ -305,38 +314,37 @@ __global__ void __launch_bounds__(kRankThreads) RankKernel(const __grid_constant
 
 // x of a slot per warp: columns that lie side by side are written at about the same time.
 __global__ void __launch_bounds__(kThreads) GatherKernel(const __grid_constant__ Args args) {
-  const int slot = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
+  const int slot = blockIdx.x * kTeams + threadIdx.x / kTeam;
   WaitForPrevious();
   LetNextBegin();
-  if (slot >= args.work.counts[1]) return;
-  const SlotPlace place = args.work.places[slot];
-  if (place.width == 0) return;
-  const int pair = args.work.slot_pair[slot];
+  const SlotPlace place = PlaceOf(args.work, slot);
+  if (!__any_sync(0xFFFFFFFFu, place.width > 0)) return;
+  const int pair = place.width > 0 ? args.work.slot_pair[slot] : 0;
   uint32_t largest = 0;
   if (args.params.act == ActForm::kNvfp4) {
-    largest = RowMagnitude(RowOfPair(args.params, pair), false, args.params.d);
+    largest = RowMagnitude<kTeam>(RowOfPair(args.params, pair), false, args.params.d);
   }
-  FillSlot(args, pair, slot, place, largest, 0, 1);
+  FillSlot<kTeam>(args, pair, slot, place, largest, 0, 1);
 }
 
 // h [slots, inter] into tiles: a slot per warp, or, of few, per thread block.
 template <bool kFew>
 __global__ void __launch_bounds__(kThreads) LayOutKernel(const __grid_constant__ Args args) {
-  constexpr int kWarps = kThreads / 32;
+  constexpr int kLanes = kFew ? 32 : kTeam, kWarps = kThreads / 32;
   __shared__ uint32_t warp_max[kWarps];
   const Work& work = args.work;
   LetNextBegin();  // its table of tiles is older
   WaitForPrevious();
   const int warp = threadIdx.x / 32;
-  const int slot = kFew ? blockIdx.x : blockIdx.x * kWarps + warp;
-  if (slot >= work.counts[1]) return;
-  const SlotPlace place = work.places[slot];
-  if (place.width == 0) return;
+  const int slot = kFew ? blockIdx.x : blockIdx.x * kTeams + threadIdx.x / kTeam;
+  const SlotPlace place = PlaceOf(work, slot);
+  if (!__any_sync(0xFFFFFFFFu, place.width > 0)) return;
   const int part = kFew ? warp : 0, parts = kFew ? kWarps : 1;
+  const int64_t inter = place.width > 0 ? args.params.inter : 0;
   const uint16_t* row = work.h + slot * args.params.inter;
   uint32_t largest = 0;
   if (args.params.act == ActForm::kNvfp4) {
-    largest = RowMagnitude(row, false, args.params.inter, part, parts);
+    largest = RowMagnitude<kLanes>(row, false, inter, part, parts);
     if (kFew) {
       if (threadIdx.x % 32 == 0) warp_max[warp] = largest;
       __syncthreads();
@@ -346,40 +354,87 @@ __global__ void __launch_bounds__(kThreads) LayOutKernel(const __grid_constant__
   }
   char* const to =
       work.h_tiles + place.tile_first * ColumnBytes(args.fp8_mma[1], args.padded_inter);
-  const float global = LayOut(args, row, args.params.inter, args.padded_inter, args.fp8_mma[1],
-                              place.width, slot - place.tile_first, to, largest, part, parts);
-  if (part == 0 && threadIdx.x % 32 == 0) work.h_scale[slot] = global;
+  const float global =
+      LayOut<kLanes>(args, row, inter, args.padded_inter, args.fp8_mma[1], place.width,
+                     slot - place.tile_first, to, largest, part, parts);
+  if (part == 0 && threadIdx.x % kLanes == 0 && place.width > 0) work.h_scale[slot] = global;
 }
 
-// Sums of every token's picks, in their order; eight channels a thread.
+// Eight channels of the result, or as many as are left.
+__device__ __forceinline__ void StoreChunk(const MoeParams& params, int64_t to, int64_t left,
+                                           const float (&v)[kChunk]) {
+  char* const y = static_cast<char*>(params.y) + to * (params.y_bf16 ? 2 : 4);
+  if (left >= kChunk && reinterpret_cast<uintptr_t>(y) % 16 == 0) {
+    uint4* const words = reinterpret_cast<uint4*>(y);
+    if (params.y_bf16) {
+      uint32_t pairs[kChunk / 2];
+#pragma unroll
+      for (int i = 0; i < kChunk / 2; ++i) {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
+        pairs[i] = reinterpret_cast<const uint32_t&>(pair);
+      }
+      words[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    } else {
+      reinterpret_cast<float4*>(words)[0] = make_float4(v[0], v[1], v[2], v[3]);
+      reinterpret_cast<float4*>(words)[1] = make_float4(v[4], v[5], v[6], v[7]);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    if (i >= left) return;
+    if (params.y_bf16) {
+      reinterpret_cast<__nv_bfloat16*>(y)[i] = __float2bfloat16_rn(v[i]);
+    } else {
+      reinterpret_cast<float*>(y)[i] = v[i];
+    }
+  }
+}
+
+__device__ __forceinline__ void AddTo(float (&sum)[kChunk], const float (&v)[kChunk]) {
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) sum[i] = __fadd_rn(sum[i], v[i]);
+}
+
+// Sums of every token's picks, in their order, eight channels a thread; as many picks as most
+// models have are on their way together.
+constexpr int kPicks = 8;
+
 __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant__ Args args) {
   const MoeParams& params = args.params;
   WaitForPrevious();
-  const int64_t chunks = (params.d + kChunk - 1) / kChunk;
-  const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (index >= params.t * chunks) return;
-  const int64_t token = index / chunks, at = index % chunks * kChunk;
-  float sum[kChunk] = {}, v[kChunk];
-  for (int64_t i = 0; i < params.k; ++i) {
-    const int slot = __ldg(args.work.pair_slot + token * params.k + i);
-    if (slot < 0) continue;
-    LoadChunk(args.work.y + slot * params.d, false, at, params.d, v);
+  const unsigned chunks = static_cast<unsigned>((params.d + kChunk - 1) / kChunk);
+  const unsigned token = blockIdx.x;
+  const unsigned chunk = blockIdx.y * kThreads + threadIdx.x;
+  if (chunk >= chunks) return;
+  const int64_t at = int64_t{chunk} * kChunk, left = params.d - at;
+  const bool whole = params.d % kChunk == 0;
+  float sum[kChunk] = {};
+  for (int64_t first = 0; first < params.k; first += kPicks) {
+    const char* from[kPicks];
+    int64_t count[kPicks];
 #pragma unroll
-    for (int j = 0; j < kChunk; ++j) sum[j] = __fadd_rn(sum[j], v[j]);
-  }
-  if (params.shared != nullptr) {
-    LoadChunk(params.shared + token * params.d, false, at, params.d, v);
+    for (int i = 0; i < kPicks; ++i) {
+      const int slot =
+          first + i < params.k ? __ldg(args.work.pair_slot + token * params.k + first + i) : -1;
+      from[i] = reinterpret_cast<const char*>(args.work.y + slot * params.d + at);
+      count[i] = slot < 0 ? 0 : left;
+    }
+    float v[kPicks][kChunk];
+    LoadChunks(from, count, false, whole, v);
 #pragma unroll
-    for (int j = 0; j < kChunk; ++j) sum[j] = __fadd_rn(sum[j], v[j]);
-  }
-  for (int j = 0; j < kChunk && at + j < params.d; ++j) {
-    const int64_t to = token * params.d + at + j;
-    if (params.y_bf16) {
-      static_cast<__nv_bfloat16*>(params.y)[to] = __float2bfloat16_rn(sum[j]);
-    } else {
-      static_cast<float*>(params.y)[to] = sum[j];
+    for (int i = 0; i < kPicks; ++i) {
+      if (count[i] > 0) AddTo(sum, v[i]);
     }
   }
+  if (params.shared != nullptr) {
+    const uint16_t* const shared = params.shared + token * params.d + at;
+    const char* const from[1] = {reinterpret_cast<const char*>(shared)};
+    float v[1][kChunk];
+    LoadChunks(from, {left}, false, whole && reinterpret_cast<uintptr_t>(shared) % 16 == 0, v);
+    AddTo(sum, v[0]);
+  }
+  StoreChunk(params, token * params.d + at, left, sum);
 }
 
 int64_t Padded(int64_t inputs) { return (inputs + 127) / 128 * 128; }
@@ -474,25 +529,27 @@ cudaError_t MoeCuda(const MoeParams& params, cudaStream_t stream) {
     const int64_t blocks =
         std::min<int64_t>(kRankBlocks, (pairs + kRankThreads - 1) / kRankThreads);
     RankKernel<<<static_cast<unsigned>(blocks), kRankThreads, 0, stream>>>(args);
-    const cudaError_t gathered = LaunchDependent(
-        GatherKernel, dim3(static_cast<unsigned>((slots + 7) / 8)), kThreads, 0, stream, args);
+    const cudaError_t gathered =
+        LaunchDependent(GatherKernel, dim3(static_cast<unsigned>((slots + kTeams - 1) / kTeams)),
+                        kThreads, 0, stream, args);
     if (gathered != cudaSuccess) return gathered;
   }
   cudaError_t error = RunTileGemm(gemm, stream);
   if (error != cudaSuccess) return error;
 
   const bool few_pairs = pairs <= kFewPairs;
-  error = LaunchDependent(few_pairs ? LayOutKernel<true> : LayOutKernel<false>,
-                          dim3(static_cast<unsigned>(few_pairs ? slots : (slots + 7) / 8)),
-                          kThreads, 0, stream, args);
+  error = LaunchDependent(
+      few_pairs ? LayOutKernel<true> : LayOutKernel<false>,
+      dim3(static_cast<unsigned>(few_pairs ? slots : (slots + kTeams - 1) / kTeams)), kThreads, 0,
+      stream, args);
   if (error != cudaSuccess) return error;
   error = RunTileGemm(down, stream);
   if (error != cudaSuccess) return error;
 
-  const int64_t threads = params.t * ((params.d + kChunk - 1) / kChunk);
-  return LaunchDependent(CombineKernel,
-                         dim3(static_cast<unsigned>((threads + kThreads - 1) / kThreads)), kThreads,
-                         0, stream, args);
+  const int64_t chunks = (params.d + kChunk - 1) / kChunk;
+  const dim3 grid(static_cast<unsigned>(params.t),
+                  static_cast<unsigned>((chunks + kThreads - 1) / kThreads));
+  return LaunchDependent(CombineKernel, grid, kThreads, 0, stream, args);
 }
 
 }  // namespace dsv4
