@@ -284,8 +284,14 @@ def test_fp8_tiles_that_thread_blocks_take_in_turn() -> None:
     x = tokens(8, t, k)
     got = linear("fp8_w8a8", x, leaves, regime="prefill", dtype=jnp.float32)
     want = relative(exact("fp8_w8a8", x, leaves), x)
-    scaled = relative(f64(got), x).astype(np.float32)
-    products.assert_product(scaled, want, "fp8 in turn", fp8=True)
+    scaled = relative(f64(got), x)
+    sample = np.r_[0:64, 12_736:12_864, n - 64 : n]  # single elements; the whole has too many
+    products.assert_product(scaled[:, sample].astype(np.float32), want[:, sample], fp8=True)
+    for row in range(0, n, 128):  # every tile is the product that it should be
+        tile = np.s_[:, row : row + 128]
+        error = np.linalg.norm(scaled[tile] - want[tile], axis=1)
+        size = np.linalg.norm(want[tile], axis=1)
+        assert np.all(error <= (2 * products.FP8_SUMS) ** 0.5 * size), f"rows from {row}"
     narrow = linear("fp8_w8a8", x, leaves, regime="prefill")
     assert_same_bits(narrow, got.astype(narrow.dtype), "BF16")
     for few in (1, 128, 129):
