@@ -244,6 +244,7 @@ __device__ __forceinline__ void Begin(Product& product, const Ring& ring, uint32
 template <int kCluster>
 __device__ __forceinline__ void End(const Product& product, float (&sum)[64]) {
   const int lane = threadIdx.x % 32;
+  __syncwarp();  // all lanes have their scales
   if (kCluster == 1 && lane == 0) Arrive(product.empty);
   if (kCluster > 1 && lane < kCluster) ArriveIn(product.empty, lane);
 #pragma unroll
