@@ -168,14 +168,6 @@ __device__ __forceinline__ uint32_t RowMagnitude(const void* row, bool x_float32
   return MaxOfLanes<kLanes>(largest);
 }
 
-// One FP32 scale of a row.
-template <int kLanes>
-__device__ __forceinline__ float RowScale(const void* row, bool x_float32, int64_t k,
-                                          const float* act_scale) {
-  if (act_scale != nullptr) return StaticGlobalScale(__ldg(act_scale));
-  return TokenGlobalScale(__uint_as_float(RowMagnitude<kLanes>(row, x_float32, k)));
-}
-
 __device__ __forceinline__ void RoundChunk(float (&v)[kChunk], ActForm act, float global) {
   if (act == ActForm::kFp8) RoundFp8(v);
   if (act == ActForm::kNvfp4) RoundNvfp4(v, global);

@@ -116,6 +116,29 @@ constexpr int kTeam = kAct == ActForm::kNvfp4 ? 32 : 16;
 template <ActForm kAct>
 constexpr int kPrepareTokens = kPrepareThreads / kTeam<kAct>;
 
+// FP32 scale of the warp's row, of `rows` that lie `stride` apart in a thread block; of one or two,
+// all warps look through each.
+__device__ __forceinline__ float ScaleOfRow(const LinearParams& params, const char* first_row,
+                                            int64_t stride, unsigned rows) {
+  constexpr unsigned kWarps = kPrepareThreads / 32, kFewRows = 2;
+  const unsigned warp = threadIdx.x / 32;
+  if (params.act_scale != nullptr) return StaticGlobalScale(__ldg(params.act_scale));
+  uint32_t largest = 0;
+  if (rows <= kFewRows) {
+    __shared__ uint32_t found[kFewRows][kWarps];
+    for (unsigned i = 0; i < rows; ++i) {
+      largest = RowMagnitude<32>(first_row + i * stride, params.x_float32, params.k,
+                                 static_cast<int>(warp), kWarps);
+      if (threadIdx.x % 32 == 0) found[i][warp] = largest;
+    }
+    __syncthreads();
+    largest = MaxOfLanes<kWarps>(found[warp < rows ? warp : 0][threadIdx.x % kWarps]);
+  } else if (warp < rows) {
+    largest = RowMagnitude<32>(first_row + warp * stride, params.x_float32, params.k);
+  }
+  return TokenGlobalScale(__uint_as_float(largest));
+}
+
 // x [tokens, groups, inputs] into tiles of `width` tokens.
 template <WeightForm kForm, ActForm kAct, bool kFp8Mma>
 __global__ void __launch_bounds__(kPrepareThreads)
@@ -126,19 +149,25 @@ __global__ void __launch_bounds__(kPrepareThreads)
   const unsigned block = blockIdx.x / parts, groups = static_cast<unsigned>(params.groups);
   const int part = static_cast<int>(blockIdx.x - block * parts);
   const unsigned tokens = block / groups, group = block - tokens * groups;
-  const unsigned token = tokens * kPrepareTokens<kAct> + threadIdx.x / kTeam<kAct>;
+  const unsigned in_block = threadIdx.x / kTeam<kAct>;
+  const unsigned first_token = tokens * kPrepareTokens<kAct>, token = first_token + in_block;
   const int64_t k = token < params.t ? params.k : 0;
-  if (!__any_sync(0xFFFFFFFFu, k > 0)) return;
-  const unsigned token_tile = token / width;
-  const int column = static_cast<int>(token - token_tile * width);
-  const int64_t line = int64_t{token} * groups + group;
-  const int64_t first = (int64_t{token_tile} * groups + group) * width;
-  const void* row =
-      static_cast<const char*>(params.x) + line * params.k * (params.x_float32 ? 4 : 2);
+  const int64_t stride = groups * params.k * (params.x_float32 ? 4 : 2);
+  const char* const first_row = static_cast<const char*>(params.x) + first_token * stride +
+                                group * params.k * (params.x_float32 ? 4 : 2);
   float global = 1.0f;
   if constexpr (kAct == ActForm::kNvfp4) {
-    global = RowScale<kTeam<kAct>>(row, params.x_float32, k, params.act_scale);
-    if (part == 0 && threadIdx.x % kTeam<kAct> == 0 && k > 0) column_scale[first + column] = global;
+    const int64_t left = params.t - first_token;
+    global = ScaleOfRow(params, first_row, stride,
+                        static_cast<unsigned>(min(left, int64_t{kPrepareTokens<kAct>})));
+  }
+  if (!__any_sync(0xFFFFFFFFu, k > 0)) return;
+  const char* const row = first_row + in_block * stride;
+  const unsigned token_tile = token / width;
+  const int column = static_cast<int>(token - token_tile * width);
+  const int64_t first = (int64_t{token_tile} * groups + group) * width;
+  if (kAct == ActForm::kNvfp4 && part == 0 && threadIdx.x % kTeam<kAct> == 0 && k > 0) {
+    column_scale[first + column] = global;
   }
   char* const tile = out + first * ColumnBytes(kFp8Mma, padded);
   if constexpr (kFp8Mma) {
