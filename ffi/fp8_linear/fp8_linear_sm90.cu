@@ -240,13 +240,16 @@ __device__ __forceinline__ void Begin(Product& product, const Ring& ring, uint32
   WgmmaCommit();
 }
 
+// Of a stage: every thread's, since each read scales, and of the other thread block every warp's,
+// since weights are copied into both.
+template <int kCluster>
+constexpr int kReleases = 128 * kWarpgroups + (kCluster - 1) * 4 * kWarpgroups;
+
 // Once its MMAs are done: the stage is free for all that fill it, and the sums grow.
 template <int kCluster>
-__device__ __forceinline__ void End(const Product& product, float (&sum)[64]) {
-  const int lane = threadIdx.x % 32;
-  __syncwarp();  // all lanes have their scales
-  if (kCluster == 1 && lane == 0) Arrive(product.empty);
-  if (kCluster > 1 && lane < kCluster) ArriveIn(product.empty, lane);
+__device__ __forceinline__ void End(const Product& product, int other, float (&sum)[64]) {
+  Arrive(product.empty);
+  if (kCluster > 1 && threadIdx.x % 32 == 0) ArriveIn(product.empty, other);
 #pragma unroll
   for (int j = 0; j < 64; ++j)
     sum[j] = __fmaf_rn(product.part[j], product.scale[j % 4 / 2], sum[j]);
@@ -254,7 +257,8 @@ __device__ __forceinline__ void End(const Product& product, float (&sum)[64]) {
 
 // One tile by a warpgroup, two stages at a time: one is added while the tensor cores do the other.
 template <int kCluster>
-__device__ __forceinline__ void MultiplyTile(const Args& args, Ring& ring, int token, int row) {
+__device__ __forceinline__ void MultiplyTile(const Args& args, Ring& ring, int token, int row,
+                                             int other) {
   const int stages = args.k / kInputs;
   const uint8_t* scales = args.weight_scale + row / kRows * stages;
   float sum[64] = {};
@@ -266,15 +270,15 @@ __device__ __forceinline__ void MultiplyTile(const Args& args, Ring& ring, int t
     Begin(second, ring, bytes[1]);
     ring.Next();
     WgmmaWait<1>();
-    End<kCluster>(first, sum);
+    End<kCluster>(first, other, sum);
     WgmmaWait<0>();
-    End<kCluster>(second, sum);
+    End<kCluster>(second, other, sum);
   }
   if (stages % 2 > 0) {
     Begin(first, ring, __ldg(scales));
     ring.Next();
     WgmmaWait<0>();
-    End<kCluster>(first, sum);
+    End<kCluster>(first, other, sum);
   }
   const int lane = threadIdx.x % 32;
   StoreSums(args, sum, token + threadIdx.x / 32 * 16 + lane / 4, row);
@@ -292,7 +296,7 @@ __global__ void __launch_bounds__(kThreads, 1) Fp8PrefillKernel(const __grid_con
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       InitBarrier(ring.full + 8 * i, 1);
-      InitBarrier(ring.empty + 8 * i, kCluster * kWarpgroups * 4);
+      InitBarrier(ring.empty + 8 * i, kReleases<kCluster>);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -317,7 +321,8 @@ __global__ void __launch_bounds__(kThreads, 1) Fp8PrefillKernel(const __grid_con
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     for (int index = first; index < tiles; index += step) {
       const Place place(index, token_tiles, row_tiles);
-      MultiplyTile<kCluster>(args, ring, place.token * kCluster + rank * kTokens, place.row);
+      MultiplyTile<kCluster>(args, ring, place.token * kCluster + rank * kTokens, place.row,
+                             rank ^ 1);
     }
   }
   if constexpr (kCluster > 1) SyncCluster();  // the other may still arrive here
