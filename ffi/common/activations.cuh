@@ -17,6 +17,11 @@ namespace dsv4 {
 constexpr int kChunk = 8;  // inputs a lane takes at a time
 constexpr int kBatch = 4;  // chunks of a lane on their way at a time
 
+__device__ __forceinline__ uint32_t PackBf16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
 // Largest magnitude among `kLanes` neighbouring lanes, as bits: NaN above all.
 template <int kLanes>
 __device__ __forceinline__ uint32_t MaxOfLanes(uint32_t bits) {
@@ -118,6 +123,11 @@ __device__ __forceinline__ float EncodeFp8(const float (&v)[kChunk],
   return largest > 0x7F800000u ? __uint_as_float(0x7FC00000u) : __uint_as_float(exponent << 23);
 }
 
+__device__ __forceinline__ uint2 PackCodes(const uint16_t (&codes)[kChunk / 2]) {
+  return make_uint2(codes[0] | static_cast<uint32_t>(codes[1]) << 16,
+                    codes[2] | static_cast<uint32_t>(codes[3]) << 16);
+}
+
 // The same, decoded again.
 __device__ __forceinline__ void RoundFp8(float (&v)[kChunk]) {
   uint16_t codes[kChunk / 2];
@@ -179,8 +189,7 @@ __device__ __forceinline__ uint32_t PairOf(const float (&v)[kChunk], int i) {
   int first = 2 * i, second = first + 1;
   if (kForm == WeightForm::kFp8) first = i / 2 * 4 + i % 2, second = first + 2;
   if (kForm == WeightForm::kMxfp4 || kForm == WeightForm::kNvfp4) first = i, second = i + 4;
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(v[first], v[second]);
-  return reinterpret_cast<const uint32_t&>(pair);
+  return PackBf16(v[first], v[second]);
 }
 
 // A 4 x 4 transposition of words among lanes c = 0..3 that lie 2^kShift apart.
@@ -250,8 +259,8 @@ __device__ __forceinline__ void StoreFp8Row(const void* row, bool x_float32, int
       uint16_t codes[kChunk / 2];
       const float scale = EncodeFp8(v[i], codes);
       // Codes 0..3 go to the lower 16 inputs of an MMA step, 4..7 to the upper.
-      uint32_t words[4] = {codes[0] | static_cast<uint32_t>(codes[1]) << 16,
-                           codes[2] | static_cast<uint32_t>(codes[3]) << 16, 0, 0};
+      const uint2 packed = PackCodes(codes);
+      uint32_t words[4] = {packed.x, packed.y, 0, 0};
       Transpose<kShift>(words, c);
       if (at >= padded || k == 0) continue;
       uint8_t* const stage = tile + at / kStage * kStage / 32 * 33 * width;

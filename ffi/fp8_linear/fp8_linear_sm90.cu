@@ -62,9 +62,7 @@ __global__ void __launch_bounds__(32 * kPrepareTokens)
     uint16_t codes[kChunk / 2];
     const float scale = EncodeFp8(v[i], codes);
     if (at >= params.k) continue;
-    *reinterpret_cast<uint2*>(codes_out + token * params.k + at) =
-        make_uint2(codes[0] | static_cast<uint32_t>(codes[1]) << 16,
-                   codes[2] | static_cast<uint32_t>(codes[3]) << 16);
+    *reinterpret_cast<uint2*>(codes_out + token * params.k + at) = PackCodes(codes);
     if (lane % 16 == 0) scales[at / kInputs * padded + token] = scale;
   }
 }
@@ -82,23 +80,7 @@ struct Place {
   }
 };
 
-__device__ __forceinline__ uint32_t AddressIn(uint32_t address, int rank) {
-  uint32_t there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-  return there;
-}
-__device__ __forceinline__ void ArriveIn(uint32_t barrier, int rank) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(AddressIn(barrier, rank))
-               : "memory");
-}
-__device__ __forceinline__ void CopyTileToAll(uint32_t to, const CUtensorMap* map, int x, int y,
-                                              uint32_t barrier, uint16_t ranks) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::"
-      "cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-      "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(ranks)
-      : "memory");
-}
+// Warps may come in parts: one lane of the copying warp is late.
 __device__ __forceinline__ void SyncCluster() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
@@ -189,9 +171,7 @@ __device__ __forceinline__ void StoreSums(const Args& args, const float (&sum)[6
         uint32_t pairs[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const __nv_bfloat162 pair =
-              __floats2bfloat162_rn(sum[4 * (j + i) + 2 * r], sum[4 * (j + i) + 2 * r + 1]);
-          pairs[i] = reinterpret_cast<const uint32_t&>(pair);
+          pairs[i] = PackBf16(sum[4 * (j + i) + 2 * r], sum[4 * (j + i) + 2 * r + 1]);
         }
         Transpose<0>(pairs, c);
         const int column = 8 * (j + c);

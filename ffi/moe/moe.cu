@@ -73,7 +73,7 @@ __device__ __forceinline__ int ExpertOf(const MoeParams& params, int pair) {
   return ours ? static_cast<int>(expert) : -1;
 }
 
-// A row into its column, or parts of it, by a warp. `largest`: of the whole row's magnitudes
+// A row into its column, or parts of it, by a team. `largest`: of the whole row's magnitudes
 // (NVFP4); the row's FP32 scale is returned.
 template <int kLanes>
 __device__ __forceinline__ float LayOut(const Args& args, const uint16_t* row, int64_t k,
@@ -312,7 +312,7 @@ __global__ void __launch_bounds__(kRankThreads) RankKernel(const __grid_constant
   }
 }
 
-// x of a slot per warp: columns that lie side by side are written at about the same time.
+// x of a slot per team: columns that lie side by side are written at about the same time.
 __global__ void __launch_bounds__(kThreads) GatherKernel(const __grid_constant__ Args args) {
   const int slot = blockIdx.x * kTeams + threadIdx.x / kTeam;
   WaitForPrevious();
@@ -327,7 +327,7 @@ __global__ void __launch_bounds__(kThreads) GatherKernel(const __grid_constant__
   FillSlot<kTeam>(args, pair, slot, place, largest, 0, 1);
 }
 
-// h [slots, inter] into tiles: a slot per warp, or, of few, per thread block.
+// h [slots, inter] into tiles: a slot per team, or, of few, per thread block.
 template <bool kFew>
 __global__ void __launch_bounds__(kThreads) LayOutKernel(const __grid_constant__ Args args) {
   constexpr int kLanes = kFew ? 32 : kTeam, kWarps = kThreads / 32;
@@ -369,10 +369,7 @@ __device__ __forceinline__ void StoreChunk(const MoeParams& params, int64_t to, 
     if (params.y_bf16) {
       uint32_t pairs[kChunk / 2];
 #pragma unroll
-      for (int i = 0; i < kChunk / 2; ++i) {
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
-        pairs[i] = reinterpret_cast<const uint32_t&>(pair);
-      }
+      for (int i = 0; i < kChunk / 2; ++i) pairs[i] = PackBf16(v[2 * i], v[2 * i + 1]);
       words[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     } else {
       reinterpret_cast<float4*>(words)[0] = make_float4(v[0], v[1], v[2], v[3]);
