@@ -27,7 +27,7 @@ except ImportError as error:
 
 __all__ = ["build_info", "call", "cuda_driver", "launch_counts", "targets"]
 
-ABI = 3
+ABI = 4
 """Version of the contract between the op modules and the handlers (``kAbi`` in ffi/common)."""
 
 

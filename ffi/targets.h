@@ -7,6 +7,7 @@
 
 namespace dsv4 {
 
+Target AttentionTarget();
 Target CacheWriteTarget();
 Target DenseLinearTarget();
 Target Fp8LinearTarget();
@@ -18,8 +19,9 @@ Target RouterTarget();
 
 inline auto Targets() {
   return std::array{
-      CacheWriteTarget(),  DenseLinearTarget(), Fp8LinearTarget(),    MoeTarget(),
-      Mxfp4LinearTarget(), Nvfp4LinearTarget(), RmsnormNvfp4Target(), RouterTarget(),
+      AttentionTarget(),   CacheWriteTarget(),   DenseLinearTarget(),
+      Fp8LinearTarget(),   MoeTarget(),          Mxfp4LinearTarget(),
+      Nvfp4LinearTarget(), RmsnormNvfp4Target(), RouterTarget(),
   };
 }
 

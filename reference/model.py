@@ -102,7 +102,7 @@ def attention_branch(
             visible = select_entries(p, config, x, qr, freqs, visible, rounding)
         keys, mask = jnp.concatenate([keys, entries]), jnp.concatenate([mask, visible], axis=1)
     keys = attention.key_quant(keys, config["qk_rope_head_dim"], rounding)
-    o = attention.attention(q, keys, p["attn.attn_sink"], mask, rounding)
+    o = attention.masked_attention(q, keys, p["attn.attn_sink"], mask, rounding)
     o = rope.rope_tail(o, positions[:, None], freqs, inverse=True, rounding=rounding)
     wo_a, wo_b = p["attn.wo_a.weight"], p["attn.wo_b.weight"]
     return output_projection.output_projection(o, wo_a, wo_b, config["o_groups"], rounding)

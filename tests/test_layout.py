@@ -25,7 +25,6 @@ IN_JAX = frozenset(
         "mhc_pre",
         "rmsnorm",
         "rope",
-        "sparse_attention",
         "swiglu",
     }
 )

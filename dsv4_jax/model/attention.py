@@ -5,7 +5,6 @@ import dataclasses
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
-from jax.typing import DTypeLike
 
 from dsv4_jax.cache import LayerCache
 from dsv4_jax.config import LayerKind, ModelConfig
@@ -13,13 +12,12 @@ from dsv4_jax.model.compressor import Compressor
 from dsv4_jax.model.indexer import Indexer
 from dsv4_jax.model.linear import Linear, RMSNorm
 from dsv4_jax.model.step import Step
-from dsv4_jax.ops._blocks import gather_rows, view_rows
+from dsv4_jax.ops.attention import attention
 from dsv4_jax.ops.cache_write import cache_write
 from dsv4_jax.ops.head_norm import head_norm
 from dsv4_jax.ops.rope import rope, rope_frequencies
-from dsv4_jax.ops.sparse_attention import sparse_attention
 from dsv4_jax.precision import Precision
-from dsv4_jax.quant.kv import KvRows, kv_dequant, kv_quant
+from dsv4_jax.quant.kv import kv_quant
 from dsv4_jax.typing import Array, Float
 
 __all__ = ["Attention"]
@@ -62,13 +60,6 @@ class Attention(nn.Module):
 
         kv = self.kv_norm(self.wkv(x)).reshape(b, t, c.head_dim)
         rows = kv_quant(rope(kv, step.positions, frequencies), c.qk_rope_head_dim, p.kv)
-        before = self._window_before(cache.window, step, x.dtype)
-        # Read the ring, then write it: without this edge XLA may copy the ring instead.
-        before, rows = lax.optimization_barrier((before, rows))
-        keys = jnp.concatenate([before, kv_dequant(rows, x.dtype)], axis=1)
-        window = cache_write(cache.window, rows, step.ring_slots(cache.window.nope.shape[1]))
-        cache = dataclasses.replace(cache, window=window)
-
         pool, n_visible, topk_idx = None, None, None
         if cache.pool is not None and cache.state is not None:
             entry, slots, state = self.compressor(x, cache.state, step, frequencies)
@@ -81,17 +72,24 @@ class Attention(nn.Module):
             )
             cache = dataclasses.replace(cache, index=index, index_state=index_state)
 
-        o = sparse_attention(q, keys, step.positions, self.attn_sink, pool, n_visible, topk_idx)
-        o = rope(o, step.positions, frequencies, inverse=True)
+        o = attention(
+            q,
+            cache.window,
+            step.positions,
+            self.attn_sink,
+            window=c.sliding_window,
+            chunk=rows,
+            start=step.start,
+            pool=pool,
+            n_visible=n_visible,
+            topk_idx=topk_idx,
+            frequencies=frequencies,
+            regime=p.regime,
+        )
+        # Read the ring, then write it: without this edge XLA may copy the ring instead.
+        o, rows = lax.optimization_barrier((o, rows))
+        window = cache_write(cache.window, rows, step.ring_slots(cache.window.nope.shape[1]))
+        cache = dataclasses.replace(cache, window=window)
         grouped = o.reshape(b * t, c.o_groups, -1)
         u = self.wo_a(grouped).reshape(b * t, -1)
         return self.wo_b(u), cache
-
-    def _window_before(self, ring: KvRows, step: Step, dtype: DTypeLike) -> Float[Array, "b w d"]:
-        """The ``window - 1`` keys before the chunk in position order; zeros before position 0."""
-        span = self.config.sliding_window - 1
-        position = step.start[:, None] - span + jnp.arange(span, dtype=jnp.int32)
-        slots = position % ring.nope.shape[1]
-        rows = gather_rows(view_rows(ring), ring, slots[:, None])
-        keys = kv_dequant(rows, dtype)[:, 0]
-        return jnp.where((position >= 0)[..., None], keys, 0)

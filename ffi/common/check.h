@@ -21,7 +21,7 @@ using Dims = ffi::AnyBuffer::Dimensions;
 
 // Version of the contract between `dsv4_jax.ops` and these handlers: operands, results, attributes
 // and their meaning. An executable from a compilation cache carries the one it was made for.
-constexpr int32_t kAbi = 3;
+constexpr int32_t kAbi = 4;
 
 inline ffi::Error InvalidArgument(const std::string& op, const std::string& message) {
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, "dsv4." + op + ": " + message);

@@ -5,22 +5,15 @@
 #include <limits>
 
 #include "common/bits.h"
+#include "common/clones.h"
 #include "common/e4m3.h"
 #include "common/nvfp4.h"
-
-// One function compiled for several instruction sets, chosen when the library is loaded. Nothing
-// here may be contracted or reordered, so that the results are the same.
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__) && \
-    !defined(__SANITIZE_THREAD__)
-#define DSV4_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define DSV4_CLONES
-#endif
 
 namespace dsv4 {
 namespace {
 
 constexpr int64_t kFp8Block = 128;
+constexpr int64_t kKeyBlock = 64;
 constexpr int64_t kMxfp4Block = 32;
 constexpr float kFp8AmaxFloor = 1e-4f;
 constexpr uint32_t kSign = 0x80000000u;
@@ -158,16 +151,24 @@ DSV4_CLONES void DecodeBf16(const uint16_t* weight, int64_t count, float* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = Bf16ToFloat(weight[i]);
 }
 
-DSV4_CLONES void DecodeFp8(const uint8_t* weight, const uint8_t* scale, int64_t count, float* out) {
-  for (int64_t first = 0; first < count; first += kFp8Block, ++scale) {
-    const int64_t last = std::min(count, first + kFp8Block);
+// A scale per kBlock codes.
+template <int64_t kBlock>
+inline __attribute__((always_inline)) void DecodeE4m3Blocks(const uint8_t* code,
+                                                            const uint8_t* scale, int64_t count,
+                                                            float* out) {
+  for (int64_t first = 0; first < count; first += kBlock, ++scale) {
+    const int64_t last = std::min(count, first + kBlock);
     const float factor = DecodeUe8m0(*scale);
     int64_t i = first;
-    for (; i + kDotLanes <= last; i += kDotLanes) DecodeE4m3Lanes(weight + i, factor, out + i);
-    for (; i < last; ++i) out[i] = kE4m3Values.value[weight[i]] * factor;
+    for (; i + kDotLanes <= last; i += kDotLanes) DecodeE4m3Lanes(code + i, factor, out + i);
+    for (; i < last; ++i) out[i] = kE4m3Values.value[code[i]] * factor;
     // 2^-9 times such a scale is less than the smallest BF16.
     if (*scale < 3) RoundBf16(out + first, last - first, out + first);
   }
+}
+
+DSV4_CLONES void DecodeFp8(const uint8_t* weight, const uint8_t* scale, int64_t count, float* out) {
+  DecodeE4m3Blocks<kFp8Block>(weight, scale, count, out);
 }
 
 // Codes first, then the scale of every kBlock: a load of what narrower stores just wrote waits.
@@ -243,6 +244,44 @@ inline __attribute__((always_inline)) void DotRows(const float* rows, int64_t ro
   }
 }
 
+// kTokens x kWide results of sixteen channels at once.
+template <int kTokens, int kWide>
+inline __attribute__((always_inline)) void SumTile(const float* weight, int64_t weight_stride,
+                                                   const float* rows, int64_t row_stride,
+                                                   int64_t row_count, float* out,
+                                                   int64_t out_stride) {
+  Lanes sums[kTokens][kWide] = {};
+  for (int64_t r = 0; r < row_count; ++r) {
+    Lanes row[kWide];
+    for (int w = 0; w < kWide; ++w) {
+      std::memcpy(&row[w], rows + r * row_stride + w * kDotLanes, sizeof(Lanes));
+    }
+    for (int t = 0; t < kTokens; ++t) {
+      const float factor = weight[t * weight_stride + r];
+      for (int w = 0; w < kWide; ++w) sums[t][w] += row[w] * factor;
+    }
+  }
+  for (int t = 0; t < kTokens; ++t) {
+    std::memcpy(out + t * out_stride, sums[t], sizeof(sums[t]));
+  }
+}
+
+template <int kTokens, int kWide>
+inline __attribute__((always_inline)) void SumTiles(const float* weight, int64_t weight_stride,
+                                                    const float* rows, int64_t row_stride,
+                                                    int64_t row_count, int64_t k, float* out,
+                                                    int64_t out_stride) {
+  int64_t i = 0;
+  for (; i + kWide * kDotLanes <= k; i += kWide * kDotLanes) {
+    SumTile<kTokens, kWide>(weight, weight_stride, rows + i, row_stride, row_count, out + i,
+                            out_stride);
+  }
+  for (; i < k; i += kDotLanes) {
+    SumTile<kTokens, 1>(weight, weight_stride, rows + i, row_stride, row_count, out + i,
+                        out_stride);
+  }
+}
+
 }  // namespace
 
 void DecodeWeights(WeightForm form, const void* weight, const uint8_t* scale, int64_t k,
@@ -295,6 +334,11 @@ float RoundActivations(ActForm act, const float* x, int64_t k, const float* act_
   return token_scale;
 }
 
+DSV4_CLONES void DecodeKeyCodes(const uint8_t* code, const uint8_t* scale, int64_t count,
+                                float* out) {
+  DecodeE4m3Blocks<kKeyBlock>(code, scale, count, out);
+}
+
 DSV4_CLONES void DotBlock(const float* rows, int64_t row_stride, int64_t row_count,
                           const float* tokens, int64_t token_stride, int64_t token_count, int64_t k,
                           float* out, int64_t out_stride) {
@@ -310,6 +354,20 @@ DSV4_CLONES void DotBlock(const float* rows, int64_t row_stride, int64_t row_cou
       DotRows<1>(rows + r * row_stride, row_stride, at, token_stride, some, k,
                  out + t * out_stride + r, out_stride);
     }
+  }
+}
+
+DSV4_CLONES void WeightedSums(const float* weight, int64_t weight_stride, int64_t token_count,
+                              const float* rows, int64_t row_stride, int64_t row_count, int64_t k,
+                              float* out, int64_t out_stride) {
+  int64_t t = 0;
+  for (; t + kTileTokens <= token_count; t += kTileTokens) {
+    SumTiles<kTileTokens, 2>(weight + t * weight_stride, weight_stride, rows, row_stride, row_count,
+                             k, out + t * out_stride, out_stride);
+  }
+  for (; t < token_count; ++t) {
+    SumTiles<1, 8>(weight + t * weight_stride, weight_stride, rows, row_stride, row_count, k,
+                   out + t * out_stride, out_stride);
   }
 }
 

@@ -1,5 +1,6 @@
-// What the CPU handlers of linears are made of: weights decoded to FP32, activations rounded as the
-// product wants them, and sums of products in one fixed order, whatever the instruction set.
+// What the CPU handlers of linears, experts and attention are made of: stored values decoded to
+// FP32, activations rounded as the product wants them, and sums of products in one fixed order,
+// whatever the instruction set.
 //
 // Callers hold a KeepDenormals: weights of UE8M0 byte 0 and their products are subnormal numbers.
 #pragma once
@@ -21,6 +22,9 @@ inline int64_t PaddedInputs(int64_t k) { return (k + kDotLanes - 1) / kDotLanes 
 void DecodeWeights(WeightForm form, const void* weight, const uint8_t* scale, int64_t k,
                    int64_t row, int64_t first, int64_t count, float* out);
 
+// Values of E4M3 codes of a cache with a UE8M0 scale per 64; exact in BF16.
+void DecodeKeyCodes(const uint8_t* code, const uint8_t* scale, int64_t count, float* out);
+
 // x[0 .. k) as FP32, BF16 or FP32 before.
 void LoadActivations(const void* x, bool x_float32, int64_t k, float* out);
 
@@ -35,5 +39,11 @@ float RoundActivations(ActForm act, const float* x, int64_t k, const float* act_
 // 0-7 plus 8-15, and so on. A result depends on its two operands only. k: a multiple of 16.
 void DotBlock(const float* rows, int64_t row_stride, int64_t row_count, const float* tokens,
               int64_t token_stride, int64_t token_count, int64_t k, float* out, int64_t out_stride);
+
+// out[j * out_stride + i] = sum over r of weight[j * weight_stride + r] * rows[r * row_stride + i],
+// one after the other. k: a multiple of 16.
+void WeightedSums(const float* weight, int64_t weight_stride, int64_t token_count,
+                  const float* rows, int64_t row_stride, int64_t row_count, int64_t k, float* out,
+                  int64_t out_stride);
 
 }  // namespace dsv4

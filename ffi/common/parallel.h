@@ -4,11 +4,17 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <thread>
 #include <utility>
 
 namespace dsv4 {
+
+// Runs body(begin, end) for ranges that cover [0, count), in any order or at once; `grain` of them
+// are worth a thread. What a range computes does not depend on how they are cut.
+using ParallelLoop = std::function<void(int64_t count, int64_t grain,
+                                        const std::function<void(int64_t, int64_t)>& body)>;
 
 // Calls fn(begin, end) for consecutive ranges that cover [0, count), each at least `grain` long but
 // the last. `Pool` has num_threads() and Schedule(task), as ffi::ThreadPool. The calling thread

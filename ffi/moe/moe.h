@@ -3,9 +3,9 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 
 #include "common/linear.h"
+#include "common/parallel.h"
 #include "common/swiglu.h"
 
 namespace dsv4 {
@@ -54,11 +54,6 @@ inline int64_t MoeScratchBytes(int64_t t, int64_t k, int64_t experts, int64_t d,
   return MoeMaxSlots(t * k, experts) * (2 * (padded_d + padded_inter + d + inter) + 32) +
          4 * t * k + 4096;
 }
-
-// Runs body(begin, end) for ranges that cover [0, count), in any order or at once; `grain` of them
-// are worth a thread. What a range computes does not depend on how they are cut.
-using ParallelLoop = std::function<void(int64_t count, int64_t grain,
-                                        const std::function<void(int64_t, int64_t)>& body)>;
 
 void MoeCpu(const MoeParams& params, const ParallelLoop& parallel);
 

@@ -90,7 +90,7 @@ def _banded_attention(
     window: int,
     rounding: Rounding,
 ) -> tuple[jax.Array, jax.Array]:
-    """`reference.attention` of one sequence over its window and its compressed entries.
+    """`masked_attention` of one sequence over its window and its compressed entries.
 
     Args:
         q: `[t, h, d]`, `t` a multiple of 128.

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv4_jax import library
+from dsv4_jax.ops.attention import attention
 from dsv4_jax.ops.cache_write import cache_write
 from dsv4_jax.ops.dense_linear import dense_linear, dense_linears
 from dsv4_jax.ops.fp8_linear import fp8_linear
@@ -26,6 +27,7 @@ from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
 from dsv4_jax.ops.rmsnorm_nvfp4 import rmsnorm_nvfp4
 from dsv4_jax.ops.router import router
+from dsv4_jax.quant.kv import KvRows
 from dsv4_jax.typing import E2M1, E4M3, UE8M0
 from tests.bench.timing import random_bytes
 
@@ -55,6 +57,47 @@ def _cache_write() -> Iterator[Any]:
     rows = {name: random_bytes(1, (b, t, d), dtype) for name, (d, dtype) in forms.items()}
     yield cache_write(cache, rows, slots)
     yield jax.jit(lambda c, r, j: cache_write(c, r, j), donate_argnums=0)(cache, rows, slots)
+
+
+def _attention() -> Iterator[Any]:
+    """Every regime; widths of the model and others; windows that fill, wild lengths and ids."""
+    rng = np.random.default_rng(0)
+    wild = np.array([-1, -(2**31), 2**31 - 1, 0], np.int32)
+
+    def store(b: int, s: int, nope: int, rotary: int) -> KvRows:
+        return KvRows(
+            random_bytes(0, (b, s, nope), E4M3),
+            random_bytes(1, (b, s, nope // 64), UE8M0),
+            random_bytes(2, (b, s, rotary), jnp.bfloat16),
+        )
+
+    for t, b, h, nope, rotary in (
+        *((1, 1, 64, 448, 64), (1, 3, 128, 448, 64), (2, 1, 8, 448, 64), (9, 2, 96, 448, 64)),
+        *((70, 1, 64, 448, 64), (130, 1, 128, 448, 64), (3, 2, 3, 64, 32), (40, 1, 5, 128, 6)),
+    ):
+        q = jnp.asarray(rng.standard_normal((b, t, h, nope + rotary)), jnp.bfloat16)
+        sink = jnp.asarray(rng.standard_normal(h), jnp.float32)
+        start = np.asarray([0, 300, 70][:b], np.int32)
+        positions = start[:, None] + np.arange(t, dtype=np.int32)
+        ring, chunk = store(b, 128 + t, nope, rotary), store(b, t, nope, rotary)
+        pool = store(b, 300, nope, rotary)
+        n_visible = rng.integers(0, 301, (b, t)).astype(np.int32)
+        idx = rng.integers(-1, 300, (b, t, 200)).astype(np.int32)
+        idx[..., :4] = wild
+        frequencies = np.ones(rotary // 2, np.float32)
+        far: dict[str, Any] = {"pool": pool, "n_visible": n_visible}
+        near: dict[str, Any] = {"chunk": chunk, "start": start}
+        common: dict[str, Any] = {"window": 128, "return_lse": True}
+        operands = q, ring, positions, sink
+        yield attention(*operands, **common)
+        yield attention(*operands, **near, **common, frequencies=frequencies)
+        for regime in ("decode", "prefill", "exact"):
+            settings = common | {"regime": regime}
+            yield attention(*operands, **near, **far, **settings)
+            yield attention(*operands, **near, **far, topk_idx=idx, **settings)
+        nowhere = np.resize(wild, (b, t))
+        lost = near | {"start": np.resize(wild, b)}
+        yield attention(q, ring, nowhere, sink, **lost, pool=pool, n_visible=nowhere, **common)
 
 
 def _router() -> Iterator[Any]:
@@ -192,6 +235,7 @@ def _nvfp4_linear() -> Iterator[Any]:
 
 
 CASES: dict[str, Callable[[], Iterator[Any]]] = {
+    "dsv4.attention": _attention,
     "dsv4.cache_write": _cache_write,
     "dsv4.moe": _moe,
     "dsv4.dense_linear": _dense_linear,

@@ -1,4 +1,4 @@
-"""The benchmarks of linears, experts and router at tiny sizes, and what their checks find."""
+"""Benchmarks of linears, experts, router and attention at tiny sizes, and what checks find."""
 
 import dataclasses
 from typing import Any
@@ -10,6 +10,7 @@ import pytest
 from dsv4_jax.precision import act_format, weight_format
 from dsv4_jax.quant import fp8, nvfp4
 from tests.bench import (
+    bench_attention,
     bench_dense_linear,
     bench_fp8_linear,
     bench_moe,
@@ -88,6 +89,25 @@ def test_router_bench_at_tiny_size() -> None:
         bench_router.measure(linears.Case(row, form, 3), evict_bytes=0.0, **TINY)
 
 
+@pytest.mark.parametrize("name", ["csa160", "hca384"])
+@pytest.mark.parametrize(("form", "t"), [("fp8", 3), ("xla_fp8", 2), ("fp8", 5)])
+def test_attention_bench_at_tiny_size(
+    name: str, form: str, t: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch, and a chunk of one row."""
+    monkeypatch.setitem(bench_attention.HEADS, "pro", 2)
+    monkeypatch.setattr(bench_attention, "PREFILL", 4)
+    monkeypatch.setattr(bench_attention, "CONTEXT", 2048)
+    row = next(r for r in bench_attention.ROWS if (r.model, r.name) == ("pro", name))
+    case = bench_attention.Case(row, form, t)
+    bench_attention.measure(case, evict_bytes=0.0, **TINY)
+    operands = bench_attention.inputs(case, 0)
+    o = bench_attention.call(operands)
+    bench_attention.check(case, operands, o)
+    with pytest.raises(AssertionError, match="too far"):
+        bench_attention.check(case, operands, -o)
+
+
 def test_steps_between_tokens() -> None:
     """A number of tokens that costs more than half as much again as one beside it."""
     cases = [bench_moe.Case(bench_moe.UNIFORM[0], "mxfp4_w4a8", t) for t in (1, 2, 8)]
@@ -108,6 +128,10 @@ def test_bars_of_the_table() -> None:
     assert bars("wq_b", "nvfp4_w4a4", 32) == (None, 0.7)
     assert bars("wkv", "fp8_w8a8", 8) == (round(2171008 / 4.39e6 + 2.5, 2), None)
     assert bars("wkv", "fp8_w8a8", 4096) == bars("wkv", "nvfp4_w4a4", 1)[1:] * 2 == (None, None)
+    keys = {case.name: case for case in bench_attention.CASES}
+    assert keys["pro fp8 csa1152 t=128"].max_us == 92
+    assert keys["pro fp8 csa1152 t=4096"].max_us == round(4 * 4096 * 128 * 512 * 1152 / 595e6, 1)
+    assert round(keys["flash fp8 csa640 t=128"].flops / 31e-6 / 1e12) == 346
     moe = {case.name: case.max_us for case in bench_moe.CASES}
     assert moe["flash nvfp4_w4a8 uniform t=8"] == 172.8
     assert moe["pro nvfp4_w4a4 uniform t=1"] == 70 and moe["pro mxfp4_w4a8 zipf t=8"] is None

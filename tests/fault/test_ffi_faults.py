@@ -22,6 +22,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dsv4_jax import library
+from dsv4_jax.ops.attention import attention
 from dsv4_jax.ops.cache_write import cache_write
 from dsv4_jax.ops.dense_linear import dense_linear
 from dsv4_jax.ops.fp8_linear import fp8_linear
@@ -30,6 +31,7 @@ from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
 from dsv4_jax.ops.rmsnorm_nvfp4 import rmsnorm_nvfp4
 from dsv4_jax.ops.router import router
+from dsv4_jax.quant.kv import KvRows
 from dsv4_jax.typing import E2M1, E4M3, UE8M0
 from tests.support.numerics import assert_same_tree
 from tests.support.op_cases import CASES, OpCase
@@ -141,6 +143,11 @@ def moe_call(form: int, act: int, *scales: Callable[[int, int], Spec]) -> RawCal
     return RawCall("moe", operands, (s("3 64"), s(f"{scratch}", U8)), attributes)
 
 
+def stored_keys(s_: int) -> tuple[Spec, ...]:
+    """A store of two rows: 64 + 32 channels."""
+    return s(f"2 {s_} 64", E4M3), s(f"2 {s_} 1", UE8M0), s(f"2 {s_} 32")
+
+
 NVFP4_MOE = moe_call(3, 2, lambda n, k: s(f"2 {n} {k // 16}", E4M3), lambda n, k: s("2", F32))
 SCRATCH = s("33536", U8)  # of the linears below: 128 tokens of 128 inputs
 SEVERAL = RawCall(
@@ -174,6 +181,24 @@ TARGETS = {
             (s("3 40", F32), s("40", F32)),
             (s("3 6", I32), s("3 6", F32)),
             {"abi": ABI, "given": np.int32(0), "scale": np.float32(2.5)},
+        ),
+        RawCall(
+            "attention",
+            (
+                *(s("2 3 4 96"), s("2 3", I32), s("4", F32), *stored_keys(8)),
+                *(*stored_keys(3), s("2", I32)),
+                *(*stored_keys(10), s("2 3", I32), s("2 3 5", I32), s("16", F32)),
+            ),
+            (s("2 3 4 96"), s("2 3 4", F32), s(f"{64 * 24 * 98 * 4 + 256}", U8)),
+            {
+                "abi": ABI,
+                "window": np.int32(8),
+                "regime": np.int32(0),
+                "has_chunk": np.int32(1),
+                "has_pool": np.int32(1),
+                "has_topk": np.int32(1),
+                "has_frequencies": np.int32(1),
+            },
         ),
         moe_call(2, 1, lambda n, k: s(f"2 {n} {k // 32}", UE8M0)),
         RawCall(
@@ -231,6 +256,162 @@ LAYER = "the FFI layer"  # speaks first, and without the name of the op
 
 # (op, its operand or result at fault, mutation, what the handler says)
 SHAPES: list[tuple[str, str, Mutation, str]] = [
+    ("attention", "q-rank", operand(0, "6 4 96"), r"q must be \[b, t, h, d\], got \[6, 4, 96\]"),
+    ("attention", "q-dtype", operand(0, "2 3 4 96", F32), "q must be bfloat16, got float32"),
+    (
+        "attention",
+        "q-odd",
+        operand(0, "2 3 4 97"),
+        r"q must have an even number of channels, at most 2048, got \[2, 3, 4, 97\]",
+    ),
+    (
+        "attention",
+        "q-too-wide",
+        operand(0, "2 3 4 2050"),
+        r"q must have an even number of channels, at most 2048, got \[2, 3, 4, 2050\]",
+    ),
+    (
+        "attention",
+        "positions-shape",
+        operand(1, "2 4", I32),
+        r"positions must be \[2, 3\], got \[2, 4\]",
+    ),
+    (
+        "attention",
+        "positions-dtype",
+        operand(1, "2 3", F32),
+        "positions must be int32, got float32",
+    ),
+    ("attention", "sink-shape", operand(2, "3", F32), r"sink must be \[4\], got \[3\]"),
+    ("attention", "sink-dtype", operand(2, "4"), "sink must be float32, got bfloat16"),
+    (
+        "attention",
+        "ring-rank",
+        operand(3, "16 64", E4M3),
+        r"ring nope must be \[b, s, nope\] with a multiple of 64 .*q's 96, got \[16, 64\]",
+    ),
+    (
+        "attention",
+        "ring-block",
+        operand(3, "2 8 32", E4M3),
+        r"ring nope must be .*multiple of 64 channels.*got \[2, 8, 32\]",
+    ),
+    (
+        "attention",
+        "ring-wider-than-q",
+        operand(3, "2 8 128", E4M3),
+        r"ring nope must be .*at most q's 96, got \[2, 8, 128\]",
+    ),
+    (
+        "attention",
+        "ring-batch",
+        operand(3, "1 8 64", E4M3),
+        r"ring nope must be \[2, 8, 64\], got \[1, 8, 64\]",
+    ),
+    (
+        "attention",
+        "ring-dtype",
+        operand(3, "2 8 64", U8),
+        "ring nope must be float8_e4m3fn, got uint8",
+    ),
+    (
+        "attention",
+        "ring-scale-shape",
+        operand(4, "2 8 2", UE8M0),
+        r"ring scale must be \[2, 8, 1\], got \[2, 8, 2\]",
+    ),
+    (
+        "attention",
+        "ring-scale-dtype",
+        operand(4, "2 8 1", E4M3),
+        "ring scale must be float8_e8m0fnu, got float8_e4m3fn",
+    ),
+    (
+        "attention",
+        "ring-rope-shape",
+        operand(5, "2 7 32"),
+        r"ring rope must be \[2, 8, 32\], got \[2, 7, 32\]",
+    ),
+    (
+        "attention",
+        "ring-too-short",
+        attributes(window=np.int32(10)),
+        "ring must have at least 9 slots for 3 tokens and window 10, got 8",
+    ),
+    (
+        "attention",
+        "chunk-batch",
+        operand(6, "3 3 64", E4M3),
+        r"chunk nope must be \[2, 3, 64\], got \[3, 3, 64\]",
+    ),
+    (
+        "attention",
+        "chunk-rank",
+        operand(6, "6 64", E4M3),
+        r"chunk nope must be \[b, s, nope\], got \[6, 64\]",
+    ),
+    ("attention", "chunk-rope-dtype", operand(8, "2 3 32", F32), "chunk rope must be bfloat16"),
+    ("attention", "start-shape", operand(9, "3", I32), r"start must be \[2\], got \[3\]"),
+    (
+        "attention",
+        "pool-scale-shape",
+        operand(11, "2 9 1", UE8M0),
+        r"pool scale must be \[2, 10, 1\], got \[2, 9, 1\]",
+    ),
+    (
+        "attention",
+        "n_visible-dtype",
+        operand(13, "2 3", I16),
+        "n_visible must be int32, got another dtype",
+    ),
+    ("attention", "n_visible-shape", operand(13, "2 2", I32), r"n_visible must be \[2, 3\], got"),
+    (
+        "attention",
+        "topk_idx-shape",
+        operand(14, "2 4 5", I32),
+        r"topk_idx must be \[2, 3, 5\], got \[2, 4, 5\]",
+    ),
+    (
+        "attention",
+        "topk_idx-rank",
+        operand(14, "2 3", I32),
+        r"topk_idx must be \[2, 3, 0\], got \[2, 3\]",
+    ),
+    (
+        "attention",
+        "frequencies-shape",
+        operand(15, "15", F32),
+        r"frequencies must be \[16\], got \[15\]",
+    ),
+    ("attention", "operands-too-few", first(operands=15), "must have 13 operands .*got 12"),
+    ("attention", "operands-too-many", more((s("16", F32),)), "must have 13 operands .*got 14"),
+    ("attention", "operands-none", first(operands=2), LAYER),
+    (
+        "attention",
+        "chunk-unsaid",
+        attributes(has_chunk=np.int32(0)),
+        "must have 9 operands .*got 13",
+    ),
+    ("attention", "flag", attributes(has_pool=np.int32(2)), "has_pool must be 0 or 1, got 2"),
+    (
+        "attention",
+        "topk-without-pool",
+        attributes(has_pool=np.int32(0)),
+        "has_topk must be 0 without has_pool, got 1",
+    ),
+    ("attention", "window", attributes(window=np.int32(0)), "window must be at least 1, got 0"),
+    ("attention", "regime", attributes(regime=np.int32(4)), r"regime must be 0 .*got 4"),
+    ("attention", "o-dtype", result(0, "2 3 4 96", F32), "o must be bfloat16, got float32"),
+    ("attention", "o-shape", result(0, "2 3 4 64"), r"o must be \[2, 3, 4, 96\], got"),
+    ("attention", "lse-dtype", result(1, "2 3 4"), "lse must be float32, got bfloat16"),
+    ("attention", "lse-shape", result(1, "2 3 5", F32), r"lse must be \[2, 3, 4\], got"),
+    ("attention", "results-too-few", first(results=2), LAYER),
+    (
+        "attention",
+        "scratch-bytes",
+        result(2, str(64 * 24 * 98 * 4 + 255), U8),
+        r"scratch must be at least \[602368\], got \[602367\]",
+    ),
     ("rmsnorm_nvfp4", "x-rank", operand(0, "96"), r"x must be \[t, d\], got \[96\]"),
     ("rmsnorm_nvfp4", "x-rank-3", operand(0, "1 3 32"), r"x must be \[t, d\], got \[1, 3, 32\]"),
     (
@@ -943,9 +1124,11 @@ def test_other_abi(op: str, abi: int) -> None:
     assert_refused(TARGETS[op], attributes(abi=np.int32(abi)), message)
 
 
-# XLA multiplies FP32: no handler.
 CASE_NAMES = [
-    name for name in CASES if name.split("-")[0] in OPS and name != "dense_linear-float32"
+    # FP32 goes to XLA.
+    name
+    for name in CASES
+    if name.split("-")[0] in OPS and not name.endswith("-float32")
 ]
 
 
@@ -1124,6 +1307,22 @@ LARGE: list[tuple[Callable[..., Any], tuple[Spec, ...], list[tuple[int, ...]]]] 
         [(1 << 20, 4096)],
     ),
     (
+        lambda q, n, scale, r, sink, positions: attention(
+            q,
+            KvRows(n[:, :128], scale[:, :128], r[:, :128]),
+            positions,
+            sink,
+            window=128,
+            pool=KvRows(n, scale, r),
+            n_visible=positions,
+        ),
+        (
+            *(s("65536 1 128 512"), s("65536 256 448", E4M3), s("65536 256 7", UE8M0)),
+            *(s("65536 256 64"), s("128", F32), s("65536 1", I32)),
+        ),
+        [(1 << 16, 1, 128, 512)],
+    ),
+    (
         cache_write,
         (s("1 1048576 4096", E4M3), s("1 2 4096", E4M3), s("1 2", I32)),
         [(1, 1 << 20, 4096)],
@@ -1151,7 +1350,8 @@ LARGE: list[tuple[Callable[..., Any], tuple[Spec, ...], list[tuple[int, ...]]]] 
     ),
 ]
 LARGE_IDS = [
-    *("A23-rmsnorm_nvfp4", "A23-router", "A23-moe", "A23-cache_write", "A23-cache_write-packed"),
+    *("A23-rmsnorm_nvfp4", "A23-router", "A23-moe", "A23-attention", "A23-cache_write"),
+    "A23-cache_write-packed",
     *("A23-dense_linear", "A23-fp8_linear", "A23-mxfp4_linear", "A23-nvfp4_linear"),
 ]
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv4_jax.ops.attention import attention
 from dsv4_jax.ops.cache_write import cache_write
 from dsv4_jax.ops.compressor import compressor
 from dsv4_jax.ops.dense_linear import dense_linear, dense_linears
@@ -30,7 +31,6 @@ from dsv4_jax.ops.rmsnorm import rmsnorm
 from dsv4_jax.ops.rmsnorm_nvfp4 import rmsnorm_nvfp4
 from dsv4_jax.ops.rope import rope
 from dsv4_jax.ops.router import router
-from dsv4_jax.ops.sparse_attention import sparse_attention
 from dsv4_jax.ops.swiglu import swiglu
 from dsv4_jax.precision import Precision
 from dsv4_jax.quant.kv import IndexRows, KvRows
@@ -218,20 +218,40 @@ def _index_topk(
     return jax.eval_shape(op, q, weight, IndexRows(key, scale), n_visible)
 
 
-def _sparse_attention(
+def _store(lead: str, parts: dict[str, Any], name: str) -> KvRows:
+    """Keys of 64 + 32 channels, as far as ``parts`` has no others under ``name_...``."""
+    return KvRows(
+        parts.get(f"{name}_nope", s(f"{lead} 64", E4M3)),
+        parts.get(f"{name}_scale", s(f"{lead} 1", UE8M0)),
+        parts.get(f"{name}_rope", s(f"{lead} 32")),
+    )
+
+
+def _attention(
     q: Any = s("2 3 4 96"),
-    keys: Any = s("2 10 96"),
     positions: Any = s("2 3", I32),
     sink: Any = s("4", F32),
-    nope: Any = s("2 256 64", E4M3),
-    scale: Any = s("2 256 1", UE8M0),
-    rotary: Any = s("2 256 32"),
+    start: Any = s("2", I32),
     n_visible: Any = s("2 3", I32),
-    topk_idx: Any = None,
+    topk_idx: Any = s("2 3 9", I32),
+    frequencies: Any = s("16", F32),
+    chunk: bool = True,
     pool: bool = True,
+    window: int = 8,
+    regime: Any = None,
+    **parts: Any,
 ) -> Any:
-    rows = KvRows(nope, scale, rotary) if pool else None
-    return jax.eval_shape(sparse_attention, q, keys, positions, sink, rows, n_visible, topk_idx)
+    ring = _store("2 8", parts, "ring")
+    rows = {
+        "chunk": _store("2 3", parts, "chunk") if chunk else None,
+        "start": start,
+        "pool": _store("2 256", parts, "pool") if pool else None,
+        "n_visible": n_visible,
+        "topk_idx": topk_idx,
+        "frequencies": frequencies,
+    }
+    op = lambda *a, **rows: attention(*a, window=window, regime=regime, **rows)  # noqa: E731
+    return jax.eval_shape(op, q, ring, positions, sink, **rows)
 
 
 def _cache_write(
@@ -261,7 +281,7 @@ CALLS: list[Callable[..., Any]] = [
     _moe,
     _compressor,
     _index_topk,
-    _sparse_attention,
+    _attention,
     _cache_write,
 ]
 
@@ -317,10 +337,17 @@ RANK: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_compressor, "start", {"start": s("", I32)}),
     (_index_topk, "q", {"q": s("6 4 32", F32)}),
     (_index_topk, "n_visible", {"n_visible": s("6", I32)}),
-    (_sparse_attention, "q", {"q": s("6 4 96")}),
-    (_sparse_attention, "keys", {"keys": s("2 10 1 96")}),
-    (_sparse_attention, "sink", {"sink": s("4 1", F32)}),
-    (_sparse_attention, "topk_idx", {"topk_idx": s("2 3", I32)}),
+    (_attention, "q", {"q": s("6 4 96")}),
+    (_attention, "ring nope", {"ring_nope": s("8 64", E4M3)}),
+    (_attention, "ring scale", {"ring_scale": s("2 8", UE8M0)}),
+    (_attention, "chunk rope", {"chunk_rope": s("2 3 1 32")}),
+    (_attention, "pool nope", {"pool_nope": s("1 2 256 64", E4M3)}),
+    (_attention, "positions", {"positions": s("6", I32)}),
+    (_attention, "sink", {"sink": s("4 1", F32)}),
+    (_attention, "start", {"start": s("", I32)}),
+    (_attention, "n_visible", {"n_visible": s("2", I32)}),
+    (_attention, "topk_idx", {"topk_idx": s("2 3", I32)}),
+    (_attention, "frequencies", {"frequencies": s("1 16", F32)}),
     (_cache_write, "cache", {"cache": s("8 16", E4M3)}),
     (_cache_write, "cache", {"cache": s("1 2 8 16", E4M3)}),
     (_cache_write, "rows", {"rows": s("6 16", E4M3)}),
@@ -454,16 +481,50 @@ AXIS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     ),
     (_index_topk, "topk must be at least 1, got 0", {"topk": 0}),
     (_index_topk, "rounding must be one of", {"rounding": "bf16"}),
-    (_sparse_attention, r"keys must be \[2, window - 1 \+ 3, 96\]", {"keys": s("2 10 95")}),
-    (_sparse_attention, r"keys must be .*got \[2, 2, 96\]", {"keys": s("2 2 96")}),
-    (_sparse_attention, r"sink must be \[4\], got \[3\]", {"sink": s("3", F32)}),
-    (_sparse_attention, r"positions must be \[2, 3\]", {"positions": s("2 4", I32)}),
-    (_sparse_attention, r"n_visible must be \[2, 3\]", {"n_visible": s("2 4", I32)}),
-    (_sparse_attention, r"topk_idx must be \[2, 3, k\]", {"topk_idx": s("2 4 9", I32)}),
-    (_sparse_attention, "pool must be .*96 channels", {"rotary": s("2 256 30")}),
-    (_sparse_attention, "pool must be .*96 channels", {"nope": s("1 256 64", E4M3)}),
-    (_sparse_attention, "pool needs n_visible", {"n_visible": None}),
-    (_sparse_attention, "pool needs n_visible", {"pool": False}),
+    (_attention, r"positions must be \[2, 3\] .*got \[2, 4\]", {"positions": s("2 4", I32)}),
+    (_attention, r"sink must be \[4\] .*got \[3\]", {"sink": s("3", F32)}),
+    (_attention, r"start must be \[2\] .*got \[3\]", {"start": s("3", I32)}),
+    (_attention, r"n_visible must be \[2, 3\] .*got \[2, 4\]", {"n_visible": s("2 4", I32)}),
+    (_attention, r"topk_idx must be \[2, 3, 9\] .*got \[2, 4, 9\]", {"topk_idx": s("2 4 9", I32)}),
+    (_attention, r"ring must be \[2, s, ...\] with 96 channels", {"ring_rope": s("2 8 30")}),
+    (_attention, r"ring must be .*got \[2, 8, 64\] and \[2, 7, 32\]", {"ring_rope": s("2 7 32")}),
+    (_attention, r"chunk must be \[2, s, ...\] .*\[1, 3, 64\]", {"chunk_nope": s("1 3 64", E4M3)}),
+    (
+        _attention,
+        r"pool must be .*96 channels .*, 64 of them nope, got \[2, 256, 32\]",
+        {"pool_nope": s("2 256 32", E4M3), "pool_rope": s("2 256 64")},
+    ),
+    (
+        _attention,
+        "ring must have at least 9 slots for 3 tokens and window 10 with a",
+        {"window": 10},
+    ),
+    (
+        _attention,
+        "ring must have at least 10 slots for 3 tokens and window 8 without a chunk, got 8",
+        {"chunk": False, "start": None},
+    ),
+    (_attention, r"window must be 1..2147483647, got 0", {"window": 0}),
+    (_attention, "window must be .*got 2147483648", {"window": 2**31}),
+    (_attention, "chunk and start must be given together", {"chunk": False}),
+    (_attention, "chunk and start must be given together", {"start": None}),
+    (_attention, "pool must come with n_visible", {"n_visible": None}),
+    (_attention, "pool must come with n_visible", {"pool": False}),
+    (_attention, "topk_idx with pool", {"pool": False, "n_visible": None}),
+    (
+        _attention,
+        r"frequencies must be half of the 32 rotary channels, got \[15\]",
+        {"frequencies": s("15", F32)},
+    ),
+    (_attention, r"regime must be one of .*got 'auto'", {"regime": "auto"}),
+    (_attention, "ring must have a scale with float8_e4m3fn .*got none", {"ring_scale": None}),
+    (
+        _attention,
+        "pool must hold a multiple of 128 entries where there is no kernel, got 100",
+        {"q": s("2 3 4 96", F32)}
+        | {"pool_nope": s("2 100 64", E4M3), "pool_scale": s("2 100 1", UE8M0)}
+        | {"pool_rope": s("2 100 32")},
+    ),
     (_cache_write, r"rows and slots must be \[2, 3, 16\]", {"rows": s("2 3 15", E4M3)}),
     (_cache_write, r"rows and slots must be .*\[2, 4\]", {"slots": s("2 4", I32)}),
     (_cache_write, r"rows and slots must be .*\[1, 3\]", {"slots": s("1 3", I32)}),
@@ -576,10 +637,17 @@ DTYPE: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_compressor, "count must be int32 or int64, got float32", {"count": s("2", F32)}),
     (_index_topk, "q must be float32, got bfloat16", {"q": s("2 3 4 32")}),
     (_index_topk, "keys must be .*got uint8", {"key": s("2 256 32", U8)}),
-    (_sparse_attention, "q must be .*got float16", {"q": s("2 3 4 96", F16)}),
-    (_sparse_attention, "sink must be float32, got bfloat16", {"sink": s("4")}),
-    (_sparse_attention, "pool must be .*got uint8", {"nope": s("2 256 64", U8)}),
-    (_sparse_attention, "topk_idx must be .*got float32", {"topk_idx": s("2 3 9", F32)}),
+    (_attention, "q must be bfloat16 or float32, got float16", {"q": s("2 3 4 96", F16)}),
+    (_attention, "ring nope must be float8_e4m3fn or .*got uint8", {"ring_nope": s("2 8 64", U8)}),
+    (_attention, "ring scale must be float8_e8m0fnu, got uint8", {"ring_scale": s("2 8 1", U8)}),
+    (_attention, "ring rope must be bfloat16, got float32", {"ring_rope": s("2 8 32", F32)}),
+    (_attention, "pool nope must be float8_e4m3fn, got bfloat16", {"pool_nope": s("2 256 64")}),
+    (_attention, "positions must be int32 or int64, got float32", {"positions": s("2 3", F32)}),
+    (_attention, "sink must be float32, got bfloat16", {"sink": s("4")}),
+    (_attention, "start must be .*got float32", {"start": s("2", F32)}),
+    (_attention, "n_visible must be .*got bool", {"n_visible": s("2 3", jnp.bool_)}),
+    (_attention, "topk_idx must be .*got float32", {"topk_idx": s("2 3 9", F32)}),
+    (_attention, "frequencies must be float32, got bfloat16", {"frequencies": s("16")}),
     (_cache_write, "rows must be float8_e4m3fn.*got bfloat16", {"rows": s("2 3 16")}),
     (_cache_write, "slots must be int32 or int64, got float32", {"slots": s("2 3", F32)}),
     (_cache_write, "slots must be int32 or int64, got bool", {"slots": s("2 3", jnp.bool_)}),
@@ -655,7 +723,8 @@ SCALES: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_nvfp4_linear, r"block_scale must be .*got \[40, 6\]", {"block_scale": s("40 6", E4M3)}),
     (_moe, r"w3 scale must be \[4, 64, 3\] .*got \[4, 64, 4\]", {"w3_scale": s("4 64 4", UE8M0)}),
     (_index_topk, r"scale must be \[2, 256, 1\] .*\[2, 256, 2\]", {"scale": s("2 256 2", UE8M0)}),
-    (_sparse_attention, r"scale must be .*got \[2, 256, 2\]", {"scale": s("2 256 2", UE8M0)}),
+    (_attention, r"ring scale must be .*got \[2, 8, 2\]", {"ring_scale": s("2 8 2", UE8M0)}),
+    (_attention, r"pool scale must be .*got \[2, 255, 1\]", {"pool_scale": s("2 255 1", UE8M0)}),
 ]
 SPECIALISED: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_rmsnorm_nvfp4, r"16..16384, got \[5, 16400\]", {"x": s("5 16400"), "weight": s("16400")}),
@@ -739,7 +808,7 @@ NAMES = list(CASES)
 AHEAD_OF_TIME = (
     "mhc_pre",
     "moe-mxfp4_w4a8",
-    "sparse_attention-topk",
+    "attention-topk",
     "rmsnorm_nvfp4-dynamic",
     "dense_linear-several",
     "nvfp4_linear-w4a4",
@@ -804,7 +873,7 @@ def test_settings_of_jax(name: str) -> None:
         "moe-nvfp4_w4a16-shared",
         "compressor-4",
         "index_topk-mxfp4",
-        "sparse_attention-topk",
+        "attention-topk",
         "cache_write",
         "cache_write-store",
     ],

@@ -23,6 +23,7 @@ from dsv4_jax.checkpoint.names import expected_tree
 from dsv4_jax.config import LayerKind
 from dsv4_jax.generate import _decode, _decode_and_sample, _Settings
 from dsv4_jax.model import attention, compressor, indexer
+from dsv4_jax.ops.attention import attention as attention_op
 from dsv4_jax.ops.cache_write import cache_write
 from dsv4_jax.ops.dense_linear import dense_linear
 from dsv4_jax.ops.fp8_linear import fp8_linear
@@ -31,7 +32,7 @@ from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
 from dsv4_jax.ops.rmsnorm_nvfp4 import rmsnorm_nvfp4
 from dsv4_jax.ops.router import router
-from dsv4_jax.quant.kv import IndexRows
+from dsv4_jax.quant.kv import IndexRows, KvRows, kv_dequant
 from dsv4_jax.typing import E2M1, E4M3, UE8M0
 from reference import cache_write as reference_cache_write
 from tests.support.models import golden_model
@@ -44,7 +45,7 @@ WRITES: dict[LayerKind | None, Counter[str]] = {
     HCA: Counter(cache_write=3),  # window, pool, compressor state
     CSA: Counter(cache_write=5),  # window, pool, state, index keys, the indexer's state
 }
-EXPERTS = Counter(router=1, moe=1)
+ONE_EACH = Counter(attention=1, router=1, moe=1)
 DENSE: dict[LayerKind | None, Counter[str]] = {
     None: Counter(dense_linear=1),  # head
     SWA: Counter(dense_linear=1),  # router
@@ -57,7 +58,7 @@ LINEARS = {None: 0, SWA: 8, HCA: 8, CSA: 9}
 
 def _calls(linear: str) -> dict[LayerKind | None, Counter[str]]:
     return {
-        kind: WRITES[kind] + EXPERTS + DENSE[kind] + Counter({linear: count})
+        kind: WRITES[kind] + ONE_EACH + DENSE[kind] + Counter({linear: count})
         if kind
         else DENSE[kind]
         for kind, count in LINEARS.items()
@@ -68,6 +69,7 @@ CALLS = {"official": _calls("fp8_linear"), "nvfp4": _calls("nvfp4_linear")}
 """Foreign calls of one decode step by preset and kind of layer, ``None``: outside of layers."""
 
 ALIASES: dict[str, Callable[[int], dict[int, int]]] = {
+    "attention": lambda n: {},
     "cache_write": lambda n: {i: 1 + i for i in range(n)},
     "dense_linear": lambda n: {},
     "fp8_linear": lambda n: {},
@@ -309,6 +311,32 @@ def cache_updates(program: Program, cache: Any) -> list[str]:
     ]
 
 
+def widened_keys(program: Program, cache: Any) -> list[str]:
+    """Wider arrays, by XLA, of the sizes of an E4M3 store: copies of it that are dequantised.
+
+    A store is met again with its scales' axis, and with rotary channels behind; not where the
+    compressor's state has the same sizes.
+    """
+    shapes: set[tuple[int, ...]] = set()
+    for layer in cache.layers:
+        for rows in (layer.window, layer.pool):
+            if rows is None or rows.scale is None:
+                continue
+            b, slots, nope = rows.nope.shape
+            full = nope + rows.rope.shape[-1]
+            for last in ((nope,), (full,), (rows.scale.shape[-1], 64)):
+                shapes.add(tuple(n for n in (b, slots, *last) if n != 1))
+    states = jax.tree.leaves([(layer.state, layer.index_state) for layer in cache.layers])
+    shapes -= {tuple(n for n in leaf.shape if n != 1) for leaf in states}
+    return [
+        f"{function}: {operation.name} -> {value.type}"
+        for function in program.functions
+        for operation in program.operations(function)
+        for value in operation.results
+        if _dims(value) in shapes and _bytes(value) > math.prod(_dims(value))
+    ]
+
+
 def copied_leaves(program: Program, cache: Any) -> list[str]:
     """Leaves of the cache that are not donated, or not written in place by calls of ours."""
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(cache)]
@@ -372,6 +400,11 @@ def test_no_update_by_xla_makes_a_cache(preset: str) -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
+def test_no_store_of_keys_is_dequantised(preset: str) -> None:
+    assert widened_keys(decode(preset), cache_of(preset)) == []
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 def test_every_leaf_is_donated_and_written_in_place(preset: str) -> None:
     assert copied_leaves(decode(preset), cache_of(preset)) == []
 
@@ -389,7 +422,7 @@ def test_the_regime_reaches_every_product(regime: Any, number: int) -> None:
         config = str(call.operation.attributes["mhlo.backend_config"])
         found.update((call.op, int(n)) for n in re.findall(r"regime = (\d) : i32", config))
     expected = sum(expected_calls("nvfp4").values(), Counter())
-    products = ("dense_linear", "nvfp4_linear", "moe")
+    products = ("attention", "dense_linear", "nvfp4_linear", "moe")
     assert found == Counter({(op, number): expected[op] for op in products})
 
 
@@ -448,6 +481,11 @@ def store(s: int) -> IndexRows:
     return IndexRows(jax.ShapeDtypeStruct(key, E2M1), jax.ShapeDtypeStruct(scale, UE8M0))
 
 
+def keys(b: int, s: int) -> KvRows:
+    """A store of keys."""
+    return KvRows(typed(E4M3, b, s, 448), typed(UE8M0, b, s, 7), typed(jnp.bfloat16, b, s, 64))
+
+
 def typed(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
@@ -463,6 +501,23 @@ def stack(e: int, n: int, k: int) -> dict[str, jax.ShapeDtypeStruct]:
 
 # One large call of every op that has a kernel, whether or not the model makes it yet.
 LARGE = {
+    "attention": (
+        lambda q, ring, positions, sink, chunk, start, pool, n_visible, topk_idx: attention_op(
+            *(q, ring, positions, sink),
+            window=128,
+            chunk=chunk,
+            start=start,
+            pool=pool,
+            n_visible=n_visible,
+            topk_idx=topk_idx,
+            frequencies=np.ones(32, np.float32),
+        ),
+        (
+            *(bf16(8, 512, 128, 512), keys(8, 128), typed(jnp.int32, 8, 512)),
+            *(typed(jnp.float32, 128), keys(8, 512), typed(jnp.int32, 8)),
+            *(keys(8, 1 << 18), typed(jnp.int32, 8, 512), typed(jnp.int32, 8, 512, 1024)),
+        ),
+    ),
     "cache_write": (
         lambda *operands: cache_write(*operands),
         (store(1 << 18), store(8192), jax.ShapeDtypeStruct((8, 8192), jnp.int32)),
@@ -584,6 +639,23 @@ def test_a_missing_donation_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     problems = copied_leaves(program, cache)
     assert len(problems) == len(jax.tree.leaves(cache))
     assert all(problem.endswith("not donated") for problem in problems)
+
+
+@pytest.mark.parametrize("store", ["ring", "pool"])
+def test_a_dequantised_store_is_found(monkeypatch: pytest.MonkeyPatch, store: str) -> None:
+    """Attention over a copy in BF16, instead of the call."""
+    call = attention.attention
+
+    def wrong(q: Any, ring: Any, positions: Any, sink: Any, **operands: Any) -> Any:
+        rows = ring if store == "ring" else operands["pool"]
+        o = call(q, ring, positions, sink, **operands)
+        return o if rows is None else o + jnp.max(kv_dequant(rows, q.dtype))
+
+    monkeypatch.setattr(attention, "attention", wrong)
+    program = wrong_step(monkeypatch, cache_write)
+    found = widened_keys(program, cache_of("nvfp4"))
+    assert wrong_calls(program, expected_calls("nvfp4")) == []
+    assert any(problem.endswith("x448xbf16>") for problem in found), found
 
 
 def test_swapped_leaves_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,8 @@ import dsv4_jax
 from dsv4_jax.model import attention, block
 from dsv4_jax.model.step import Step
 from dsv4_jax.ops import swiglu as swiglu_op
+from dsv4_jax.ops.rope import rope
+from dsv4_jax.quant.kv import kv_dequant
 from tests.model.test_golden import MOVED, run_layer
 from tests.model.test_transformers import MAX_ABS
 from tests.support.golden_layers import check_layer
@@ -44,28 +46,29 @@ def entry_one_token_late(monkeypatch):
 
 def window_one_too_narrow(monkeypatch):
     """The oldest key of the window dropped."""
-    right = attention.sparse_attention
+    right = attention.attention
 
-    def wrong(q, keys, positions, *rest):
-        return right(q, keys[:, 1:], positions, *rest)
+    def wrong(*operands, window, **settings):
+        return right(*operands, window=window - 1, **settings)
 
-    monkeypatch.setattr(attention, "sparse_attention", wrong)
+    monkeypatch.setattr(attention, "attention", wrong)
 
 
 def sink_in_numerator(monkeypatch):
     """The sink as one more row of the value sum, with the mean of the chunk's keys as its value."""
-    right = attention.sparse_attention
+    right = attention.attention
 
-    def wrong(q, keys, positions, sink, *rest):
-        without_sink = right(q, keys, positions, jnp.full_like(sink, -1e30), *rest)
-        with_sink = right(q, keys, positions, sink, *rest).astype(jnp.float32)
+    def wrong(q, ring, positions, sink, *, frequencies, **settings):
+        without_sink = right(q, ring, positions, jnp.full_like(sink, -1e30), **settings)
+        with_sink = right(q, ring, positions, sink, **settings).astype(jnp.float32)
         share = 1 - jnp.sum(with_sink * without_sink, -1, keepdims=True) / jnp.sum(
             jnp.square(without_sink.astype(jnp.float32)), -1, keepdims=True
         )
-        value = keys.astype(jnp.float32).mean(axis=1)[:, None, None]
-        return (with_sink + share * value).astype(q.dtype)
+        value = kv_dequant(settings["chunk"], jnp.float32).mean(axis=1)[:, None, None]
+        o = (with_sink + share * value).astype(q.dtype)
+        return rope(o, positions, frequencies, inverse=True)
 
-    monkeypatch.setattr(attention, "sparse_attention", wrong)
+    monkeypatch.setattr(attention, "attention", wrong)
 
 
 def experts_unclamped(monkeypatch):

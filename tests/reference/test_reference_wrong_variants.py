@@ -47,7 +47,7 @@ def sink_in_numerator(monkeypatch):
         value = jnp.einsum("ths,sd->thd", e, keys, precision="highest") + extra * keys.mean(axis=0)
         return rounding.bf(value / denominator)
 
-    monkeypatch.setattr(attention, "attention", wrong)
+    monkeypatch.setattr(attention, "masked_attention", wrong)
 
 
 def experts_unclamped(monkeypatch):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsv4_jax.ops.attention import attention
 from dsv4_jax.ops.cache_write import cache_write
 from dsv4_jax.ops.compressor import compressor
 from dsv4_jax.ops.dense_linear import dense_linear, dense_linears
@@ -30,7 +31,6 @@ from dsv4_jax.ops.rmsnorm import rmsnorm
 from dsv4_jax.ops.rmsnorm_nvfp4 import rmsnorm_nvfp4
 from dsv4_jax.ops.rope import rope
 from dsv4_jax.ops.router import router
-from dsv4_jax.ops.sparse_attention import sparse_attention
 from dsv4_jax.ops.swiglu import swiglu
 from dsv4_jax.quant import fp8, mxfp4, nvfp4
 from dsv4_jax.quant.kv import IndexRows, KvRows, index_quant, kv_quant
@@ -237,28 +237,39 @@ def _index_topk(form: Any) -> OpCase:
     return OpCase(fn, (q, weight, n_visible, *parts))
 
 
-def _sparse_attention(kind: str) -> OpCase:
+def _attention(kind: str, form: Any = "fp8") -> OpCase:
     t, heads, dim, window, slots = 2, 3, 96, 8, 256
     rng = np.random.default_rng(7)
-    start = rng.integers(0, 1000, MAX_ROWS)
-    positions = jnp.asarray(start[:, None] + np.arange(t), jnp.int32)
-    q = normal(0, MAX_ROWS, t, heads, dim, dtype=jnp.bfloat16)
-    keys = normal(1, MAX_ROWS, window - 1 + t, dim, dtype=jnp.bfloat16)
+    start = jnp.asarray(rng.integers(0, 1000, MAX_ROWS), jnp.int32)
+    positions = start[:, None] + jnp.arange(t, dtype=jnp.int32)
+    dtype = jnp.float32 if form == "float32" else jnp.bfloat16
+    q = normal(0, MAX_ROWS, t, heads, dim, dtype=dtype)
     sink = normal(2, heads)
-    if kind == "window":
-        return OpCase(lambda q, k, p: sparse_attention(q, k, p, sink), (q, keys, positions))
-    pool = kv_quant(normal(3, MAX_ROWS, slots, dim), 32, "fp8")
-    n_visible = jnp.asarray(rng.integers(0, slots + 1, (MAX_ROWS, t)), jnp.int32)
-    idx = jnp.asarray(rng.integers(-1, slots, (MAX_ROWS, t, 140)), jnp.int32)
+    quantized = jax.jit(lambda x: kv_quant(x, 32, form))
+    rings = quantized(normal(1, MAX_ROWS, window, dim)), quantized(normal(4, MAX_ROWS, t, dim))
+    parts, structure = jax.tree.flatten(rings)
+    rows: tuple[jax.Array, ...] = q, positions, start, *parts
+    settings: dict[str, Any] = {"window": window}
+    if kind == "topk":
+        settings["frequencies"] = (10000.0 ** -(np.arange(16) / 16)).astype(np.float32)
+    if kind != "window":
+        n_visible = rng.integers(0, slots + 1, (MAX_ROWS, t))
+        idx = rng.integers(-1, slots, (MAX_ROWS, t, 140))
+        pool, far = jax.tree.flatten(quantized(normal(3, MAX_ROWS, slots, dim)))
+        rows += (*pool, jnp.asarray(n_visible, jnp.int32), jnp.asarray(idx, jnp.int32))
 
-    def fn(
-        q: jax.Array, keys: jax.Array, positions: jax.Array, n: jax.Array, *rest: jax.Array
-    ) -> Any:
-        rows = type(pool)(*rest[:3])
-        return sparse_attention(q, keys, positions, sink, rows, n, *rest[3:])
+    def fn(q: jax.Array, positions: jax.Array, start: jax.Array, *rest: jax.Array) -> Any:
+        ring, chunk = jax.tree.unflatten(structure, rest[: len(parts)])
+        rest = rest[len(parts) :]
+        extra: dict[str, Any] = {"chunk": chunk, "start": start}
+        if kind != "window":
+            extra["pool"] = jax.tree.unflatten(far, rest[: len(pool)])
+            extra["n_visible"] = rest[len(pool)]
+        if kind == "topk":
+            extra["topk_idx"] = rest[len(pool) + 1]
+        return attention(q, ring, positions, sink, **settings, **extra, return_lse=True)
 
-    rows = (q, keys, positions, n_visible, *pool)
-    return OpCase(fn, (*rows, idx) if kind == "topk" else rows)
+    return OpCase(fn, rows if kind != "all" else rows[:-1])
 
 
 def _cache_write() -> OpCase:
@@ -325,9 +336,10 @@ CASES: dict[str, Callable[[], OpCase]] = {
         "compressor-4": lambda: _compressor(4),
         "compressor-128": lambda: _compressor(128),
         "index_topk-mxfp4": lambda: _index_topk("mxfp4"),
-        "sparse_attention-window": lambda: _sparse_attention("window"),
-        "sparse_attention-all": lambda: _sparse_attention("all"),
-        "sparse_attention-topk": lambda: _sparse_attention("topk"),
+        "attention-window": lambda: _attention("window"),
+        "attention-all": lambda: _attention("all"),
+        "attention-topk": lambda: _attention("topk"),
+        "attention-topk-float32": lambda: _attention("topk", "float32"),
         "cache_write": _cache_write,
         "cache_write-store": _cache_write_store,
     }.items()
