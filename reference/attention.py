@@ -97,11 +97,11 @@ def attention(
     u = positions[..., None] - window + 1 + jnp.arange(window)  # [b, t, window]
     seen = (u >= 0) & (positions[..., None] >= 0)
     keys = _rows(stored_keys(ring), u % ring.nope.shape[1])
-    if chunk is not None:
+    if chunk is not None and start is not None:
         row = u - start[:, None, None]
         keys = jnp.where((row < 0)[..., None], keys, _rows(stored_keys(chunk), row))
         seen &= row < chunk.nope.shape[1]
-    if pool is not None:
+    if pool is not None and n_visible is not None:
         slots = pool.nope.shape[1]
         every = jnp.broadcast_to(jnp.arange(slots), (b, t, slots))
         entry = every if topk_idx is None else topk_idx

@@ -73,7 +73,8 @@ class _Window:
         ok = (position >= 0) & (positions[..., None] >= 0)
         slots = self.ring.nope.shape[1]
         if slots == 0:
-            keys = jnp.zeros((*position.shape, sum(p.shape[2] for p in self.ring[::2])), self.dtype)
+            dim = self.ring.nope.shape[2] + self.ring.rope.shape[2]
+            keys = jnp.zeros((*position.shape, dim), self.dtype)
             in_ring = jnp.zeros_like(ok)
         else:
             rows = gather_rows(self.ring_view, self.ring, position % slots, tile.row)

@@ -119,8 +119,9 @@ def attention(
                 f"got {list(frequencies.shape)}"
             )
 
-    positions, start, n_visible, topk_idx = (
-        None if x is None else _int32(x) for x in (positions, start, n_visible, topk_idx)
+    positions = _int32(positions)
+    start, n_visible, topk_idx = (
+        None if x is None else _int32(x) for x in (start, n_visible, topk_idx)
     )
     served = ring.nope.shape[2] % fp8.KV_BLOCK == 0 and rotary % 2 == 0 and dim <= MAX_WIDTH
     if q.dtype != jnp.bfloat16 or ring.scale is None or not served:

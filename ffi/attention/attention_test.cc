@@ -204,7 +204,9 @@ struct Problem {
     std::vector<uint16_t> o;  // [b, t, h, d]
     std::vector<float> lse;   // [b, t, h]
     bool operator==(const Result& other) const {
-      return o == other.o && std::memcmp(lse.data(), other.lse.data(), 4 * lse.size()) == 0;
+      const auto same = [](float x, float y) { return FloatBits(x) == FloatBits(y); };
+      return o == other.o &&
+             std::equal(lse.begin(), lse.end(), other.lse.begin(), other.lse.end(), same);
     }
   };
 

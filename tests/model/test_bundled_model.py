@@ -27,9 +27,9 @@ MTP_AGREEMENT = 0.6
 PRESET_COST = {"float32": 0.02, "nvfp4": 0.046}
 NEW_TOKENS = 512
 # Which greedy texts loop depends on roundings: 3 of 8 with the sums of XLA's products, 4 with those
-# of the linears' handlers, 5 with attention's as well (5 and 6 if it summed keys in blocks of 32 and
-# 128 instead of 64). The logits of the first two differ by an RMS of 0.12; flipping the last bit of
-# one in 1000 values of the embedding moves them by 0.17.
+# of the linears' handlers, 5 with attention's as well (5 and 6 if that summed keys in blocks of 32
+# and 128 instead of 64). The logits of the first two differ by an RMS of 0.12; flipping the last
+# bit of one in 1000 values of the embedding moves them by 0.17.
 LOOPS = 5
 
 

@@ -417,7 +417,8 @@ def decoded(case: Case, kind: str, in_chunk: bool, **settings: Any) -> tuple[Any
         one = np.s_[:, j : j + 1]
         row, position = cut(case.chunk, one), case.positions[one]
         written = put(ring, position % slots, row)
-        operands = case.operands(kind) | {"chunk": row, "start": position[:, 0]}
+        operands: dict[str, Any] = case.operands(kind)
+        operands |= {"chunk": row, "start": position[:, 0]}
         if not in_chunk:
             operands |= {"chunk": None, "start": None}
         for name in ("n_visible", "topk_idx"):
@@ -625,13 +626,13 @@ def test_a_wrong_variant_is_told_apart(wrong: dict[str, Any] | None) -> None:
         compare(got, lse, *case.exact("all"), plain)
         return
     if wrong.keys() & {"value_of", "sink_value"}:
-        want = case.exact("all", **wrong)
+        want, want_lse = case.exact("all", **wrong)
     else:
         names = {"n_visible": "n"}
         changed = {names.get(x, x): getattr(case, names.get(x, x)) + by for x, by in wrong.items()}
-        want = on_cpu(exact_on_cpu, case.but(**changed), "all")
+        want, want_lse = on_cpu(exact_on_cpu, case.but(**changed), "all")
     with pytest.raises(AssertionError):
-        compare(got, lse, *want, plain)
+        compare(got, lse, want, want_lse, plain)
 
 
 @pytest.mark.parametrize("form", FORMS)

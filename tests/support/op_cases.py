@@ -252,6 +252,7 @@ def _attention(kind: str, form: Any = "fp8") -> OpCase:
     settings: dict[str, Any] = {"window": window}
     if kind == "topk":
         settings["frequencies"] = (10000.0 ** -(np.arange(16) / 16)).astype(np.float32)
+    pool, far = jax.tree.flatten(None)
     if kind != "window":
         n_visible = rng.integers(0, slots + 1, (MAX_ROWS, t))
         idx = rng.integers(-1, slots, (MAX_ROWS, t, 140))
