@@ -10,6 +10,7 @@
 #include "common/bits.h"
 #include "common/e4m3.h"
 #include "common/exp.h"
+#include "common/weights.cuh"
 
 namespace dsv4 {
 namespace {
@@ -25,14 +26,6 @@ __device__ __forceinline__ float WarpSum(float x) {
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(~0u, x, lanes);
   return x;
-}
-
-// What exponents are measured from: nothing is infinitely far below minus infinity.
-__device__ __forceinline__ float Base(float top) { return top == -INFINITY ? 0.0f : top; }
-
-__device__ __forceinline__ float DecodeUe8m0(uint8_t code) {
-  if (code == 0) return 0x1p-127f;
-  return FloatFromBits(code == 255 ? 0x7FC00000u : static_cast<uint32_t>(code) << 23);
 }
 
 __device__ __forceinline__ uint16_t KeyChannel(const AttentionParams& p, const KeyRow& key,
@@ -164,13 +157,13 @@ __global__ void __launch_bounds__(kThreads)
     }
     for (int64_t first = 0; first < query.count; first += kKeys) {
       const uint32_t present = LoadKeys(query, first, d, keys);
-      if (mine) AddKeys(keys, present, d, scale, Base(top), q, &norm, value);
+      if (mine) AddKeys(keys, present, d, scale, ExponentBase(top), q, &norm, value);
     }
     __syncwarp();
     if (mine) {
-      norm += Exp(p.sink[head] - Base(top));
+      norm += Exp(p.sink[head] - ExponentBase(top));
       Store(p, token, head, value, norm);
-      if (p.lse != nullptr && lane == 0) p.lse[token * p.h + head] = Base(top) + logf(norm);
+      if (p.lse != nullptr && lane == 0) p.lse[token * p.h + head] = ExponentBase(top) + logf(norm);
     }
     __syncwarp();
   }

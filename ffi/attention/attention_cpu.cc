@@ -30,9 +30,6 @@ constexpr int64_t kFewQueries = 8, kMaxSumsBytes = int64_t{1} << 26;
 constexpr int64_t kGrainWork = 1 << 17;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// What exponents are measured from: nothing is infinitely far below minus infinity.
-float Base(float top) { return top == -kInfinity ? 0.0f : top; }
-
 // Of one query over some keys: the sum of e_u [h] and, of bf(e_u) times the key, [h, width].
 struct Sums {
   Sums(int64_t h, int64_t width) : norm(h), value(h * width) {}
@@ -152,10 +149,10 @@ class Attention {
     rotation.Turn(p_, p_.positions[token]);
     for (int64_t head = 0; head < p_.h; ++head) {
       uint16_t* o = p_.o + token * p_.stride_o + head * d_;
-      const float norm = sums.norm[head] + Exp(p_.sink[head] - Base(top[head]));
+      const float norm = sums.norm[head] + Exp(p_.sink[head] - ExponentBase(top[head]));
       Divided(&sums.value[head * width_], norm == 0.0f ? 1.0f : norm, d_, o);
       rotation.Back(o + p_.nope);
-      if (p_.lse != nullptr) p_.lse[token * p_.h + head] = Base(top[head]) + std::log(norm);
+      if (p_.lse != nullptr) p_.lse[token * p_.h + head] = ExponentBase(top[head]) + std::log(norm);
     }
   }
 
@@ -215,7 +212,7 @@ class Attention {
   // Sums of a block, from its scores, which become bf(e_u).
   void Sum(const float* keys, int64_t count, const float* top, float* score, Sums& sums) const {
     for (int64_t head = 0; head < p_.h; ++head) {
-      sums.norm[head] = Weigh(score + head * kBlockKeys, count, Base(top[head]));
+      sums.norm[head] = Weigh(score + head * kBlockKeys, count, ExponentBase(top[head]));
     }
     WeightedSums(score, kBlockKeys, p_.h, keys, width_, count, width_, sums.value.data(), width_);
   }

@@ -1,10 +1,12 @@
-// Which stored rows a query sees, for the CPU handler and the plain kernel. Positions, lengths and
-// indices are data that nobody has checked: what is here never leads outside of a buffer.
+// What the CPU handler and the plain kernel share: which stored rows a query sees. Positions,
+// lengths and indices are data that nobody has checked; what is here never leads outside of a
+// buffer.
 #pragma once
 
 #include <cstdint>
 
 #include "attention/attention.h"
+#include "common/bits.h"
 #include "common/host_device.h"
 
 namespace dsv4 {
@@ -63,6 +65,11 @@ DSV4_HOST_DEVICE inline bool EntryRow(const AttentionParams& p, int64_t b, int64
   const int64_t entry = p.topk_idx != nullptr ? p.topk_idx[token * p.topk + place] : place;
   row = {&p.pool, b * p.pool.slots + entry};
   return entry >= 0 && entry < VisibleEntries(p, token);
+}
+
+// What exponents are measured from: `top`, but nothing is infinitely far below minus infinity.
+DSV4_HOST_DEVICE inline float ExponentBase(float top) {
+  return top == FloatFromBits(0xFF800000u) ? 0.0f : top;
 }
 
 }  // namespace dsv4
