@@ -145,12 +145,11 @@ def attention(
         )
     else:
         optional = (start, pool, n_visible, topk_idx, frequencies)
-        o, lse, _ = library.call(
+        o, lse = library.call(
             "attention",
             [
                 jax.ShapeDtypeStruct(q.shape, q.dtype),
                 jax.ShapeDtypeStruct((b, t, heads), jnp.float32),
-                jax.ShapeDtypeStruct((_scratch_bytes(b, t, heads, dim),), jnp.uint8),
             ],
             *(q, positions, sink),
             *jax.tree.leaves((ring, chunk, *optional)),
@@ -162,13 +161,6 @@ def attention(
             has_frequencies=np.int32(frequencies is not None),
         )
     return (o, lse) if return_lse else o
-
-
-def _scratch_bytes(b: int, t: int, heads: int, dim: int) -> int:
-    """``AttentionScratchBytes`` of ffi/attention/attention.h: sums of parts of the keys."""
-    rows = b * t * heads
-    parts = min((1 << 14) // max(rows, 1), 64)
-    return (parts * rows * (dim + 2) * 4 if parts > 1 else 0) + 256
 
 
 def _int32(x: Array) -> Array:

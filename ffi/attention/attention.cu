@@ -8,6 +8,7 @@
 #include "attention/attention.h"
 #include "attention/attention_keys.h"
 #include "common/bits.h"
+#include "common/cuda.h"
 #include "common/e4m3.h"
 #include "common/exp.h"
 #include "common/weights.cuh"
@@ -174,8 +175,10 @@ constexpr int64_t kMostBlocks = 1 << 20;
 }  // namespace
 
 cudaError_t AttentionCuda(const AttentionParams& params, cudaStream_t stream) {
-#ifdef DSV4_ATTENTION_SM90
-  if (AttentionSm90Takes(params)) return AttentionSm90(params, stream);
+#ifdef DSV4_SM90
+  // Its weights are rounded relative to the largest score so far, not of all.
+  const bool exact = params.regime == Regime::kExact;
+  if (!exact && AttentionSm90Takes(params) && OnHopper()) return AttentionSm90(params, stream);
 #endif
   const int64_t d = params.nope + params.rope;
   const int64_t items = params.b * params.t * ((params.h + kHeads - 1) / kHeads);

@@ -39,22 +39,10 @@ struct AttentionParams {
   const float* frequencies;  // [rope / 2] of the inverse rotation, or nullptr: none
   uint16_t* o;               // [b, t, h, nope + rope] BF16
   float* lse;                // [b, t, h], or nullptr
-  void* scratch;             // CUDA: at least AttentionScratchBytes
   int64_t b, t, h, nope, rope, window, topk;
   int64_t stride_q, stride_o;  // elements from one token to the next
   Regime regime;
 };
-
-// Device bytes of a call besides its operands: o (FP32), M and the denominator of every (token,
-// head) for each of the parts into which a call of few tokens cuts its keys.
-constexpr int64_t kAttentionMaxParts = 64, kAttentionPartRows = 1 << 14;
-
-inline int64_t AttentionScratchBytes(int64_t b, int64_t t, int64_t h, int64_t d) {
-  const int64_t rows = b * t * h;
-  const int64_t parts = kAttentionPartRows / (rows > 0 ? rows : 1);
-  const int64_t kept = parts < kAttentionMaxParts ? parts : kAttentionMaxParts;
-  return (kept > 1 ? kept * rows * (d + 2) * 4 : 0) + 256;
-}
 
 // The most channels of a key.
 constexpr int64_t kAttentionMaxWidth = 2048;

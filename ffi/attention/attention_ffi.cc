@@ -1,6 +1,6 @@
 // Handlers of dsv4.attention. Operands: q, positions, sink and the ring (nope, scale, rope); then,
 // as far as the attributes has_... say so, the chunk and start, the pool and n_visible, topk_idx,
-// frequencies. Results: o, lse and scratch.
+// frequencies. Results: o and lse.
 #include <cstdint>
 #include <string>
 
@@ -142,7 +142,7 @@ ffi::Error CheckRing(const Attributes& a, const AttentionParams& params) {
 
 ffi::Error Fill(const Attributes& a, const ffi::AnyBuffer& q, const ffi::AnyBuffer& positions,
                 const ffi::AnyBuffer& sink, const ffi::RemainingArgs& args, Out o, Out lse,
-                Out scratch, AttentionParams& params) {
+                AttentionParams& params) {
   DSV4_RETURN_IF_ERROR(CheckAttributes(a));
   const int64_t expected = 3 + 4 * a.has_chunk + 4 * a.has_pool + a.has_topk + a.has_frequencies;
   if (static_cast<int64_t>(args.size()) != expected) {
@@ -185,19 +185,11 @@ ffi::Error Fill(const Attributes& a, const ffi::AnyBuffer& q, const ffi::AnyBuff
   DSV4_RETURN_IF_ERROR(CheckShape(kOp, "o", o->dimensions(), {b, t, h, d}));
   DSV4_RETURN_IF_ERROR(CheckDtype(kOp, "lse", lse->element_type(), {ffi::DataType::F32}));
   DSV4_RETURN_IF_ERROR(CheckShape(kOp, "lse", lse->dimensions(), {b, t, h}));
-  DSV4_RETURN_IF_ERROR(CheckDtype(kOp, "scratch", scratch->element_type(), {ffi::DataType::U8}));
-  const Dims scratch_dims = scratch->dimensions();
-  const int64_t bytes = AttentionScratchBytes(b, t, h, d);
-  if (scratch_dims.size() != 1 || scratch_dims[0] < bytes) {
-    return InvalidArgument(kOp, "scratch must be at least [" + std::to_string(bytes) + "], got " +
-                                    ToString(scratch_dims));
-  }
   params.q = static_cast<const uint16_t*>(q.untyped_data());
   params.positions = static_cast<const int32_t*>(positions.untyped_data());
   params.sink = static_cast<const float*>(sink.untyped_data());
   params.o = static_cast<uint16_t*>(o->untyped_data());
   params.lse = static_cast<float*>(lse->untyped_data());
-  params.scratch = scratch->untyped_data();
   params.stride_q = h * d;
   params.stride_o = h * d;
   params.regime = static_cast<Regime>(a.regime);
@@ -207,10 +199,10 @@ ffi::Error Fill(const Attributes& a, const ffi::AnyBuffer& q, const ffi::AnyBuff
 ffi::Error CpuImpl(ffi::ThreadPool pool, int32_t abi, int32_t window, int32_t regime,
                    int32_t has_chunk, int32_t has_pool, int32_t has_topk, int32_t has_frequencies,
                    ffi::AnyBuffer q, ffi::AnyBuffer positions, ffi::AnyBuffer sink,
-                   ffi::RemainingArgs rest, Out o, Out lse, Out scratch) {
+                   ffi::RemainingArgs rest, Out o, Out lse) {
   AttentionParams params{};
   DSV4_RETURN_IF_ERROR(Fill({abi, window, regime, has_chunk, has_pool, has_topk, has_frequencies},
-                            q, positions, sink, rest, o, lse, scratch, params));
+                            q, positions, sink, rest, o, lse, params));
   AttentionCpu(params, [&](int64_t count, int64_t grain, const auto& body) {
     ParallelFor(pool, count, grain, body);
   });
@@ -220,13 +212,11 @@ ffi::Error CpuImpl(ffi::ThreadPool pool, int32_t abi, int32_t window, int32_t re
 ffi::Error CudaImpl(CudaStream stream, int32_t abi, int32_t window, int32_t regime,
                     int32_t has_chunk, int32_t has_pool, int32_t has_topk, int32_t has_frequencies,
                     ffi::AnyBuffer q, ffi::AnyBuffer positions, ffi::AnyBuffer sink,
-                    ffi::RemainingArgs rest, Out o, Out lse, Out scratch) {
+                    ffi::RemainingArgs rest, Out o, Out lse) {
   AttentionParams params{};
   DSV4_RETURN_IF_ERROR(Fill({abi, window, regime, has_chunk, has_pool, has_topk, has_frequencies},
-                            q, positions, sink, rest, o, lse, scratch, params));
-  if (!IsAligned(params.o, 0, 4) || !IsAligned(params.scratch, 0, 16)) {
-    return InvalidArgument(kOp, "o must be aligned to 4 bytes and scratch to 16");
-  }
+                            q, positions, sink, rest, o, lse, params));
+  if (!IsAligned(params.o, 0, 4)) return InvalidArgument(kOp, "o must be aligned to 4 bytes");
   if (params.b * params.t * params.h == 0) return ffi::Error::Success();
   return LaunchCuda(kOp, stream, counts,
                     [&](cudaStream_t on) { return AttentionCuda(params, on); });
@@ -247,8 +237,7 @@ auto CudaBinding() {
       .Arg<ffi::AnyBuffer>()   // sink [h]
       .RemainingArgs()         // ring; chunk, start; pool, n_visible; topk_idx; frequencies
       .Ret<ffi::AnyBuffer>()   // o [b, t, h, d]
-      .Ret<ffi::AnyBuffer>()   // lse [b, t, h]
-      .Ret<ffi::AnyBuffer>();  // scratch [bytes]
+      .Ret<ffi::AnyBuffer>();  // lse [b, t, h]
 }
 
 XLA_FFI_DEFINE_HANDLER(
@@ -267,8 +256,7 @@ XLA_FFI_DEFINE_HANDLER(
         .Arg<ffi::AnyBuffer>()    // sink [h]
         .RemainingArgs()          // ring; chunk, start; pool, n_visible; topk_idx; frequencies
         .Ret<ffi::AnyBuffer>()    // o [b, t, h, d]
-        .Ret<ffi::AnyBuffer>()    // lse [b, t, h]
-        .Ret<ffi::AnyBuffer>());  // scratch [bytes]
+        .Ret<ffi::AnyBuffer>());  // lse [b, t, h]
 XLA_FFI_DEFINE_HANDLER(kCuda, CudaImpl, CudaBinding(), {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kCudaDebug, CudaImpl, CudaBinding());
 

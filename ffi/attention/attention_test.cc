@@ -542,13 +542,6 @@ TEST(OffsetsBeyond32Bits) {
   }
 }
 
-TEST(ScratchHoldsTheParts) {
-  EXPECT_EQ(AttentionScratchBytes(1, 1, 64, 512), int64_t{64 * 64 * 514 * 4 + 256});
-  EXPECT_EQ(AttentionScratchBytes(128, 1, 64, 512), int64_t{2 * 8192 * 514 * 4 + 256});
-  EXPECT_EQ(AttentionScratchBytes(1, 4096, 128, 512), int64_t{256});
-  EXPECT_EQ(AttentionScratchBytes(0, 1, 64, 512), int64_t{256});
-}
-
 }  // namespace
 }  // namespace dsv4
 

@@ -69,6 +69,13 @@ int CudaDriverVersion() {
   return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
 }
 
+bool OnHopper() {
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         major == 9;
+}
+
 LaunchStatus CheckDevice(const char* archs) {
   int device = 0, major = 0, minor = 0;
   cudaError_t error = cudaGetDevice(&device);

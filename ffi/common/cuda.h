@@ -43,6 +43,9 @@ struct LaunchStatus {
 LaunchStatus NotBuiltForCuda();
 
 #ifdef DSV4_CUDA
+// Whether the current device is a Hopper GPU.
+bool OnHopper();
+
 // Whether the current device can run code of the library. `archs` narrows the library's list to
 // those an op has code for (of "90a,100a").
 LaunchStatus CheckDevice(const char* archs = nullptr);

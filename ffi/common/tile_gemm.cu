@@ -7,6 +7,7 @@
 #include "common/activations.cuh"
 #include "common/barrier.cuh"
 #include "common/bits.h"
+#include "common/cuda.h"
 #include "common/e4m3.h"
 #include "common/tile_gemm.h"
 #include "common/tile_store.cuh"
@@ -245,13 +246,6 @@ int TileGemmSplit(const TileGemm& gemm) {
   int parts = 1;
   while (gemm.split && parts < 8 && blocks * parts < kFullGrid && stages >= 4 * parts) parts *= 2;
   return parts;
-}
-
-bool OnHopper() {
-  int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         major == 9;
 }
 
 bool HopperTakes(const TileGemm& gemm) {

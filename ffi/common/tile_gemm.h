@@ -71,9 +71,6 @@ int TileGemmSplit(const TileGemm& gemm);
 bool TileGemmTakes(const TileGemm& gemm);
 cudaError_t TileGemmSm90(const TileGemm& gemm, cudaStream_t stream);
 
-// Whether the current device is a Hopper GPU.
-bool OnHopper();
-
 // Whether the Hopper kernel is there, for this device, and takes the product.
 bool HopperTakes(const TileGemm& gemm);
 

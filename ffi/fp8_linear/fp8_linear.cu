@@ -1,3 +1,4 @@
+#include "common/cuda.h"
 #include "common/tile_gemm.h"
 #include "fp8_linear/fp8_linear.h"
 

@@ -16,7 +16,7 @@ import pytest
 
 from dsv4_jax.ops._attention_jax import attention_jax
 from dsv4_jax.ops._linear import REGIMES
-from dsv4_jax.ops.attention import _scratch_bytes, attention
+from dsv4_jax.ops.attention import attention
 from dsv4_jax.ops.rope import rope
 from dsv4_jax.quant.fp8 import KV_BLOCK
 from dsv4_jax.quant.kv import KvRows
@@ -667,10 +667,3 @@ def test_one_call() -> None:
     for changed in ({"nope": 40, "rotary": 8}, {"nope": 2048}):
         case = Case(**changed)
         assert "ffi_call[" not in str(jax.make_jaxpr(lambda case=case: case("topk"))())
-
-
-def test_scratch_is_what_the_handler_asks_for() -> None:
-    """Values of AttentionScratchBytes (ffi/attention/attention_test.cc)."""
-    assert _scratch_bytes(1, 1, 64, 512) == 64 * 64 * 514 * 4 + 256
-    assert _scratch_bytes(128, 1, 64, 512) == 2 * 8192 * 514 * 4 + 256
-    assert _scratch_bytes(1, 4096, 128, 512) == _scratch_bytes(0, 1, 64, 512) == 256

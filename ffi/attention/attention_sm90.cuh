@@ -1,0 +1,323 @@
+// The pieces of Hopper's attention kernel: memory of a thread block, products, keys of a query.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "attention/attention.h"
+#include "common/barrier.cuh"
+#include "common/bits.h"
+#include "common/weights.cuh"
+#include "common/wgmma.cuh"
+
+namespace dsv4 {
+namespace attention {
+
+constexpr int kChannels = 512, kNope = 448, kRope = 64;
+constexpr int kHeads = 64;  // of a tile: rows of an MMA
+constexpr int kKeys = 64;   // of a block
+constexpr int kChunk = 64;  // channels that share a scale: 128 bytes of BF16, a swizzled row
+constexpr int kSteps = kChannels / kChunk / 2;
+constexpr int kChunkBytes = kKeys * kChunk * 2;
+constexpr int kPairBytes = 2 * kChunkBytes;  // chunks s and s + 4 of step s
+constexpr int kPairs = 9;                    // two blocks and a step
+constexpr int kMasks = 4;                    // more blocks than can be under way
+constexpr int kThreads = 4 * 128;
+constexpr int kMaxSplits = 16;
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// KeyRows in 32 bits where they do; strides in bytes.
+struct Rows {
+  const uint8_t* nope;
+  const uint8_t* scale;
+  const uint8_t* rope;
+  uint32_t slots, stride_nope, stride_scale, stride_rope;
+};
+
+struct Args {
+  AttentionParams p;
+  Rows rows[3];  // ring, chunk, pool
+  int items;     // tokens times tiles of heads
+  int tiles;
+  int splits;         // thread blocks of a cluster, that share the keys
+  int channel_parts;  // thread blocks that share the value channels
+  float scale;        // d^-0.5 log2(e)
+};
+
+// How thread blocks share work.
+enum class Mode {
+  kAlone,  // one takes all keys of a tile of heads
+  kPair,   // two tiles of heads: each decodes half of every block of keys, for both
+  kSplit,  // a cluster shares out the keys of a tile
+};
+
+// A key of a block, as who looks it up leaves it for those who decode it.
+struct Entry {
+  const uint8_t* nope;
+  const uint8_t* rope;
+  uint4 factor;       // BF16 of each chunk's scale, times 2^120
+  uint32_t bytes[4];  // words around the scales, as stored; then the scales and 0
+};
+
+struct Shared {
+  char q[2 * kSteps][kChunkBytes];
+  char pairs[kPairs][kPairBytes];
+  uint4 weights[4][128];  // e of a block: each thread's MMA fragments
+  float2 factor[128];     // of what was summed before, for a thread's two rows
+  float2 rotation[kRope / 2];
+  Entry entries[2][kKeys];
+  int ids[kKeys];       // in the pool, of the block after
+  float2 sums[kHeads];  // largest logit (times log2 e), sum of e
+  float sinks[kHeads];  // times log2 e
+  uint8_t mask[kMasks][kKeys / 8];
+  uint64_t full[kPairs], empty[kPairs];
+  uint64_t weights_full, weights_empty;
+  uint64_t products_done;  // of both halves, once
+};
+constexpr int kSharedBytes = sizeof(Shared);
+static_assert(kSharedBytes <= 232448);
+
+// Sums of a cluster's thread block, over the pairs: rows of FP32 whose pitch spreads the banks.
+template <int kParts>
+constexpr int kSumColumns = kChannels / kParts;
+template <int kParts>
+constexpr int kSumPitch = kSumColumns<kParts> + 16;
+static_assert(kHeads * kSumPitch<1> * 4 <= kPairs * kPairBytes);
+
+// Which slot of the ring of pairs, and whether it is an odd or an even time.
+struct Turn {
+  int slot = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void Next() {
+    if (++slot == kPairs) {
+      slot = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// What others stored, as barriers passed say, before tensor cores read it. The reader's fence and
+// not the writer's, which would wait for all the loads that the writer has under way.
+__device__ __forceinline__ void FenceAsync() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ __forceinline__ void SyncThreads(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void SyncCluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+}
+// Where no data changes hands.
+__device__ __forceinline__ void SyncClusterRelaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+}
+// On a barrier of another thread block of the cluster. Orders nothing that this thread wrote.
+__device__ __forceinline__ void ArriveThere(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// 16 bytes into another thread block of the cluster, which counts them on its barrier.
+__device__ __forceinline__ void StoreThere(uint32_t to, const uint4& v, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(to),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
+      : "memory");
+}
+template <int kBytes>
+__device__ __forceinline__ void CopyAsync(uint32_t to, const void* from) {
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes)
+                 : "memory");
+  }
+}
+__device__ __forceinline__ void CopyAsyncOrZero(uint32_t to, const void* from, bool copy) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(copy ? 16 : 0)
+               : "memory");
+}
+// Four bytes, of which those past the first `bytes` become 0 unread.
+__device__ __forceinline__ void CopyAsyncPart(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void CommitCopies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void WaitForCopies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+__device__ __forceinline__ void Prefetch(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+__device__ __forceinline__ void StoreShared(uint32_t address, const uint4& v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
+}
+__device__ __forceinline__ uint4 LoadShared(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ float2 LoadShared2(uint32_t address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+  return v;
+}
+__device__ __forceinline__ uint32_t AddressIn(uint32_t address, int rank) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+__device__ __forceinline__ float4 LoadCluster4(uint32_t address) {
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ float2 LoadCluster2(uint32_t address) {
+  float2 v;
+  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];"
+               : "=f"(v.x), "=f"(v.y)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ float Exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ uint32_t PackBf16(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// A matrix with the 128-byte swizzle: groups of 8 rows 1024 bytes apart, whichever way it is read.
+// This is the low half of its descriptor; the other is kSwizzled.
+__device__ __forceinline__ uint32_t Matrix(uint32_t address) {
+  return (address & 0x3FFFFu) >> 4 | 64u << 16;
+}
+constexpr uint32_t kRowStep = 32 / 16;             // 16 channels along a row
+constexpr uint32_t kKeyStep = 16 * 128 / 16;       // 16 rows
+constexpr uint32_t kChunkStep = kChunkBytes / 16;  // a chunk
+#define DSV4_SWIZZLED "0x40000040"
+
+// Keeps the compiler from computing what follows from x ahead of time.
+__device__ __forceinline__ uint32_t Opaque(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+#define DSV4_SUMS_32                                                                       \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
+  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define DSV4_SUMS_OF(d)                                                                           \
+  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
+      "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),    \
+      "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),  \
+      "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),  \
+      "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+
+// d (+)= a . b^T, 64 x 64 x 16, rows of a and of b along their channels.
+template <bool kFirst>
+__device__ __forceinline__ void MultiplyQueryKey(float (&d)[32], uint32_t a, uint32_t b) {
+  asm volatile("{\n.reg .b64 a, b;\nmov.b64 a, {%32, " DSV4_SWIZZLED
+               "};\nmov.b64 b, {%33, " DSV4_SWIZZLED
+               "};\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " DSV4_SUMS_32
+               ", a, b, %34, 1, 1, 0, 0;\n}"
+               : DSV4_SUMS_OF(d)
+               : "r"(a), "r"(b), "n"(kFirst ? 0 : 1));
+}
+
+// d += a . b, 64 x 64 x 16: b's rows are keys, along their channels.
+__device__ __forceinline__ void MultiplyWeightValue(float (&d)[32], const uint4& a, uint32_t b) {
+  asm volatile("{\n.reg .b64 b;\nmov.b64 b, {%36, " DSV4_SWIZZLED
+               "};\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " DSV4_SUMS_32
+               ", {%32, %33, %34, %35}, b, 1, 1, 1, 1;\n}"
+               : DSV4_SUMS_OF(d)
+               : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b));
+}
+
+// What a query may see. Its keys are counted window first, then the pool.
+struct Query {
+  int token, batch;
+  int first, window_keys;  // positions of the window
+  int start;               // of the chunk
+  int ring_first;          // slot of the first position
+  int visible;             // entries of the pool
+  int keys;
+};
+
+__device__ __forceinline__ Query QueryOf(const Args& args, int token) {
+  const AttentionParams& p = args.p;
+  Query query;
+  query.token = token;
+  query.batch = token / static_cast<int>(p.t);
+  const int position = __ldg(p.positions + token);
+  query.start = p.start != nullptr ? __ldg(p.start + query.batch) : INT32_MAX;
+  const int visible = p.n_visible != nullptr ? __ldg(p.n_visible + token) : 0;
+  query.visible = max(0, min(visible, static_cast<int>(p.pool.slots)));
+  query.window_keys = position < 0 ? 0 : min(static_cast<int>(p.window) - 1, position) + 1;
+  query.first = position - query.window_keys + 1;
+  query.ring_first =
+      args.rows[0].slots > 0 ? query.first % static_cast<int>(args.rows[0].slots) : 0;
+  const int listed = p.topk_idx != nullptr ? static_cast<int>(p.topk) : query.visible;
+  query.keys = query.window_keys + (query.visible > 0 ? listed : 0);
+  return query;
+}
+
+struct Key {
+  bool valid = false;
+  const uint8_t* nope;
+  const uint8_t* scale;
+  const uint8_t* rope;
+};
+
+__device__ __forceinline__ Key KeyOf(const Args& args, const Query& query, int u, int entry) {
+  Key key;
+  const bool in_window = u < query.window_keys, in_chunk = query.first + u >= query.start;
+  const Rows& rows = args.rows[!in_window ? 2 : in_chunk ? 1 : 0];
+  const int slots = static_cast<int>(rows.slots);
+  int slot = query.ring_first + u;
+  slot = slot >= slots ? slot - slots : slot;  // a ring holds a window
+  slot = !in_window ? entry : in_chunk ? query.first + u - query.start : slot;
+  key.valid = u < query.keys && slot >= 0 && slot < (in_window ? slots : query.visible);
+  const uint32_t at = static_cast<uint32_t>(query.batch * slots + slot);
+  key.nope = rows.nope + static_cast<uint64_t>(at) * rows.stride_nope;
+  key.scale = rows.scale + static_cast<uint64_t>(at) * rows.stride_scale;
+  key.rope = rows.rope + static_cast<uint64_t>(at) * rows.stride_rope;
+  return key;
+}
+
+// The blocks of keys of a thread block.
+struct Blocks {
+  int first, last;
+};
+
+template <Mode kMode>
+__device__ __forceinline__ Blocks BlocksOf(const Args& args, const Query& query, int rank) {
+  const int all = (query.keys + kKeys - 1) / kKeys;
+  if constexpr (kMode != Mode::kSplit) return {0, all};
+  return {all * rank / args.splits, all * (rank + 1) / args.splits};
+}
+
+struct Place {
+  int rank = 0, part = 0;  // in the cluster, of the value channels
+  int first, step;         // items
+};
+
+}  // namespace attention
+}  // namespace dsv4
