@@ -189,7 +189,7 @@ TARGETS = {
                 *(*stored_keys(3), s("2", I32)),
                 *(*stored_keys(10), s("2 3", I32), s("2 3 5", I32), s("16", F32)),
             ),
-            (s("2 3 4 96"), s("2 3 4", F32), s(f"{64 * 24 * 98 * 4 + 256}", U8)),
+            (s("2 3 4 96"), s("2 3 4", F32)),
             {
                 "abi": ABI,
                 "window": np.int32(8),
@@ -405,13 +405,7 @@ SHAPES: list[tuple[str, str, Mutation, str]] = [
     ("attention", "o-shape", result(0, "2 3 4 64"), r"o must be \[2, 3, 4, 96\], got"),
     ("attention", "lse-dtype", result(1, "2 3 4"), "lse must be float32, got bfloat16"),
     ("attention", "lse-shape", result(1, "2 3 5", F32), r"lse must be \[2, 3, 4\], got"),
-    ("attention", "results-too-few", first(results=2), LAYER),
-    (
-        "attention",
-        "scratch-bytes",
-        result(2, str(64 * 24 * 98 * 4 + 255), U8),
-        r"scratch must be at least \[602368\], got \[602367\]",
-    ),
+    ("attention", "results-too-few", first(results=1), LAYER),
     ("rmsnorm_nvfp4", "x-rank", operand(0, "96"), r"x must be \[t, d\], got \[96\]"),
     ("rmsnorm_nvfp4", "x-rank-3", operand(0, "1 3 32"), r"x must be \[t, d\], got \[1, 3, 32\]"),
     (
