@@ -1,6 +1,6 @@
 """`attention` in `jax.numpy`: for keys without scales, FP32 queries and sizes without a kernel."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import lax
@@ -92,6 +92,7 @@ class _Window:
         return jnp.where(ok[..., None], keys, 0), ok
 
 
+@runtime_checkable  # beartype looks at instances
 class _Load(Protocol):
     def __call__(self, i: Array) -> tuple[Array, Array]: ...
 
