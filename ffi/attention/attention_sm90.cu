@@ -136,19 +136,9 @@ cudaError_t Prepare() {
 int ClustersAtOnce(int size) {
   static std::atomic<int> known[kMaxSplits + 1];
   if (known[size] > 0) return known[size];
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(size);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(size));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kSharedBytes;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
   int count = 0;
   if (Prepare<Mode::kSplit, 1>() != cudaSuccess ||
-      cudaOccupancyMaxActiveClusters(&count, AttentionSm90Kernel<Mode::kSplit, 1>, &config) !=
+      MostClusters(AttentionSm90Kernel<Mode::kSplit, 1>, kThreads, kSharedBytes, size, count) !=
           cudaSuccess) {
     cudaGetLastError();
     count = 0;

@@ -114,10 +114,6 @@ __device__ __forceinline__ void SyncClusterRelaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
                    : "memory");
 }
-// On a barrier of another thread block of the cluster. Orders nothing that this thread wrote.
-__device__ __forceinline__ void ArriveThere(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
 // 16 bytes into another thread block of the cluster, which counts them on its barrier.
 __device__ __forceinline__ void StoreThere(uint32_t to, const uint4& v, uint32_t barrier) {
   asm volatile(
@@ -172,11 +168,6 @@ __device__ __forceinline__ float2 LoadShared2(uint32_t address) {
   float2 v;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
   return v;
-}
-__device__ __forceinline__ uint32_t AddressIn(uint32_t address, int rank) {
-  uint32_t there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-  return there;
 }
 __device__ __forceinline__ float4 LoadCluster4(uint32_t address) {
   float4 v;

@@ -184,7 +184,7 @@ __device__ __forceinline__ void PassOn(uint32_t empty, const Place& place) {
   __syncwarp();
   if (threadIdx.x % 32 != 0) return;
   Arrive(empty);
-  if constexpr (kMode == Mode::kPair) ArriveThere(AddressIn(empty, place.rank ^ 1));
+  if constexpr (kMode == Mode::kPair) ArriveIn(empty, place.rank ^ 1);
 }
 
 template <Mode kMode, int kParts, int half>
