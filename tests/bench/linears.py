@@ -411,14 +411,14 @@ def program(
     for case in chosen:
         try:
             result = run(case)
+            if "BENCH_JSONL" in os.environ:
+                result.append(timing.default_path())
             result.require()
         except (AssertionError, jax.errors.JaxRuntimeError) as error:
             failed += 1
             print(f"FAILED {case.name}: {error}", flush=True)
             continue
         results.append(result)
-        if "BENCH_JSONL" in os.environ:
-            result.append(timing.default_path())
     print(f"\n{timing.table(results)}")
     print(f"{len(chosen)} cases in {time.monotonic() - begin:.0f} s, {failed} failed")
     return int(failed > 0)

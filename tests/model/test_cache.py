@@ -150,7 +150,10 @@ def test_inside_the_users_scan_with_donation():
         return jax.lax.scan(step, cache, tokens.T)
 
     run = jax.jit(scanned, donate_argnums=1)
-    cache, logits = run(params, model.init_cache(2, 288), jnp.asarray(ids))
+    cache = jax.tree.map(jnp.copy, model.init_cache(2, 288))
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(cache.layers)]
+    cache, logits = run(params, cache, jnp.asarray(ids))
+    assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(cache.layers)] == pointers
     np.testing.assert_array_equal(np.moveaxis(np.asarray(logits), 0, 1), expected)
     assert_same_bytes(cache, expected_cache)
 

@@ -95,9 +95,10 @@ def test_scan_with_donated_cache():
 
         return jax.lax.scan(step, cache, tokens.T)
 
-    _, logits = jax.jit(scanned, donate_argnums=1)(
-        params, model.init_cache(2, 288), jnp.asarray(ids)
-    )
+    cache = model.init_cache(2, 288)
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(cache.layers)]
+    cache, logits = jax.jit(scanned, donate_argnums=1)(params, cache, jnp.asarray(ids))
+    assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(cache.layers)] == pointers
     assert _cosines(np.moveaxis(np.asarray(logits), 0, 1), expected).min() >= MIN_COSINE
 
 

@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from dsv4_jax.ops._attention_jax import attention_jax
 from dsv4_jax.ops._linear import REGIMES
 from dsv4_jax.ops.attention import attention
+from dsv4_jax.ops.cache_write import cache_write
 from dsv4_jax.ops.rope import rope
 from dsv4_jax.quant.fp8 import KV_BLOCK
 from dsv4_jax.quant.kv import KvRows
@@ -39,10 +41,11 @@ LSE_REL = 1e-5
 
 FORMS = {"fp8": jnp.bfloat16, "bfloat16": jnp.bfloat16, "float32": jnp.float32}
 """Of the keys, and the queries' dtype with them; only the first has a kernel."""
-BOTH = ("fp8", "float32")
-"""With the kernel and without."""
+PATHS = ("fp8", "decode", pytest.param("prefill", marks=pytest.mark.gpu), "float32")
+"""A kernel for any size; of Hopper's for the model's sizes, both ways; `jax.numpy`."""
+MODEL = {"heads": 70, "nope": 448, "rotary": 64}
+"""Two tiles of heads, one of them not full."""
 KINDS = ["window", "all", "topk"]
-FREQUENCIES = (10000.0 ** -(np.arange(16) / 16)).astype(np.float32)
 OPERANDS = ("chunk", "start", "pool", "n_visible", "topk_idx", "frequencies")
 
 
@@ -102,22 +105,32 @@ def values(rows: KvRows) -> np.ndarray:
 
 
 class Case:
-    """Random operands. Row ``i`` has held ``start[i]`` tokens and takes ``t`` more."""
+    """Random operands. Row ``i`` has held ``start[i]`` tokens and takes ``t`` more.
+
+    A ``form`` of `FORMS`, or a regime: E4M3 keys of the model's sizes.
+    """
 
     def __init__(
         self,
         form: str = "fp8",
         start: tuple[int, ...] = (0, 500),
         t: int = T,
-        heads: int = 3,
-        nope: int = 64,
-        rotary: int = 32,
+        heads: int | None = None,
+        nope: int | None = None,
+        rotary: int | None = None,
         window: int = WINDOW,
         slots: int = SLOTS,
         picks: int = PICKS,
         spare: int = 2,
     ) -> None:
+        self.regime = None if form in FORMS else form
+        form = form if form in FORMS else "fp8"
+        usual = {"heads": 3, "nope": 64, "rotary": 32} if self.regime is None else MODEL
+        heads = usual["heads"] if heads is None else heads
+        nope = usual["nope"] if nope is None else nope
+        rotary = usual["rotary"] if rotary is None else rotary
         b, dim = len(start), nope + rotary
+        self.form, self.heads, self.nope, self.rotary, self.dim = form, heads, nope, rotary, dim
         rng = np.random.default_rng(0)
 
         def normal(*shape: int) -> np.ndarray:
@@ -160,7 +173,16 @@ class Case:
         return function(self.q, self.ring, self.positions, self.sink, **operands)
 
     def __call__(self, kind: str = "window", **settings: Any) -> Any:
-        return self.with_(attention, kind, **settings)
+        return self.with_(attention, kind, **{"regime": self.regime, **settings})
+
+    def stored(self, keys: np.ndarray) -> KvRows:
+        """In this case's form."""
+        return stored(keys, self.rotary, self.form)
+
+    def rotate(self) -> None:
+        """From here on with the inverse rotation."""
+        half = self.rotary // 2
+        self.frequencies = (10000.0 ** -(np.arange(half) / half)).astype(np.float32)
 
     def every_key(self) -> np.ndarray:
         """Of the window, by position from ``start - window + 1`` on, in FP64."""
@@ -245,29 +267,29 @@ def test_sizes_of_a_key(nope: int, rotary: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", BOTH)
+@pytest.mark.parametrize("form", PATHS)
 def test_no_key_at_all(kind: str, form: str) -> None:
     """B4: padding (negative position, nothing visible) gives zeros, whatever the sink."""
     case = Case(form)
     case.positions = np.full((B, T), -1, np.int32)
     case.n = np.zeros((B, T), np.int32)
-    case.sink = np.array([-20, 0, 20], np.float32)
+    case.sink = np.resize(np.array([-20, 0, 20], np.float32), case.heads)
     got, lse = case(kind, return_lse=True)
     assert_same_bits(np.abs(got), np.zeros(case.q.shape, got.dtype))
-    assert_same_bits(lse, np.tile(case.sink, (B, T, 1)))
+    assert_near(lse, np.tile(case.sink, (B, T, 1)), 20 * LSE_REL)
 
 
-@pytest.mark.parametrize("form", BOTH)
+@pytest.mark.parametrize("form", PATHS)
 def test_sink_only_divides(form: str) -> None:
     """A sink far above every score drives the output to zero, one far below changes nothing."""
     case = Case(form)
-    case.sink = np.full(3, 200.0, np.float32)
+    case.sink = np.full(case.heads, 200.0, np.float32)
     assert np.abs(f64(case())).max() < 1e-30
-    case.sink = np.full(3, -200.0, np.float32)
+    case.sink = np.full(case.heads, -200.0, np.float32)
     first = case.every_key()[0, WINDOW - 1]  # position 0 sees itself alone
-    np.testing.assert_allclose(case.exact()[0][0, 0], np.tile(first, (3, 1)))
+    np.testing.assert_allclose(case.exact()[0][0, 0], np.tile(first, (case.heads, 1)))
     case.check("window")
-    case.sink = np.full(3, -np.inf, np.float32)
+    case.sink = np.full(case.heads, -np.inf, np.float32)
     case.check("topk")
 
 
@@ -281,7 +303,7 @@ BAD_IDS = [
 
 
 @pytest.mark.parametrize("ids", BAD_IDS)
-@pytest.mark.parametrize("form", BOTH)
+@pytest.mark.parametrize("form", PATHS)
 def test_ids(ids: list[int], form: str) -> None:
     """B3: ids that are no entry are skipped; one that is given twice counts twice."""
     case = Case(form)
@@ -290,7 +312,7 @@ def test_ids(ids: list[int], form: str) -> None:
 
 
 @pytest.mark.parametrize("at", [0, 63, 64, 127, 128, 299])
-@pytest.mark.parametrize("form", BOTH)
+@pytest.mark.parametrize("form", PATHS)
 def test_an_id_counts_wherever_it_stands(at: int, form: str) -> None:
     """One entry among 300 places, more places than a block and than visible entries (B5)."""
     case = Case(form)
@@ -302,7 +324,7 @@ def test_an_id_counts_wherever_it_stands(at: int, form: str) -> None:
 
 @pytest.mark.parametrize("n", [SLOTS + 1, INT32_MAX, 2**40])
 @pytest.mark.parametrize("kind", ["all", "topk"])
-@pytest.mark.parametrize("form", BOTH)
+@pytest.mark.parametrize("form", PATHS)
 def test_more_visible_than_stored(kind: str, n: int, form: str) -> None:
     """Counted as all of them: no slot twice, none beyond the pool; 64 bits do not wrap round."""
     case = Case(form)
@@ -325,19 +347,19 @@ def test_ids_of_64_bits() -> None:
 
 
 @pytest.mark.parametrize("kind", ["all", "topk"])
-@pytest.mark.parametrize("form", BOTH)
+@pytest.mark.parametrize("form", PATHS)
 def test_longer_pool_changes_nothing(kind: str, form: str) -> None:
     """Blocks that hold no visible entry are never summed, hence bitwise."""
     case = Case(form)
     clean = case(kind)
-    more = stored(np.ones((B, 384, 96)), 32, form)
+    more = case.stored(np.ones((B, 384, case.dim)))
     case.pool = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), case.pool, more)
     case.idx = np.pad(case.idx, [(0, 0), (0, 0), (0, 200)], constant_values=-1)
     assert_same_query(case(kind), clean)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", BOTH)
+@pytest.mark.parametrize("form", PATHS)
 def test_hidden_slots_do_not_matter(kind: str, form: str) -> None:
     """B9: NaN bytes in every slot to which no valid index points."""
     case = Case(form, start=(3, 500))
@@ -355,7 +377,7 @@ def test_hidden_slots_do_not_matter(kind: str, form: str) -> None:
     assert_same_bits(case(kind), clean)
 
 
-@pytest.mark.parametrize("form", BOTH)
+@pytest.mark.parametrize("form", PATHS)
 def test_padding_of_a_chunk_does_not_matter(form: str) -> None:
     """Rows of the chunk behind a query's own are later tokens, or nothing at all."""
     case = Case(form)
@@ -365,28 +387,28 @@ def test_padding_of_a_chunk_does_not_matter(form: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", BOTH)
+@pytest.mark.parametrize("form", PATHS)
 @pytest.mark.parametrize("sink", [-20.0, 20.0])
 def test_large_scores(kind: str, form: str, sink: float) -> None:
     """B16: scores to +-80 and beyond what BF16 resolves; finite and exact."""
     case = Case(form)
     case.q = (f64(case.q) * (80 / 3.5 / np.sqrt(96)) * 3).astype(case.q.dtype)
-    case.sink = np.full(3, sink, np.float32)
-    scores = np.einsum("bthd,bsd->bths", f64(case.q), case.every_key()) * 96**-0.5
+    case.sink = np.full(case.heads, sink, np.float32)
+    scores = np.einsum("bthd,bsd->bths", f64(case.q), case.every_key()) * case.dim**-0.5
     assert np.abs(scores).max() > 15
     case.check(kind)
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
-@pytest.mark.parametrize("form", BOTH)
+@pytest.mark.parametrize("form", PATHS)
 def test_every_score_eighty(sign: int, form: str) -> None:
     """All keys alike: the output is that key over one plus the sink's share."""
     case = Case(form)
-    ones = stored(np.ones((B, WINDOW - 1 + T, 96)), 32, form)
+    ones = case.stored(np.ones((B, WINDOW - 1 + T, case.dim)))
     case.keys, case.chunk = ones, cut(ones, np.s_[:, WINDOW - 1 :])
-    case.ring = stored(np.ones((B, WINDOW + 2, 96)), 32, form)
-    case.q = np.full(case.q.shape, sign * 80 / np.sqrt(96)).astype(case.q.dtype)
-    case.sink = np.array([-20, 0, 20], np.float32)
+    case.ring = case.stored(np.ones((B, WINDOW + 2, case.dim)))
+    case.q = np.full(case.q.shape, sign * 80 / np.sqrt(case.dim)).astype(case.q.dtype)
+    case.sink = np.resize(np.array([-20, 0, 20], np.float32), case.heads)
     got = case()
     assert np.isfinite(f64(got)).all()
     # A score of 80 +- 1e-5 in the exponent of the sink's share when the sink is the maximum.
@@ -395,16 +417,16 @@ def test_every_score_eighty(sign: int, form: str) -> None:
     assert_near(got, want, rel * np.abs(want) + 1e-37)
 
 
-@pytest.mark.parametrize("form", BOTH)
+@pytest.mark.parametrize("form", PATHS)
 def test_one_hot(form: str) -> None:
     """A query that points at one key alone takes that key, channel by channel."""
-    case = Case(form, start=(500,), t=1, heads=8, nope=64, rotary=32)
-    basis = np.eye(96)[None, : WINDOW * 4 : 4] * 4
-    case.keys = stored(basis, 32, form)
+    case = Case(form, start=(500,), t=1, heads=8)
+    basis = np.eye(case.dim)[None, :: case.dim // 8] * 4  # the last of them rotary
+    case.keys = case.stored(basis)
     case.chunk = cut(case.keys, np.s_[:, WINDOW - 1 :])
     slot = (500 - WINDOW + 1 + np.arange(WINDOW - 1))[None] % (WINDOW + 2)
     case.ring = put(case.ring, slot, cut(case.keys, np.s_[:, : WINDOW - 1]))
-    case.q = (basis[:, None] * 200).astype(case.q.dtype)  # head h at the key of channel 4 h
+    case.q = (basis[:, None] * 200).astype(case.q.dtype)  # head h at key h
     case.sink = jnp.full(8, -80.0)
     assert_near(case()[0, 0], basis[0], 1e-6)
 
@@ -433,14 +455,18 @@ def decoded(case: Case, kind: str, in_chunk: bool, **settings: Any) -> tuple[Any
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", BOTH)
+@pytest.mark.parametrize("form", PATHS)
 def test_decode_is_prefill(kind: str, form: str) -> None:
-    """P4, B6: a window that fills, one that wraps round the ring, a batch of unequal lengths."""
+    """P4, B6: a window that fills, one that wraps round the ring, a batch of unequal lengths.
+
+    Without a regime: a GPU's for few tokens against that for many.
+    """
     case = Case(form, start=(0, 4, 500), t=11, slots=128, picks=70)
     case.n = np.clip((case.positions + 1) // 4, 0, 128)
-    case.frequencies = FREQUENCIES
+    case.rotate()
+    case.regime = None
     whole = case(kind, return_lse=True)
-    for in_chunk in (True, False) if form == "fp8" else (True,):
+    for in_chunk in (True, False) if case.form == "fp8" else (True,):
         for got, want in zip(decoded(case, kind, in_chunk), whole, strict=True):
             assert_same_query(got, want, f"{in_chunk}")
 
@@ -468,16 +494,16 @@ def test_a_query_has_its_bits_in_any_call_of_a_regime(regime: Any, heads: int) -
             assert_same_bits(got, np.asarray(want)[part], f"{size} queries")
 
 
-@pytest.mark.parametrize("form", BOTH)
+@pytest.mark.parametrize("form", PATHS)
 def test_inverse_rotation(form: str) -> None:
     """What `rope` makes of the rounded output, up to its cosine's last bit."""
     case = Case(form, start=(0, 1_048_573))
     plain, lse = case("all", return_lse=True)
-    case.frequencies = FREQUENCIES
+    case.rotate()
     got, same_lse = case("all", return_lse=True)
     want = rope(plain, case.positions, case.frequencies, inverse=True)
     assert_same_bits(same_lse, lse)
-    assert_same_bits(got[..., :64], plain[..., :64])
+    assert_same_bits(got[..., : case.nope], plain[..., : case.nope])
     last = 2.0**-22 if form == "float32" else bf16_ulp(f64(want))
     assert (np.abs(f64(got) - f64(want)) <= last * 1.001).all()
     assert np.mean(f64(got) != f64(want)) < 0.01 or form == "float32"
@@ -487,7 +513,7 @@ def test_rotation_at_the_last_position() -> None:
     """B15: at position 1,048,575 the FP32 product of position and frequency, its cosine exact."""
     case = Case(start=(1_048_573,), heads=64)
     plain = f64(case())
-    case.frequencies = FREQUENCIES
+    case.rotate()
     got = f64(case())
     angle = case.positions.astype(np.float32)[..., None] * case.frequencies
     cos, sin = np.cos(f64(angle))[:, :, None], np.sin(f64(angle))[:, :, None]
@@ -537,6 +563,26 @@ NUMERICS = [
 ]
 
 
+# Every pair of values, nearly, where references are soon made.
+NUMERICS += [
+    pytest.param(Numerics(*sizes, start=start, far=far, kind=kind), marks=pytest.mark.gpu)
+    for sizes, start, far, kind in (
+        ((1, 2, 128), 9000, 1024, "topk"),
+        ((1, 64, 4), 1_048_570, 8192, "all"),
+        ((1, 128, 128), 3000, 512, "topk"),
+        ((2, 8, 2), 1_048_570, 8192, "all"),
+        ((2, 96, 4), 60, 0, "window"),
+        ((3, 64, 2), 3000, 512, "topk"),
+        ((31, 96, 2), 9000, 1024, "topk"),
+        ((32, 64, 4), 9000, 1024, "topk"),
+        ((33, 128, 4), 0, 512, "all"),
+        ((128, 64, 2), 3000, 512, "topk"),
+        ((129, 128, 1), 9000, 1024, "topk"),
+        ((1000, 8, 1), 3000, 512, "topk"),
+    )
+]
+
+
 def numerics_case(n: Numerics) -> Case:
     """Of its kind; more entries than are chosen, more slots than are visible."""
     slots = max(n.far * (2 if n.kind == "topk" else 1), 128)
@@ -582,12 +628,13 @@ def compare(got: Any, lse: Any, want: Any, want_lse: Any, plain: Any) -> None:
 @pytest.mark.parametrize("n", NUMERICS, ids=lambda n: n.id)
 def test_numerics(n: Numerics) -> None:
     case = numerics_case(n)
-    got, lse = case(n.kind, return_lse=True)
     want, want_lse = on_cpu(exact_on_cpu, case, n.kind)
     plain, _ = on_cpu(plain_jnp, case, n.kind)
     if n.start < 0:  # the reference divides by the sink alone
         assert not np.asarray(want).any()
-    compare(got, lse, want, want_lse, plain)
+    for regime in REGIMES if jax.default_backend() != "cpu" else (None,):
+        got, lse = case(n.kind, return_lse=True, regime=regime)
+        compare(got, lse, want, want_lse, plain)
 
 
 WRONG = Numerics(t=3, h=8, b=2, start=3000, far=128, kind="all")
@@ -646,6 +693,36 @@ def test_stored_forms_agree(form: str) -> None:
     # Sums in another order, probabilities rounded relative to another maximum.
     error = np.abs(f64(case("all")) - f64(clean))
     assert (error <= BF16_ABS * case.size() + bf16_ulp(f64(clean))).all()
+
+
+def test_in_a_scan_with_a_donated_cache() -> None:
+    """B12, P4: ring and pool stay where they are, without copies of the pool; bits of one call."""
+    steps, slots, written = 5, 8192, 4000
+    case = Case("decode", (700, 3), steps, 8, slots=slots, window=128, spare=0, picks=64)
+    case.n = np.full((B, steps), written, np.int32)
+    whole = f64(case("topk"))
+    cache = jax.tree.map(lambda x: jnp.array(x, copy=True), (case.ring, case.pool))
+
+    def step(cache: Any, inputs: Any) -> Any:
+        ring, pool = cache
+        q, row, position, n, idx = jax.tree.map(lambda x: x[:, None], inputs)
+        pool = cache_write(pool, row, position + written)
+        far = {"pool": pool, "n_visible": n, "topk_idx": idx, "regime": "decode"}
+        near = {"window": 128, "chunk": row, "start": position[:, 0]}
+        o = attention(q, ring, position, case.sink, **near, **far)
+        o, row = lax.optimization_barrier((o, row))
+        return (cache_write(ring, row, position % 128), pool), o[:, 0]
+
+    inputs = case.q, case.chunk, case.positions, case.n, case.idx
+    inputs = jax.tree.map(lambda x: jnp.asarray(np.moveaxis(x, 1, 0)), inputs)
+    run = jax.jit(lambda cache, inputs: lax.scan(step, cache, inputs), donate_argnums=0)
+    memory = run.lower(cache, inputs).compile().memory_analysis()
+    print(f"{memory.temp_size_in_bytes} bytes of temporaries")
+    assert memory.temp_size_in_bytes < 1e6
+    pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(cache)]
+    cache, o = run(cache, inputs)
+    assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(cache)] == pointers
+    assert_same_bits(np.moveaxis(f64(o), 0, 1), whole)
 
 
 def test_no_queries() -> None:
