@@ -1,6 +1,8 @@
 """Benchmarks of linears, experts, router and attention at tiny sizes, and what checks find."""
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -161,6 +163,16 @@ def test_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert "FAILED flash wkv nvfp4_w4a8 t=8: far off" in capsys.readouterr().out
     assert program("--only-baselines --tokens 1 --rows wo_b") == 0
     assert {case.form for case in ran} == {"xla_nvfp4_w4a4", "xla_nvfp4_w4a16"}
+
+
+def test_a_missed_bar_has_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of JSON all the same."""
+    monkeypatch.setenv("BENCH_JSONL", str(tmp_path / "lines.jsonl"))
+    missed = dataclasses.replace(GOOD, gpu=timing.BAR_GPU, ok=False)
+    bench, picked = bench_nvfp4_linear, "--models flash --rows wkv --tokens 1".split()
+    assert linears.program(bench.CASES, bench.EVERY, lambda _: missed, arguments=picked) == 1
+    lines = (tmp_path / "lines.jsonl").read_text("utf-8").splitlines()
+    assert lines and all(json.loads(line)["ok"] is False for line in lines)
 
 
 def test_activations_are_those_of_the_package() -> None:
