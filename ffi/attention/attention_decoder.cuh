@@ -11,26 +11,25 @@
 namespace dsv4 {
 namespace attention {
 
-// Where keys that are none are read.
-static __device__ uint4 zero_key[kNope / 16];
+// Four E4M3 codes as two pairs of BF16 in their order, times 2^-120; NaN is not told apart.
+__device__ __forceinline__ void DecodeInOrder(uint32_t word, uint32_t (&pairs)[2]) {
+  const uint32_t high = (word & 0x80808080u) | (word >> 4 & 0x07070707u);
+  const uint32_t low = word << 4 & 0xF0F0F0F0u;
+  pairs[0] = __byte_perm(low, high, 0x5140);
+  pairs[1] = __byte_perm(low, high, 0x7362);
+}
 
-// Sixteen codes decoded: the even channels, and the odd ones.
+// Sixteen codes decoded: the first eight, and the others.
 struct Decoded {
-  uint4 even, odd;
+  uint4 first, second;
 };
 
-__device__ __forceinline__ Decoded Decode(const uint4& raw, uint32_t factor) {
-  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-  uint32_t even[4], odd[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    uint32_t pairs[2];
-    DecodeE4m3(words[i], pairs);
-    even[i] = MulBf16x2(pairs[0], factor);
-    odd[i] = MulBf16x2(pairs[1], factor);
-  }
-  return {make_uint4(even[0], even[1], even[2], even[3]),
-          make_uint4(odd[0], odd[1], odd[2], odd[3])};
+__device__ __forceinline__ uint4 DecodeEight(uint32_t a, uint32_t b, uint32_t factor) {
+  uint32_t pairs[2][2];
+  DecodeInOrder(a, pairs[0]);
+  DecodeInOrder(b, pairs[1]);
+  return make_uint4(MulBf16x2(pairs[0][0], factor), MulBf16x2(pairs[0][1], factor),
+                    MulBf16x2(pairs[1][0], factor), MulBf16x2(pairs[1][1], factor));
 }
 
 __device__ __forceinline__ uint4 Times(const uint4& v, uint32_t factor) {
@@ -40,272 +39,273 @@ __device__ __forceinline__ uint4 Times(const uint4& v, uint32_t factor) {
 
 // Asks for a token's list before it is known which part is whose.
 __device__ __forceinline__ void PrefetchIds(const Args& args, int token) {
-  const int i = threadIdx.x % 128 * 32;
+  const int i = (threadIdx.x - 3 * 128) * 32;  // a line
   if (args.p.topk_idx != nullptr && i < args.p.topk) {
-    Prefetch(args.p.topk_idx + token * args.p.topk + i);
+    Prefetch(args.p.topk_idx + static_cast<int64_t>(token) * args.p.topk + i);
   }
 }
 
-// The blocks of all items of a thread block, one after the other.
+// Two warps look up where the keys are, of all blocks of all items of a thread block, a lane a key,
+// and ask that they come near.
 template <Mode kMode>
-struct Cursor {
-  const Args& args;
-  const Place& place;
-  int item;
-  Query query;
-  int block, last;
-  bool done = false;
-
-  __device__ Cursor(const Args& a, const Place& p) : args(a), place(p) {
-    item = place.first;
-    Open();
-  }
-  __device__ __forceinline__ void Open() {
-    for (; item < args.items; item += place.step) {
-      query = QueryOf(args, item / args.tiles);
-      const Blocks blocks = BlocksOf<kMode>(args, query, place.rank);
-      block = blocks.first;
-      last = blocks.last;
-      if (block < last) return;
+__device__ __forceinline__ void Find(const Args& args, Shared& shared, const Place& place) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, key = 32 * warp + lane;
+  const bool mine = kMode != Mode::kPair || warp == place.rank;  // decoded here
+  const bool listed = args.p.topk_idx != nullptr;
+  uint32_t count = 0;
+#pragma unroll 1
+  for (int item = place.first; item < args.items; item += place.step) {
+    const Query query = QueryOf(args, item / args.tiles);
+    const Blocks blocks = BlocksOf<kMode>(args, query, place.rank);
+    const int64_t list = static_cast<int64_t>(query.token) * args.p.topk - query.window_keys;
+    const auto ask_id = [&](int u) {
+      return listed && u >= query.window_keys && u < query.keys ? __ldg(args.p.topk_idx + list + u)
+                                                                : u - query.window_keys;
+    };
+    int id = ask_id(blocks.first * kKeys + key);
+#pragma unroll 1
+    for (int block = blocks.first; block < blocks.last; ++block, ++count) {
+      const int u = block * kKeys + key;
+      const Key at = KeyOf(args, query, u, id);
+      const bool ask = at.valid && mine;
+      id = ask_id(u + kKeys);
+      uint32_t scales[2] = {0, 0}, most = 0;
+      if (ask) {
+#pragma unroll
+        for (int line = 0; line < kNope; line += 128) Prefetch(at.nope + line);
+        Prefetch(at.nope + kNope - 1);
+        Prefetch(at.rope);
+        Prefetch(at.rope + 2 * kRope - 1);
+      }
+      uint32_t bytes[kNope / kChunk];
+#pragma unroll
+      for (int i = 0; i < kNope / kChunk; ++i) bytes[i] = ask ? __ldg(at.scale + i) : 0;
+      const uint32_t seen = __ballot_sync(0xFFFFFFFFu, at.valid);
+      Keys& keys = shared.keys[count % 2];
+      Wait(SharedAddress(shared.taken + count % 2), PhaseOf(count) ^ 1);
+      if (mine) {
+        keys.nope[key] = ask ? at.nope : nullptr;
+        keys.rope[key] = at.rope;
+      }
+      Told& told = shared.told[count % kTold];
+      if (lane == 0) told.mask[warp] = seen;
+      if (key == 0) {
+        told.last = block + 1 == blocks.last;
+        told.final = told.last && item + place.step >= args.items;
+      }
+      Arrive(SharedAddress(shared.found + count % 2));
+#pragma unroll
+      for (int i = 0; i < kNope / kChunk; ++i) {
+        scales[i / 4] |= bytes[i] << i % 4 * 8;
+        most = max(most, bytes[i]);
+      }
+      const bool large = __any_sync(0xFFFFFFFFu, most > 134);
+      *reinterpret_cast<uint2*>(keys.scales[key]) = make_uint2(scales[0], scales[1]);
+      if (lane == 0) keys.large[warp] = large;
+      Arrive(SharedAddress(shared.scaled + count % 2));
     }
-    done = true;
   }
-  __device__ __forceinline__ void Next() {
-    if (++block < last) return;
-    item += place.step;
-    Open();
-  }
-};
+}
 
-constexpr int kAhead = 1;  // steps from asking for codes to decoding them
-
-// A warp decodes 8 keys of a block and the 8 that are 32 on: a thread a quarter (16 channels) of
-// every chunk of two. Of a pair, each thread block decodes one of these, and copies it to the
-// other. A block ahead, two lanes look up each key.
+// One thread tells of decoded keys, by pairs of chunks: what decoders stored becomes visible to
+// tensor cores and, in a pair of thread blocks, is copied to the other.
 template <Mode kMode>
+__device__ __forceinline__ void Publish(Shared& shared, const Place& place) {
+  constexpr uint32_t kHalf = kChunkBytes / 2;
+  const uint32_t base = SharedAddress(&shared);
+  const uint32_t there = kMode == Mode::kPair ? AddressIn(base, place.rank ^ 1) - base : 0;
+  bool more = true;
+#pragma unroll 1
+  for (uint32_t count = 0; more; ++count) {
+#pragma unroll 1
+    for (uint32_t slot = SlotOf(count); slot < SlotOf(count) + kSteps; ++slot) {
+      Wait(base + offsetof(Shared, stored) + 8 * slot, PhaseOf(count));
+      if (slot == SlotOf(count)) more = !shared.told[count % kTold].final;
+      FenceAsync();
+      const uint32_t full = base + offsetof(Shared, full) + 8 * slot;
+      if constexpr (kMode != Mode::kPair) {
+        Arrive(full);
+        continue;
+      }
+      ArriveExpecting(full, 2 * kHalf);  // as much comes from the other
+      const uint32_t from = base + offsetof(Shared, pairs) + slot * kPairBytes + place.rank * kHalf;
+      CopyThere(from + there, from, kHalf, full + there);
+      CopyThere(from + kChunkBytes + there, from + kChunkBytes, kHalf, full + there);
+    }
+  }
+}
+
+// Four lanes decode a key of a block, or two that are 32 apart: each a quarter (16 channels) of
+// every chunk. Of a pair of thread blocks, each decodes half of the keys.
+//
+// What a lane decodes it copied itself, as pieces of 16 bytes, into shared memory of its own: so it
+// waits for its own copies alone, and holds none in registers. Pieces are asked for two steps ahead
+// or, in a pair, a block.
+template <Mode kMode, int kDecoders>
 struct Decoder {
-  static constexpr int kMine = kMode == Mode::kPair ? 1 : 2;  // keys of a thread
-  static constexpr int kBuffers = kAhead == 1 ? 2 : 4;
+  static constexpr int kMine = 4 * (kMode == Mode::kPair ? kKeys / 2 : kKeys) / kDecoders;
+  static constexpr int kAhead = kMode == Mode::kPair ? kSteps : 2;
 
-  const Args& args;
-  Shared& shared;
-  const int first;  // of the thread's keys: 0, or 32 of the pair's second
-  Cursor<kMode> next;
-  bool scaled = false;      // the key looked up is one of this thread block's
-  uint32_t shift = 0;       // of its scales in their words
-  bool large_next = false;  // a scale of the block looked up takes two factors
+  // Kept, rather than found out again.
+  uint32_t raw;            // where its pieces are
+  uint32_t entry;          // of its key, in Shared::keys[0]
+  uint32_t quarter;        // where its part of a piece of a key begins
+  uint32_t within, units;  // where in a pair of chunks what it decodes goes, and its part of rope
+  // Of the block asked for; of a key that is not there, none is copied but zeros.
   const uint8_t* nope[kMine];
-  uint4 raw[kBuffers][2 * kMine];  // of steps in turn
-  uint4 rope[2];                   // of a pair's: the last step's upper chunk
-  uint32_t there = 0;              // from an address to the same in the pair's other thread block
+  uint32_t bytes[kMine];
+  const uint32_t base;  // of Shared
 
-  __device__ Decoder(const Args& a, Shared& s, const Place& place)
-      : args(a), shared(s), first(kMode == Mode::kPair ? 32 * place.rank : 0), next(a, place) {}
-  __device__ static __forceinline__ int Warp() { return threadIdx.x % 128 / 32; }
-  __device__ static __forceinline__ int Lane() { return threadIdx.x % 32; }
-  __device__ __forceinline__ int Row() const { return first + 8 * Warp() + Lane() / 4; }
-  // Of the key that a lane looks up.
-  __device__ static __forceinline__ int Looked() {
-    return 8 * Warp() + Lane() % 8 + (Lane() & 8) * 4;
+  __device__ Decoder(Shared& shared, const Place& place) : base(SharedAddress(&shared)) {
+    const int thread = threadIdx.x - 3 * 128, quad = thread % 4;
+    const int key = (kMode == Mode::kPair ? 32 * place.rank : 0) + thread / 4;
+    raw = Opaque(SharedAddress(shared.raw) + 16 * thread);
+    entry = Opaque(SharedAddress(&shared.keys[0]) + 8 * key);
+    quarter = Opaque(16 * quad);
+    within = Opaque(key * 128 + ((2 * quad ^ (key & 7)) << 4));
+    units = Opaque(kChunkBytes + key * 128 + ((quad ^ (key & 7)) << 4));
   }
 
-  // Asks for the ids of the next block's keys.
-  __device__ __forceinline__ void Find() {
-    if (next.done || args.p.topk_idx == nullptr) return;
-    const int u = next.block * kKeys + Looked(), i = u - next.query.window_keys;
-    if (i >= 0 && u < next.query.keys && Lane() < 16) {
-      CopyAsync<4>(SharedAddress(&shared.ids[Looked()]),
-                   args.p.topk_idx + next.query.token * args.p.topk + i);
-    }
+  __device__ __forceinline__ uint32_t EntryOf(uint32_t count) const {
+    return entry + (count & 1) * static_cast<uint32_t>(sizeof(Keys));
   }
-  // Leaves where the key is, and asks for all its bytes.
-  __device__ __forceinline__ void LookUp(uint32_t count) {
-    WaitForCopies<0>();
-    __syncwarp();
-    const int u = next.block * kKeys + Looked();
-    const Key key =
-        KeyOf(args, next.query, u,
-              args.p.topk_idx != nullptr ? shared.ids[Looked()] : u - next.query.window_keys);
-    const bool upper = Lane() >= 16;
-    const uint32_t seen = __ballot_sync(0xFFFFFFFFu, key.valid);
-    if (Lane() == 0) {
-      shared.mask[count % kMasks][Warp()] = static_cast<uint8_t>(seen);
-      shared.mask[count % kMasks][4 + Warp()] = static_cast<uint8_t>(seen >> 8);
-    }
-    Entry& to = shared.entries[count % 2][Looked()];
-    const uint8_t* const none = reinterpret_cast<const uint8_t*>(zero_key);
-    if (!upper) {
-      to.nope = key.valid ? key.nope : none;
-    } else {
-      to.rope = key.valid ? key.rope : none;
-    }
-    scaled = key.valid && (kMode != Mode::kPair || (Looked() & 32) == first);
-    if (scaled) {
-      // Seven bytes anywhere, by words.
-      shift = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(key.scale)) & 3;
-      const uint8_t* const words = key.scale - shift;
-      const uint32_t bytes = SharedAddress(to.bytes);
-      if (!upper) {
-        CopyAsyncPart(bytes, words, 4);
-        CopyAsyncPart(bytes + 4, words + 4, min(4, static_cast<int>(shift) + 3));
-      } else {
-        CopyAsyncPart(bytes + 8, words + (shift > 1 ? 8 : 0), max(0, static_cast<int>(shift) - 1));
-      }
-      Prefetch(upper ? key.rope : key.nope);
-      Prefetch(upper ? key.rope + 2 * kRope - 1 : key.nope + 128);
-      Prefetch(key.nope + (upper ? kNope - 1 : 256));
-    }
-    CommitCopies();
-  }
-  // Its scales have come.
-  __device__ __forceinline__ void LeaveScales(uint32_t count) {
-    WaitForCopies<0>();
-    __syncwarp();
-    const int upper = Lane() >= 16;
-    Entry& to = shared.entries[count % 2][Looked()];
-    uint32_t four = __funnelshift_r(to.bytes[upper], to.bytes[upper + 1], 8 * shift);
-    four = !scaled ? 0 : upper ? four & 0xFFFFFFu : four;
-    uint32_t factor[4], most = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t byte = four >> 8 * i & 0xFF;
-      factor[i] = min(byte + 120, 254u) << 7;
-      most = max(most, byte);
-    }
-    large_next = __any_sync(0xFFFFFFFFu, most > 134);
-    reinterpret_cast<uint2*>(&to.factor)[upper] =
-        make_uint2(factor[0] | factor[1] << 16, factor[2] | factor[3] << 16);
-    __syncwarp();
-    to.bytes[upper] = four;
-    __syncwarp();
-  }
-  __device__ __forceinline__ const Entry& Of(uint32_t count, int i) const {
-    return shared.entries[count % 2][Row() + 32 * i];
-  }
-  __device__ __forceinline__ void Load(uint32_t count, int step, uint4 (&to)[2 * kMine]) {
+  // Turns to the keys of the count-th block, to ask for their pieces.
+  __device__ __forceinline__ void Turn(uint32_t count) {
+    Wait(base + offsetof(Shared, found) + 8 * (count & 1), PhaseOf(count));
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
-      if (step == 0) nope[i] = Of(count, i).nope + 16 * (Lane() % 4);
-      to[i] = __ldg(reinterpret_cast<const uint4*>(nope[i] + step * kChunk));
+      nope[i] = LoadSharedPointer(EntryOf(count) + offsetof(Keys, nope) + 8 * 32 * i);
+      bytes[i] = nope[i] != nullptr ? 16 : 0;
+      nope[i] += quarter;
+    }
+  }
+  // Places of pieces: in a pair, each has its own. Else steps 0 and 2 share some, 1 and 3 some; the
+  // last step's lower chunks, asked for with step 1, have their own.
+  __device__ static __forceinline__ int LowerOf(int step, int i) {
+    return kAhead == kSteps     ? 2 * step
+           : step == kSteps - 1 ? 4 * kMine + i
+                                : step % 2 * 2 * kMine + 2 * i;
+  }
+  __device__ static __forceinline__ int UpperOf(int step, int i) {
+    return kAhead == kSteps ? 2 * step + 1
+                            : step % 2 * 2 * kMine + 2 * i + (step == kSteps - 1 ? 0 : 1);
+  }
+  // Of the second half of rope.
+  __device__ static __forceinline__ int RopeOf(int i) {
+    return kAhead == kSteps ? 2 * kSteps : UpperOf(kSteps - 1, i) + 1;
+  }
+  static_assert((kAhead == kSteps ? 2 * kSteps + 1 : 5 * kMine) * kDecoders * 16 <= kRawBytes);
+  __device__ __forceinline__ uint32_t At(int place) const { return raw + place * kDecoders * 16; }
+  // Asks for the pieces of a step.
+  __device__ __forceinline__ void AskStep(uint32_t count, int step) const {
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      const auto ask = [&](int place, int chunk) {
+        CopyAsyncOrZero(At(place), nope[i] + chunk * kChunk, bytes[i]);
+      };
       if (step < kSteps - 1) {
-        to[kMine + i] = __ldg(reinterpret_cast<const uint4*>(nope[i] + (step + kSteps) * kChunk));
-      } else if (kMode == Mode::kPair) {
-        const uint8_t* from = Of(count, i).rope + 16 * (Lane() % 4);
-        rope[0] = __ldg(reinterpret_cast<const uint4*>(from));
-        rope[1] = __ldg(reinterpret_cast<const uint4*>(from + 64));
+        ask(LowerOf(step, i), step);
+        ask(UpperOf(step, i), kSteps + step);
+        if (kAhead != kSteps && step == 1) ask(LowerOf(kSteps - 1, i), kSteps - 1);
+      } else {
+        if (kAhead == kSteps) ask(LowerOf(step, i), step);
+        const uint8_t* from =
+            LoadSharedPointer(EntryOf(count) + offsetof(Keys, rope) + 8 * 32 * i) + quarter;
+        CopyAsyncOrZero(At(UpperOf(step, i)), from, bytes[i]);
+        CopyAsyncOrZero(At(RopeOf(i)), from + kRope, bytes[i]);
       }
     }
   }
-  __device__ __forceinline__ void Put(uint32_t at, const uint4& v, uint32_t full) const {
-    StoreShared(at, v);
-    if constexpr (kMode == Mode::kPair) StoreThere(at + there, v, full + there);
-  }
-  // The rope needs no decoding.
-  __device__ __forceinline__ void PutRope(uint32_t count, uint32_t to, uint32_t full) const {
-    const int j = Lane() % 4, row = Row();
-    const uint32_t at = to + kChunkBytes + row * 128 + ((j ^ (row & 7)) << 4);
-    if constexpr (kMode == Mode::kPair) {
-      Put(at, rope[0], full);
-      Put(at ^ 64, rope[1], full);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kMine; ++i) {
-        const uint8_t* from = Of(count, i).rope + 16 * j;
-        CopyAsync<16>(at + i * 32 * 128, from);
-        CopyAsync<16>((at ^ 64) + i * 32 * 128, from + 64);
-      }
+  // Sixteen codes of a chunk. kLarge: the scale may be past what one BF16 factor holds.
+  template <bool kLarge>
+  __device__ __forceinline__ void PutDecoded(uint32_t at, const uint4& codes,
+                                             uint32_t scale) const {
+    // Both halves 2^120 times the scale: its exponent, and what that of codes lacks.
+    const uint32_t factor =
+        kLarge ? min(scale + 120, 254u) * 0x00800080u : scale * 0x00800080u + 0x3C003C00u;
+    Decoded v = {DecodeEight(codes.x, codes.y, factor), DecodeEight(codes.z, codes.w, factor)};
+    if constexpr (kLarge) {
+      const uint32_t rest = Fp8Rest(scale);
+      if (rest != 0) v = {Times(v.first, rest), Times(v.second, rest)};
     }
+    StoreShared(at, v.first);
+    StoreShared(at ^ 16, v.second);
   }
-  __device__ __forceinline__ void Store(uint32_t count, int step, uint32_t to, uint32_t full,
-                                        const uint4 (&factor)[kMine],
-                                        const uint4 (&from)[2 * kMine], bool large) const {
-    const int row = Row();
-    const uint32_t within = row * 128 + ((2 * (Lane() % 4) ^ (row & 7)) << 4);
+  // What a lane has of a step: codes or rope, and scales.
+  struct Taken {
+    uint4 codes[kMine][2], rope[kMine];
+    uint32_t scale[kMine][2];
+  };
+  __device__ __forceinline__ Taken Take(uint32_t count, int step) const {
+    const uint32_t scales = EntryOf(count) + offsetof(Keys, scales) + step;
+    Taken taken;
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int chunk = step + kSteps * half;
-        if (chunk == kNope / kChunk) continue;
-        const uint32_t pair = chunk / 2 == 0   ? factor[i].x
-                              : chunk / 2 == 1 ? factor[i].y
-                              : chunk / 2 == 2 ? factor[i].z
-                                               : factor[i].w;
-        Decoded v =
-            Decode(from[kMine * half + i], __byte_perm(pair, 0, chunk % 2 == 0 ? 0x1010 : 0x3232));
-        if (large) {  // a scale past what one BF16 factor holds
-          const uint32_t rest = Fp8Rest(Of(count, i).bytes[chunk / 4] >> 8 * (chunk % 4) & 0xFF);
-          if (rest != 0) v = {Times(v.even, rest), Times(v.odd, rest)};
-        }
-        const uint32_t at = to + half * kChunkBytes + i * 32 * 128 + within;
-        Put(at, v.even, full);
-        Put(at ^ 16, v.odd, full);
-      }
+      taken.codes[i][0] = LoadShared(At(LowerOf(step, i)));
+      taken.codes[i][1] = LoadShared(At(UpperOf(step, i)));
+      if (step == kSteps - 1) taken.rope[i] = LoadShared(At(RopeOf(i)));
+      taken.scale[i][0] = LoadSharedByte(scales + 8 * 32 * i);
+      if (step < kSteps - 1) taken.scale[i][1] = LoadSharedByte(scales + 8 * 32 * i + kSteps);
     }
+    return taken;
   }
-  // A warp's share of a pair of chunks is there.
-  __device__ __forceinline__ void Publish(uint32_t full) const {
-    __syncwarp();
-    if (Lane() != 0) return;
-    if constexpr (kMode == Mode::kPair) {
-      ArriveExpecting(full, 2 * 8 * 128);  // as much comes from the other
-    } else {
-      Arrive(full);
+  template <bool kLarge>
+  __device__ __forceinline__ void Put(uint32_t slot, int step, const Taken& taken) const {
+    constexpr uint32_t kApart = 32 * 128;  // keys of a lane
+    const uint32_t pair = base + offsetof(Shared, pairs) + slot * kPairBytes;
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      const uint32_t to = pair + within + i * kApart, rope = pair + units + i * kApart;
+      PutDecoded<kLarge>(to, taken.codes[i][0], taken.scale[i][0]);
+      if (step < kSteps - 1) {
+        PutDecoded<kLarge>(to + kChunkBytes, taken.codes[i][1], taken.scale[i][1]);
+      } else {  // nothing to be decoded
+        StoreShared(rope, taken.codes[i][1]);
+        StoreShared(rope ^ 64, taken.rope[i]);
+      }
     }
   }
 
-  __device__ __forceinline__ void Run() {
-    if (next.done) return;
-    const uint32_t base = SharedAddress(&shared), pairs = base + offsetof(Shared, pairs);
-    const uint32_t full = base + offsetof(Shared, full), empty = base + offsetof(Shared, empty);
-    if constexpr (kMode == Mode::kPair) there = AddressIn(base, first == 0 ? 1 : 0) - base;
-    Find();
-    CommitCopies();
-    LookUp(0);
-    __syncwarp();
+  __device__ __forceinline__ void Run(const Shared& shared, const Place& place) {
+    Turn(0);
+    // What is under way when a first block begins.
 #pragma unroll
-    for (int step = 0; step < kAhead; ++step) Load(0, step, raw[step]);
-    LeaveScales(0);
-    next.Next();
-    Find();
-    CommitCopies();
-    Turn turn;
+    for (int step = 0; step < kAhead; ++step) {
+      AskStep(0, step);
+      CommitCopies();
+    }
     bool more = true;
+#pragma unroll 1
     for (uint32_t count = 0; more; ++count) {
-      const bool large = large_next;
-      more = !next.done;
-      uint4 factor[kMine];
-#pragma unroll
-      for (int i = 0; i < kMine; ++i) factor[i] = Of(count, i).factor;
+      Wait(base + offsetof(Shared, scaled) + 8 * (count & 1), PhaseOf(count));
+      const Keys& mine = shared.keys[count % 2];
+      const bool large = kMode == Mode::kPair ? mine.large[place.rank]
+                         : kMine == 2         ? mine.large[0] || mine.large[1]
+                                              : mine.large[(threadIdx.x - 3 * 128) / 128];
+      more = !shared.told[count % kTold].final;
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
-        const uint32_t to = pairs + turn.slot * kPairBytes, done = full + 8 * turn.slot;
-        Wait(empty + 8 * turn.slot, turn.phase ^ 1);
-        constexpr int kLast = kSteps - 1;
+        const uint32_t slot = SlotOf(count) + step;
+        WaitForCopies<kAhead - 1>();
+        __syncwarp();
+        const Taken taken = Take(count, step);
+        Wait(base + offsetof(Shared, empty) + 8 * slot, PhaseOf(count) ^ 1);
+        if (large) {
+          Put<true>(slot, step, taken);
+        } else {
+          Put<false>(slot, step, taken);
+        }
+        __syncwarp();
+        if (Elected()) Arrive(base + offsetof(Shared, stored) + 8 * slot);
+        // Into the places that this step has left.
         const int ahead = step + kAhead;
-        if (step == kLast) {
-          if (more) LeaveScales(count + 1);
-          PutRope(count, to, done);
-          CommitCopies();
+        if (ahead < kSteps || more) {
+          if (ahead == kSteps) Turn(count + 1);
+          AskStep(count + ahead / kSteps, ahead % kSteps);
         }
-        if (ahead < kSteps) {
-          Load(count, ahead, raw[ahead % kBuffers]);
-        } else if (more) {
-          Load(count + 1, ahead - kSteps, raw[ahead % kBuffers]);
-        }
-        if (step == kLast) {
-          if (more) {
-            next.Next();
-            Find();
-          }
-          CommitCopies();
-        }
-        Store(count, step, to, done, factor, raw[step % kBuffers], large);
-        if (step == kLast) WaitForCopies<1>();  // the ids may be under way
-        Publish(done);
-        turn.Next();
-        if (step == kLast - 1 - kAhead && more) LookUp(count + 1);
+        CommitCopies();
       }
+      Arrive(base + offsetof(Shared, taken) + 8 * (count & 1));
     }
   }
 };

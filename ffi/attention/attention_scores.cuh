@@ -11,12 +11,6 @@
 namespace dsv4 {
 namespace attention {
 
-// Where a thread of Score holds 16 channels of every fourth row of q.
-__device__ __forceinline__ uint32_t QueryPlace(const Shared& shared, int row) {
-  const int lane = threadIdx.x % 32, chunk = lane / 4, j = lane % 4;
-  return SharedAddress(shared.q) + chunk * kChunkBytes + row * 128 + ((2 * j ^ (row & 7)) << 4);
-}
-
 // Asks for q of an item.
 __device__ __forceinline__ void AskQueries(const Args& args, Shared& shared, int item) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
@@ -24,47 +18,16 @@ __device__ __forceinline__ void AskQueries(const Args& args, Shared& shared, int
   const int heads = static_cast<int>(args.p.h) - tile * kHeads;
   const uint16_t* const from = args.p.q + item / args.tiles * args.p.stride_q +
                                static_cast<int64_t>(tile) * kHeads * kChannels;
+  // A lane copies 16 bytes of each half of a row.
+  const uint32_t chunk = SharedAddress(shared.q) + lane / 8 * kChunkBytes;
 #pragma unroll 4
   for (int row = warp; row < kHeads; row += 4) {
-    const uint32_t to = QueryPlace(shared, row);
-    const uint16_t* at = from + (row < heads ? row * kChannels + 16 * lane : 0);
-    CopyAsyncOrZero(to, at, row < heads);
-    CopyAsyncOrZero(to ^ 16, at + 8, row < heads);
+    const uint32_t to = chunk + row * 128 + ((lane % 8 ^ (row & 7)) << 4);
+    const uint16_t* at = from + (row < heads ? row * kChannels + 8 * lane : 0);
+    CopyAsyncOrZero(to, at, row < heads ? 16 : 0);
+    CopyAsyncOrZero(to + kSteps * kChunkBytes, at + kChannels / 2, row < heads ? 16 : 0);
   }
   CommitCopies();
-}
-
-// Orders 16 channels of the nope as decoded keys are: the even ones, then the odd ones.
-__device__ __forceinline__ void ArrangeQueries(Shared& shared) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
-  WaitForCopies<0>();
-  if (lane / 4 < kNope / kChunk) {
-    constexpr int kAtOnce = 4;  // rows on their way at a time
-#pragma unroll 1
-    for (int first = warp; first < kHeads; first += 4 * kAtOnce) {
-      uint4 a[kAtOnce], b[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const uint32_t at = QueryPlace(shared, first + 4 * i);
-        a[i] = LoadShared(at);
-        b[i] = LoadShared(at ^ 16);
-      }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const uint32_t at = QueryPlace(shared, first + 4 * i);
-        StoreShared(
-            at,
-            make_uint4(__byte_perm(a[i].x, a[i].y, 0x5410), __byte_perm(a[i].z, a[i].w, 0x5410),
-                       __byte_perm(b[i].x, b[i].y, 0x5410), __byte_perm(b[i].z, b[i].w, 0x5410)));
-        StoreShared(
-            at ^ 16,
-            make_uint4(__byte_perm(a[i].x, a[i].y, 0x7632), __byte_perm(a[i].z, a[i].w, 0x7632),
-                       __byte_perm(b[i].x, b[i].y, 0x7632), __byte_perm(b[i].z, b[i].w, 0x7632)));
-      }
-    }
-  }
-  FenceAsync();
-  SyncThreads(1, 128);
 }
 
 // Brings q of an item to come near.
@@ -72,48 +35,56 @@ __device__ __forceinline__ void PrefetchQueries(const Args& args, int item) {
   if (item >= args.items) return;
   const int tile = item % args.tiles;
   const int heads = min(static_cast<int>(args.p.h) - tile * kHeads, kHeads);
-  const uint16_t* q = args.p.q + item / args.tiles * args.p.stride_q + tile * kHeads * kChannels;
-  for (int line = threadIdx.x % 128; line < heads * 8; line += 128) Prefetch(q + line * 64);
+  const uint16_t* q = args.p.q + item / args.tiles * args.p.stride_q +
+                      static_cast<int64_t>(tile) * kHeads * kChannels;
+  for (int line = threadIdx.x % 32; line < heads * 8; line += 32) Prefetch(q + line * 64);
 }
 
-// Cosine and sine of the rotation back, for the threads of one warp. The reduction to one turn in
-// FP64 serves every position, and needs no call, which would cost the kernel registers.
-__device__ __forceinline__ void Rotation(const Args& args, float2* to, int token) {
+// Cosines and sines of the rotation back, of all items, from one warp, which also asks for the next
+// queries. The reduction to one turn in FP64 serves every position, and needs no call, which would
+// cost the kernel registers.
+__device__ __forceinline__ void Rotate(const Args& args, Shared& shared, const Place& place) {
   const int i = threadIdx.x % 32;
-  const float angle = __fmul_rn(static_cast<float>(args.p.positions[token]), args.p.frequencies[i]);
-  const double turns = static_cast<double>(angle) * 0.15915494309189533577;
-  float sine, cosine;
-  sincospif(static_cast<float>(2.0 * (turns - rint(turns))), &sine, &cosine);
-  to[i] = make_float2(cosine, -sine);
+  uint32_t phase = 0;
+#pragma unroll 1
+  for (int item = place.first; item < args.items; item += place.step, phase ^= 1) {
+    float sine = 0.0f, cosine = 1.0f;
+    if (args.p.frequencies != nullptr) {
+      const float position = static_cast<float>(__ldg(args.p.positions + item / args.tiles));
+      const float angle = __fmul_rn(position, __ldg(args.p.frequencies + i));
+      const double turns = static_cast<double>(angle) * 0.15915494309189533577;
+      sincospif(static_cast<float>(2.0 * (turns - rint(turns))), &sine, &cosine);
+    }
+    Wait(SharedAddress(&shared.last_empty), phase ^ 1);
+    shared.rotation[i] = make_float2(cosine, -sine);
+    PrefetchQueries(args, item + place.step);
+    Arrive(SharedAddress(&shared.last_full));
+  }
 }
-
-constexpr int kFenceSteps = 1;  // that share a fence, which costs some 250 cycles
 
 template <Mode kMode>
 struct Scores {
   const Args& args;
   Shared& shared;
   uint32_t base;       // its address
-  Turn turn;           // of the pairs
-  uint32_t phase = 0;  // of the weights
-  float largest[2], sum[2];
+  uint32_t begun = 0;  // blocks
+  uint32_t sent = 0;   // of them
+  uint32_t phase = 0;  // of the items' last factors
+  // What is subtracted is the largest logit of an item's first block and then follows loosely: e is
+  // at most 2^8, and sums must hardly ever be multiplied.
+  float slack, largest[2], sum[2];
 
   // The products of a block with q, begun.
   __device__ __forceinline__ void Begin(float (&s)[32]) {
     const uint32_t q = Opaque(Matrix(base + offsetof(Shared, q)));
-    const uint32_t pairs = Matrix(base + offsetof(Shared, pairs));
-    const uint32_t full = base + offsetof(Shared, full);
+    const uint32_t slot = SlotOf(begun), parity = PhaseOf(begun);
+    const uint32_t pairs = Matrix(base + offsetof(Shared, pairs)) + slot * (2 * kChunkStep);
+    const uint32_t full = base + offsetof(Shared, full) + 8 * slot;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      if (step % kFenceSteps == 0) {
-        Turn ahead = turn;
-#pragma unroll
-        for (int i = 0; i < kFenceSteps; ++i, ahead.Next())
-          Wait(full + 8 * ahead.slot, ahead.phase);
-        FenceAsync();
-      }
+      Wait(full + 8 * step, parity);
       WgmmaFence();
-      const uint32_t keys = pairs + turn.slot * (2 * kChunkStep);
+      const uint32_t keys = pairs + step * (2 * kChunkStep);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -127,37 +98,34 @@ struct Scores {
           }
         }
       }
-      turn.Next();
     }
     WgmmaCommit();
+    ++begun;
   }
 
   // Sends what Sum multiplies: e of a block, and what sums until now must be multiplied by.
-  __device__ __forceinline__ void Send(const uint4 (&e)[4], float2 factor) {
+  __device__ __forceinline__ void Send(const uint4 (&e)[4], float2 factor, bool last) {
     const int thread = threadIdx.x % 128;
-    Wait(base + offsetof(Shared, weights_empty), phase ^ 1);
+    Wait(base + offsetof(Shared, weights_empty), (sent & 1) ^ 1);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       StoreShared(base + offsetof(Shared, weights) + k * sizeof(shared.weights[0]) + thread * 16,
                   e[k]);
     }
     shared.factor[thread] = factor;
+    if (thread == 0) shared.last_block = last;
     Arrive(base + offsetof(Shared, weights_full));
+    ++sent;
+  }
+  // And what an item's sums must be multiplied by in the end.
+  __device__ __forceinline__ void SendLast(float2 factor) {
+    Wait(base + offsetof(Shared, last_empty), phase ^ 1);
+    if (kMode != Mode::kSplit) shared.last[threadIdx.x % 128] = factor;
+    Arrive(base + offsetof(Shared, last_full));
     phase ^= 1;
   }
-  __device__ __forceinline__ void SendFactor(float2 factor) {
-    Wait(base + offsetof(Shared, weights_empty), phase ^ 1);
-    shared.factor[threadIdx.x % 128] = factor;
-    if (args.p.frequencies != nullptr && threadIdx.x % 128 < 32) {
-      Rotation(args, shared.rotation, token);
-    }
-    Arrive(base + offsetof(Shared, weights_full));
-    phase ^= 1;
-  }
-  int token;
 
-  __device__ __forceinline__ void Softmax(float (&s)[32], uint32_t count) {
-    const uint64_t mask = *reinterpret_cast<const uint64_t*>(shared.mask[count % kMasks]);
+  __device__ __forceinline__ void Softmax(float (&s)[32], uint64_t mask, bool last) {
     if (mask != ~uint64_t{0}) {
       const uint64_t mine = mask >> 2 * (threadIdx.x % 4);
 #pragma unroll
@@ -190,8 +158,10 @@ struct Scores {
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      top[r][0] = fmaxf(largest[r], __fmul_rn(top[r][0], args.scale));
-      factor[r] = Exp2(__fsub_rn(largest[r], top[r][0]));
+      top[r][0] = __fmul_rn(top[r][0], args.scale);
+      if (!(top[r][0] > __fadd_rn(largest[r], slack))) top[r][0] = largest[r];
+      // Before an item's first block there is nothing to be multiplied.
+      factor[r] = slack > 0.0f ? Exp2(__fsub_rn(largest[r], top[r][0])) : 1.0f;
       largest[r] = top[r][0];
       float part[2] = {0.0f, 0.0f};
 #pragma unroll
@@ -205,60 +175,49 @@ struct Scores {
       }
       sum[r] = __fmaf_rn(sum[r], factor[r], __fadd_rn(part[0], part[1]));
     }
+    slack = 8.0f;
     uint4 e[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       e[k] = make_uint4(PackBf16(s[8 * k], s[8 * k + 1]), PackBf16(s[8 * k + 2], s[8 * k + 3]),
                         PackBf16(s[8 * k + 4], s[8 * k + 5]), PackBf16(s[8 * k + 6], s[8 * k + 7]));
     }
-    Send(e, make_float2(factor[0], factor[1]));
+    Send(e, make_float2(factor[0], factor[1]), last);
   }
 };
 
-template <Mode kMode>
+// Sends what a thread left of its two rows to the thread blocks of the cluster that own them.
+__device__ __forceinline__ void SendParts(const Args& args, Shared& shared, const Place& place,
+                                          int first) {
+#pragma unroll 1
+  for (int row = first; row <= first + 8; row += 8) {
+    const int owner = OwnerOf(row, args.splits);
+    const OwnRows rows = RowsOf(owner, args.splits);
+    const int at = place.rank * (rows.end - rows.first) + row - rows.first;
+    StoreThere2(AddressIn(SharedAddress(shared.parts) + 8 * at, owner), shared.sums[row],
+                AddressIn(SharedAddress(&shared.sums_full), owner));
+  }
+}
+
+template <Mode kMode, bool kSending>
 __device__ __forceinline__ void Score(const Args& args, Shared& shared, const Place& place) {
   Scores<kMode> scores{args, shared, SharedAddress(&shared)};
   const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;  // and 8 on
-  uint32_t count = 0;
-  int asked = place.first;  // item whose q is under way
-  AskQueries(args, shared, asked);
-  float s[32];
-  for (int item = place.first; item < args.items; item += place.step) {
-    scores.token = item / args.tiles;
-    const int tile = item % args.tiles, head = tile * kHeads + row;
-    const Query query = QueryOf(args, scores.token);
-    const Blocks blocks = BlocksOf<kMode>(args, query, place.rank);
-    float sink[2];
+  int item = place.first;
+  float sink[2];
+  const auto head_of = [&](int r) { return item % args.tiles * kHeads + row + 8 * r; };
+  const auto begin_item = [&] {
+    scores.slack = 0.0f;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      sink[r] = head + 8 * r < args.p.h ? __fmul_rn(__ldg(args.p.sink + head + 8 * r), kLog2E) : 0;
-      scores.largest[r] = fmaxf(sink[r], -1e30f);
+      const int head = head_of(r);
+      sink[r] = head < args.p.h ? __fmul_rn(__ldg(args.p.sink + head), kLog2E) : 0.0f;
+      // Its e is finite.
+      scores.largest[r] = fmaxf(__fsub_rn(sink[r], 60.0f), -1e30f);
       scores.sum[r] = 0.0f;
     }
-    int left = blocks.last - blocks.first;
-    if (left > 0) {
-      if (asked != item) {
-        WaitForCopies<0>();
-        AskQueries(args, shared, item);
-      }
-      ArrangeQueries(shared);
-      scores.Begin(s);
-      if (kMode != Mode::kSplit) PrefetchQueries(args, item + place.step);
-      // q is read no more: the next item's takes its place.
-      const auto ask = [&] {
-        if (kMode == Mode::kSplit || item + place.step >= args.items) return;
-        SyncThreads(1, 128);
-        asked = item + place.step;
-        AskQueries(args, shared, asked);
-      };
-      for (;;) {
-        WgmmaWait<0>();
-        if (--left == 0) ask();
-        scores.Softmax(s, count++);
-        if (left == 0) break;
-        scores.Begin(s);
-      }
-    }
+  };
+  const auto end_item = [&] {
     float factor[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -274,13 +233,52 @@ __device__ __forceinline__ void Score(const Args& args, Shared& shared, const Pl
       } else {
         sum = __fadd_rn(sum, Exp2(__fsub_rn(sink[r], scores.largest[r])));
         factor[r] = sum > 0.0f ? __fdividef(1.0f, sum) : sum == 0.0f ? 0.0f : sum;
-        if (args.p.lse != nullptr && threadIdx.x % 4 == 0 && head + 8 * r < args.p.h) {
-          args.p.lse[static_cast<int64_t>(scores.token) * args.p.h + head + 8 * r] =
+        const int head = head_of(r);
+        if (args.p.lse != nullptr && threadIdx.x % 4 == 0 && head < args.p.h) {
+          args.p.lse[static_cast<int64_t>(item / args.tiles) * args.p.h + head] =
               __fmul_rn(__fadd_rn(scores.largest[r], log2f(sum)), kLn2);
         }
       }
     }
-    scores.SendFactor(make_float2(factor[0], factor[1]));
+    scores.SendLast(make_float2(factor[0], factor[1]));
+  };
+  const auto take_queries = [&] {
+    WaitForCopies<0>();
+    FenceAsync();
+    SyncThreads(1, 128);
+  };
+  AskQueries(args, shared, item);
+  begin_item();
+  take_queries();
+  float s[32];
+  scores.Begin(s);
+  for (;;) {
+    const Told& told = shared.told[scores.sent % kTold];
+    const uint64_t mask = told.mask[0] | static_cast<uint64_t>(told.mask[1]) << 32;
+    const bool last = told.last;
+    WgmmaWait<0>();
+    const bool final = kMode == Mode::kSplit || item + place.step >= args.items;
+    if (last && !final) {
+      // q is read no more: the next item's takes its place.
+      SyncThreads(2, 128);
+      AskQueries(args, shared, item + place.step);
+    }
+    scores.Softmax(s, mask, last);
+    if (last && final) break;
+    if (last) take_queries();
+    scores.Begin(s);
+    // The next item's products are under way while one is done with.
+    if (last) {
+      end_item();
+      item += place.step;
+      begin_item();
+    }
+  }
+  end_item();
+  if constexpr (kSending) {
+    __syncwarp();
+    SyncClusterRelaxed();  // where Sum and the decoders do, before sums are sent
+    if (threadIdx.x % 4 == 0) SendParts(args, shared, place, row);
   }
 }
 

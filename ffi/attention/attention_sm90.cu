@@ -1,13 +1,15 @@
 // Attention on Hopper. A thread block holds 64 heads of one query and takes its keys by blocks of
-// 64. One warpgroup gathers and decodes keys to BF16 in shared memory, two chunks of 64 channels a
-// step; one multiplies them with the queries, a block ahead of its softmax; two hold the sums of
-// half the value channels each. They pass work on through barriers:
+// 64. Kinds of warps pass work on through barriers in shared memory:
 //
-//   Decode --(ring of pairs of chunks)--> Score --(weights e, in registers' layout)--> Sum
+//   Find ----> Decode ----> Publish ----> Score ----> Sum
 //
-// and Sum returns a pair when its products with the values are done (Score's are older).
+// Find looks up where keys are. Decode gathers them and stores them as BF16, two chunks of 64
+// channels a step, with room for two blocks; Publish makes that visible to tensor cores. Score
+// multiplies keys with the queries and passes e on as MMA fragments; two warpgroups Sum half of the
+// value channels each, and return chunks when their products are done (Score's are older).
 //
-// Many queries: thread blocks persist and take (token, tile of heads) in turn, all keys of it.
+// Many queries: thread blocks persist and take (token, tile of heads) in turn, all keys of it; two
+// tiles of a token are a pair's, each of whose thread blocks decodes half of the keys for both.
 // Few: a cluster shares the keys of one, in proportion, and adds its sums through distributed
 // shared memory, in the order of its ranks; value channels may be shared out too, which changes no
 // bit.
@@ -26,18 +28,29 @@ namespace {
 using namespace attention;
 
 template <Mode kMode, int kParts>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(Kinds<kMode, kParts>::kThreads, 1)
     AttentionSm90Kernel(const __grid_constant__ Args args) {
+  using Kind = Kinds<kMode, kParts>;
+  constexpr bool kSending = kSend<kMode, kParts>;
   extern __shared__ __align__(1024) char raw[];  // the swizzle's pattern
   Shared& shared = *reinterpret_cast<Shared*>(raw);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kPairs; ++i) {
-      InitBarrier(SharedAddress(shared.full + i), 4);
+      InitBarrier(SharedAddress(shared.stored + i), Kind::kDecoders / 32);
+      InitBarrier(SharedAddress(shared.full + i), 1);
       InitBarrier(SharedAddress(shared.empty + i), kMode == Mode::kPair ? 16 : 8);
     }
     InitBarrier(SharedAddress(&shared.weights_full), 128);
     InitBarrier(SharedAddress(&shared.weights_empty), 256);
+    for (int i = 0; i < 2; ++i) {
+      InitBarrier(SharedAddress(shared.found + i), kKeys);
+      InitBarrier(SharedAddress(shared.scaled + i), kKeys);
+      InitBarrier(SharedAddress(shared.taken + i), Kind::kDecoders);
+    }
+    InitBarrier(SharedAddress(&shared.last_full), 128 + 32);
+    InitBarrier(SharedAddress(&shared.last_empty), 256);
     InitBarrier(SharedAddress(&shared.products_done), 256);
+    InitBarrier(SharedAddress(&shared.sums_full), 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   if constexpr (kMode == Mode::kPair) {
@@ -58,29 +71,36 @@ __global__ void __launch_bounds__(kThreads, 1)
   LetNextBegin();
   WaitForPrevious();
   const int role = threadIdx.x / 128;
-  if (role == 3) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 104;");
+  if (role == 3 + Kind::kDecoders / 128) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Kind::kHelperRegisters));
+    const int warp = threadIdx.x % 128 / 32;
+    if (warp < kKeys / 32) {
+      Find<kMode>(args, shared, place);
+    } else if (warp == kKeys / 32) {
+      Rotate(args, shared, place);
+    } else if (threadIdx.x % 32 == 0) {
+      Publish<kMode>(shared, place);
+    }
+  } else if (role >= 3) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Kind::kDecoderRegisters));
     if (kMode == Mode::kSplit) PrefetchIds(args, place.first / args.tiles);
-    Decoder<kMode>(args, shared, place).Run();
-    if constexpr (kMode == Mode::kSplit) {
-      __syncwarp();
-      SyncCluster();
-    }
+    Decoder<kMode, Kind::kDecoders>(shared, place).Run(shared, place);
   } else if (role == 0) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
-    Score<kMode>(args, shared, place);
-    if constexpr (kMode == Mode::kSplit) {
-      __syncwarp();
-      SyncCluster();
-    }
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Kind::kScoreRegisters));
+    Score<kMode, kSending>(args, shared, place);
   } else if (role == 1) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 168;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Kind::kSumRegisters));
     Sum<kMode, kParts, 0>(args, shared, place);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 168;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Kind::kSumRegisters));
     Sum<kMode, kParts, 1>(args, shared, place);
   }
-  if constexpr (kMode != Mode::kAlone) {
+  if constexpr (kMode == Mode::kSplit) {
+    // Where Sum does, when products are made.
+    __syncwarp();
+    if (role >= 3 || (role == 0 && !kSending)) kSending ? SyncClusterRelaxed() : SyncCluster();
+  }
+  if constexpr (kMode != Mode::kAlone && !kSending) {
     __syncwarp();
     // Others reach into this one's memory until here.
     if constexpr (kMode == Mode::kPair) {
@@ -103,11 +123,11 @@ int64_t MostKeys(const AttentionParams& params) {
   return params.window + (params.topk_idx != nullptr ? params.topk : params.pool.slots);
 }
 
-// Thread blocks that share the keys: of the shape alone, so that a row's sums are. Eight clusters
-// of 9 run at a time, and sixteen of 6.
+// Thread blocks that share the keys: of the shape alone, so that a row's sums are. On an H200 nine
+// clusters of 9 run at a time and seventeen of 6, so that eight tokens do; seven of 10 to 16.
 int SplitsOf(const AttentionParams& params) {
   const int64_t blocks = std::max<int64_t>(1, (MostKeys(params) + kKeys - 1) / kKeys);
-  const int64_t most = params.h > kHeads && blocks <= 24 ? 6 : 9;
+  const int64_t most = blocks > 64 ? 16 : params.h > kHeads && blocks <= 24 ? 6 : 9;
   const int64_t each = (blocks + most - 1) / most;
   return static_cast<int>((blocks + each - 1) / each);
 }
@@ -138,8 +158,8 @@ int ClustersAtOnce(int size) {
   if (known[size] > 0) return known[size];
   int count = 0;
   if (Prepare<Mode::kSplit, 1>() != cudaSuccess ||
-      MostClusters(AttentionSm90Kernel<Mode::kSplit, 1>, kThreads, kSharedBytes, size, count) !=
-          cudaSuccess) {
+      MostClusters(AttentionSm90Kernel<Mode::kSplit, 1>, Kinds<Mode::kSplit, 1>::kThreads,
+                   kSharedBytes, size, count) != cudaSuccess) {
     cudaGetLastError();
     count = 0;
   }
@@ -157,7 +177,7 @@ cudaError_t Launch(const Args& args, cudaStream_t stream) {
                          ? args.items * kParts * args.splits
                          : std::min(args.items, Multiprocessors() / cluster * cluster);
   return LaunchDependent(AttentionSm90Kernel<kMode, kParts>, dim3(static_cast<unsigned>(blocks)),
-                         kThreads, kSharedBytes, stream, args, cluster);
+                         Kinds<kMode, kParts>::kThreads, kSharedBytes, stream, args, cluster);
 }
 
 bool Fits(const KeyRows& rows, int64_t b) {
@@ -189,7 +209,7 @@ bool AttentionSm90Takes(const AttentionParams& params) {
          Fits(params.pool, params.b) &&
          (params.ring.slots == 0 || params.ring.slots + 1 >= params.window) &&
          reinterpret_cast<uintptr_t>(params.q) % 16 == 0 && params.stride_q % 8 == 0 &&
-         reinterpret_cast<uintptr_t>(params.o) % 8 == 0 && params.stride_o % 4 == 0 &&
+         reinterpret_cast<uintptr_t>(params.o) % 16 == 0 && params.stride_o % 8 == 0 &&
          tokens * tiles <= most && params.window <= INT32_MAX / 2 && params.topk <= INT32_MAX / 2;
 }
 

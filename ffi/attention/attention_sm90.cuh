@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
 #include <cstdint>
 
 #include "attention/attention.h"
@@ -21,9 +22,8 @@ constexpr int kChunk = 64;  // channels that share a scale: 128 bytes of BF16, a
 constexpr int kSteps = kChannels / kChunk / 2;
 constexpr int kChunkBytes = kKeys * kChunk * 2;
 constexpr int kPairBytes = 2 * kChunkBytes;  // chunks s and s + 4 of step s
-constexpr int kPairs = 9;                    // two blocks and a step
-constexpr int kMasks = 4;                    // more blocks than can be under way
-constexpr int kThreads = 4 * 128;
+constexpr int kPairs = 2 * kSteps;           // two blocks, in turn
+constexpr int kTold = 4;                     // blocks that are told of, in turn
 constexpr int kMaxSplits = 16;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
@@ -40,9 +40,8 @@ struct Args {
   Rows rows[3];  // ring, chunk, pool
   int items;     // tokens times tiles of heads
   int tiles;
-  int splits;         // thread blocks of a cluster, that share the keys
-  int channel_parts;  // thread blocks that share the value channels
-  float scale;        // d^-0.5 log2(e)
+  int splits;   // thread blocks of a cluster, that share the keys
+  float scale;  // d^-0.5 log2(e)
 };
 
 // How thread blocks share work.
@@ -52,53 +51,102 @@ enum class Mode {
   kSplit,  // a cluster shares out the keys of a tile
 };
 
-// A key of a block, as who looks it up leaves it for those who decode it.
-struct Entry {
-  const uint8_t* nope;
-  const uint8_t* rope;
-  uint4 factor;       // BF16 of each chunk's scale, times 2^120
-  uint32_t bytes[4];  // words around the scales, as stored; then the scales and 0
+// Threads of a thread block, and registers of each kind of them; kParts thread blocks share the
+// value channels. One warpgroup of decoders where sums need most registers; where they need few,
+// two answer sooner.
+template <Mode kMode, int kParts>
+struct Kinds {
+  static constexpr int kDecoders = kParts == 1 ? 128 : 256;
+  static constexpr int kThreads = 3 * 128 + kDecoders + 128;
+  static constexpr int kSumRegisters = kMode == Mode::kPair ? 168
+                                       : kParts == 1        ? 160
+                                       : kParts == 2        ? 112
+                                                            : 88;
+  static constexpr int kDecoderRegisters = kMode == Mode::kPair ? 48 : 64;
+  static constexpr int kScoreRegisters = 64, kHelperRegisters = 32;
+};
+constexpr int kRawBytes = 20480;  // of pieces of keys under way
+
+// What a query may see. Its keys are counted window first, then the pool.
+struct Query {
+  int token, batch;
+  int first, window_keys;  // positions of the window
+  int start;               // of the chunk
+  int ring_first;          // slot of the first position
+  int visible;             // entries of the pool
+  int keys;
+};
+
+// Of a block: which of its keys are there, and whether others follow it.
+struct Told {
+  uint32_t mask[kKeys / 32];
+  bool last, final;  // of its item, of all
+};
+
+// Where the keys of a block are, and their scales.
+struct Keys {
+  const uint8_t* nope[kKeys];
+  const uint8_t* rope[kKeys];
+  uint8_t scales[kKeys][kChannels / kChunk];
+  bool large[kKeys / 32];  // whether one of a warp's scales is past what one BF16 factor holds
 };
 
 struct Shared {
   char q[2 * kSteps][kChunkBytes];
   char pairs[kPairs][kPairBytes];
   uint4 weights[4][128];  // e of a block: each thread's MMA fragments
+  char raw[kRawBytes];    // codes and rope under way, of each decoder's own
   float2 factor[128];     // of what was summed before, for a thread's two rows
+  union {
+    float2 last[128];                   // of an item's sums
+    float2 parts[kHeads + kMaxSplits];  // sums of all of a cluster, sent: [rank, row of this one's]
+  };
   float2 rotation[kRope / 2];
-  Entry entries[2][kKeys];
-  int ids[kKeys];       // in the pool, of the block after
   float2 sums[kHeads];  // largest logit (times log2 e), sum of e
   float sinks[kHeads];  // times log2 e
-  uint8_t mask[kMasks][kKeys / 8];
-  uint64_t full[kPairs], empty[kPairs];
+  Told told[kTold];
+  bool last_block;  // whether the weights are of an item's last block
+  Keys keys[2];
+  uint64_t found[2], scaled[2], taken[2];  // of keys
+  uint64_t stored[kPairs], full[kPairs], empty[kPairs];
   uint64_t weights_full, weights_empty;
+  uint64_t last_full, last_empty;
   uint64_t products_done;  // of both halves, once
+  uint64_t sums_full;      // what a cluster sent
 };
 constexpr int kSharedBytes = sizeof(Shared);
 static_assert(kSharedBytes <= 232448);
 
-// Sums of a cluster's thread block, over the pairs: rows of FP32 whose pitch spreads the banks.
+// Whether a cluster's thread blocks send each other their sums, or read them: sent ones need no
+// fence across the cluster, but small packets, which take longer when there are all channels.
+template <Mode kMode, int kParts>
+constexpr bool kSend = kMode == Mode::kSplit && kParts > 1;
+
+// The rows whose sums a thread block of a cluster adds.
+struct OwnRows {
+  int first, end;
+};
+__device__ __forceinline__ OwnRows RowsOf(int rank, int splits) {
+  return {kHeads * rank / splits, kHeads * (rank + 1) / splits};
+}
+__device__ __forceinline__ int OwnerOf(int row, int splits) {
+  return (splits * (row + 1) - 1) / kHeads;
+}
+
+// Sums of a cluster's thread block, over the pairs and the weights: rows of FP32 whose pitch
+// spreads the banks.
 template <int kParts>
 constexpr int kSumColumns = kChannels / kParts;
 template <int kParts>
-constexpr int kSumPitch = kSumColumns<kParts> + 16;
-static_assert(kHeads * kSumPitch<1> * 4 <= kPairs * kPairBytes);
+constexpr int kSumPitch = kSumColumns<kParts> + 8;
+static_assert(kHeads * kSumPitch<1> * 4 <= kPairs * kPairBytes + 4 * 128 * 16);
+static_assert(offsetof(Shared, weights) == offsetof(Shared, pairs) + kPairs * kPairBytes);
 
-// Which slot of the ring of pairs, and whether it is an odd or an even time.
-struct Turn {
-  int slot = 0;
-  uint32_t phase = 0;
-  __device__ __forceinline__ void Next() {
-    if (++slot == kPairs) {
-      slot = 0;
-      phase ^= 1;
-    }
-  }
-};
+// Where the pairs of the count-th block are, and whether they are there an odd or an even time.
+__device__ __forceinline__ int SlotOf(uint32_t count) { return (count & 1) * kSteps; }
+__device__ __forceinline__ uint32_t PhaseOf(uint32_t count) { return count >> 1 & 1; }
 
-// What others stored, as barriers passed say, before tensor cores read it. The reader's fence and
-// not the writer's, which would wait for all the loads that the writer has under way.
+// Between ordinary stores and tensor cores that read what they wrote.
 __device__ __forceinline__ void FenceAsync() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -122,23 +170,25 @@ __device__ __forceinline__ void StoreThere(uint32_t to, const uint4& v, uint32_t
       "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
       : "memory");
 }
-template <int kBytes>
-__device__ __forceinline__ void CopyAsync(uint32_t to, const void* from) {
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes)
-                 : "memory");
-  }
+// Shared memory of another thread block of the cluster, which counts the bytes on its barrier.
+__device__ __forceinline__ void CopyThere(uint32_t to, uint32_t from, uint32_t bytes,
+                                          uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];" ::"r"(to),
+      "r"(from), "r"(bytes), "r"(barrier)
+      : "memory");
 }
-__device__ __forceinline__ void CopyAsyncOrZero(uint32_t to, const void* from, bool copy) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(copy ? 16 : 0)
-               : "memory");
+// Whether this thread is the one that a warp elects.
+__device__ __forceinline__ bool Elected() {
+  uint32_t elected;
+  asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xFFFFFFFF;\nselp.u32 %0, 1, 0, one;\n}"
+               : "=r"(elected));
+  return elected != 0;
 }
-// Four bytes, of which those past the first `bytes` become 0 unread.
-__device__ __forceinline__ void CopyAsyncPart(uint32_t to, const void* from, int bytes) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes)
+// Sixteen bytes, or zeros.
+__device__ __forceinline__ void CopyAsyncOrZero(uint32_t to, const void* from, uint32_t bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
                : "memory");
 }
 __device__ __forceinline__ void CommitCopies() {
@@ -163,6 +213,16 @@ __device__ __forceinline__ uint4 LoadShared(uint32_t address) {
                : "r"(address)
                : "memory");
   return v;
+}
+__device__ __forceinline__ uint32_t LoadSharedByte(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
+__device__ __forceinline__ const uint8_t* LoadSharedPointer(uint32_t address) {
+  uint64_t v;
+  asm volatile("ld.shared.u64 %0, [%1];" : "=l"(v) : "r"(address) : "memory");
+  return reinterpret_cast<const uint8_t*>(v);
 }
 __device__ __forceinline__ float2 LoadShared2(uint32_t address) {
   float2 v;
@@ -194,6 +254,15 @@ __device__ __forceinline__ uint32_t PackBf16(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
+}
+
+// As StoreThere.
+__device__ __forceinline__ void StoreThere2(uint32_t to, float2 v, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::
+          "r"(to),
+      "f"(v.x), "f"(v.y), "r"(barrier)
+      : "memory");
 }
 
 // A matrix with the 128-byte swizzle: groups of 8 rows 1024 bytes apart, whichever way it is read.
@@ -242,16 +311,6 @@ __device__ __forceinline__ void MultiplyWeightValue(float (&d)[32], const uint4&
                : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b));
 }
 
-// What a query may see. Its keys are counted window first, then the pool.
-struct Query {
-  int token, batch;
-  int first, window_keys;  // positions of the window
-  int start;               // of the chunk
-  int ring_first;          // slot of the first position
-  int visible;             // entries of the pool
-  int keys;
-};
-
 __device__ __forceinline__ Query QueryOf(const Args& args, int token) {
   const AttentionParams& p = args.p;
   Query query;
@@ -298,11 +357,14 @@ struct Blocks {
   int first, last;
 };
 
+// At least one: a block without keys adds nothing.
 template <Mode kMode>
 __device__ __forceinline__ Blocks BlocksOf(const Args& args, const Query& query, int rank) {
   const int all = (query.keys + kKeys - 1) / kKeys;
-  if constexpr (kMode != Mode::kSplit) return {0, all};
-  return {all * rank / args.splits, all * (rank + 1) / args.splits};
+  if constexpr (kMode != Mode::kSplit) return {0, max(all, 1)};
+  const Blocks blocks = {all * rank / args.splits, all * (rank + 1) / args.splits};
+  if (blocks.first == blocks.last) return {all, all + 1};
+  return blocks;
 }
 
 struct Place {

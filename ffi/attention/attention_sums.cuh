@@ -11,46 +11,56 @@
 namespace dsv4 {
 namespace attention {
 
-// Rounded to BF16, then rotated.
-__device__ __forceinline__ uint32_t Rotated(float even, float odd, float2 by) {
-  const uint32_t pair = PackBf16(even, odd);
+__device__ __forceinline__ uint32_t Rotated(uint32_t pair, float2 by) {
   const float a = __uint_as_float(pair << 16), b = __uint_as_float(pair & 0xFFFF0000u);
   return PackBf16(__fsub_rn(__fmul_rn(a, by.x), __fmul_rn(b, by.y)),
                   __fadd_rn(__fmul_rn(a, by.y), __fmul_rn(b, by.x)));
 }
 
-// Writes a warpgroup's rows, rounded; channels of a chunk of the nope are even ones, then odd ones.
+// Lane i of four gives and gets: v[k] of lane i becomes v[i] of lane k.
+__device__ __forceinline__ void Transpose(uint32_t (&v)[4]) {
+#pragma unroll
+  for (int lanes = 1; lanes <= 2; lanes *= 2) {
+    const bool upper = (threadIdx.x & lanes) != 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      uint32_t& low = v[lanes == 1 ? 2 * i : i];
+      uint32_t& high = v[lanes == 1 ? 2 * i + 1 : i + 2];
+      const uint32_t got = __shfl_xor_sync(0xFFFFFFFFu, upper ? low : high, lanes);
+      (upper ? low : high) = got;
+    }
+  }
+}
+
+// Writes a warpgroup's rows, rounded.
 __device__ __forceinline__ void Write(const Args& args, const Shared& shared, int64_t token,
                                       int tile, int half, const float (&o)[kSteps][32],
                                       float2 factor) {
   const int c = threadIdx.x % 4, row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-  const bool rotate = args.p.frequencies != nullptr;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int head = tile * kHeads + row + 8 * r;
-    if (head >= args.p.h) continue;
+    const bool write = head < args.p.h;
     const float f = r == 0 ? factor.x : factor.y;
     uint16_t* to = args.p.o + token * args.p.stride_o + static_cast<int64_t>(head) * kChannels +
-                   half * (kChannels / 2);
+                   half * (kChannels / 2) + 8 * c;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const bool rope = half == 1 && step == kSteps - 1;
+      const bool rotate = half == 1 && step == kSteps - 1 && args.p.frequencies != nullptr;
 #pragma unroll
-      for (int m = 0; m < 4; ++m) {
-        float v[4];
+      for (int m = 0; m < 2; ++m) {
+        // Four times eight channels: two of each, then eight of one.
+        uint32_t pairs[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) v[i] = __fmul_rn(o[step][8 * m + 2 * r + i % 2 + i / 2 * 4], f);
-        uint16_t* at = to + step * kChunk + 16 * m;
-        if (!rope) {
-          *reinterpret_cast<uint2*>(at + 4 * c) =
-              make_uint2(PackBf16(v[0], v[2]), PackBf16(v[1], v[3]));
-        } else {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            *reinterpret_cast<uint32_t*>(at + 8 * i + 2 * c) =
-                rotate ? Rotated(v[2 * i], v[2 * i + 1], shared.rotation[8 * m + 4 * i + c])
-                       : PackBf16(v[2 * i], v[2 * i + 1]);
-          }
+        for (int i = 0; i < 4; ++i) {
+          const float* v = &o[step][16 * m + 4 * i + 2 * r];
+          pairs[i] = PackBf16(__fmul_rn(v[0], f), __fmul_rn(v[1], f));
+          if (rotate) pairs[i] = Rotated(pairs[i], shared.rotation[16 * m + 4 * i + c]);
+        }
+        Transpose(pairs);
+        if (write) {
+          *reinterpret_cast<uint4*>(to + step * kChunk + 32 * m) =
+              make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
         }
       }
     }
@@ -60,7 +70,7 @@ __device__ __forceinline__ void Write(const Args& args, const Shared& shared, in
 // Leaves a warpgroup's sums as rows of FP32 where the keys were.
 template <int kParts>
 __device__ __forceinline__ void Leave(Shared& shared, int half,
-                                      const float (&o)[kSteps / kParts][32], int first_step) {
+                                      const float (&o)[kSteps / kParts][32]) {
   const int c = threadIdx.x % 4, row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
   float* const sums = reinterpret_cast<float*>(shared.pairs);
 #pragma unroll
@@ -68,17 +78,10 @@ __device__ __forceinline__ void Leave(Shared& shared, int half,
     float* to = sums + (row + 8 * r) * kSumPitch<kParts> + half * (kSumColumns<kParts> / 2);
 #pragma unroll
     for (int i = 0; i < kSteps / kParts; ++i) {
-      const bool rope = half == 1 && first_step + i == kSteps - 1;
 #pragma unroll
-      for (int m = 0; m < 4; ++m) {
-        const float* v = &o[i][8 * m + 2 * r];
-        float* at = to + i * kChunk + 16 * m;
-        if (!rope) {
-          *reinterpret_cast<float4*>(at + 4 * c) = make_float4(v[0], v[4], v[1], v[5]);
-        } else {
-          *reinterpret_cast<float2*>(at + 2 * c) = make_float2(v[0], v[1]);
-          *reinterpret_cast<float2*>(at + 8 + 2 * c) = make_float2(v[4], v[5]);
-        }
+      for (int m = 0; m < 8; ++m) {
+        *reinterpret_cast<float2*>(to + i * kChunk + 8 * m + 2 * c) =
+            make_float2(o[i][4 * m + 2 * r], o[i][4 * m + 2 * r + 1]);
       }
     }
   }
@@ -87,21 +90,20 @@ __device__ __forceinline__ void Leave(Shared& shared, int half,
 // Adds the sums of a cluster's thread blocks, for this one's share of the rows: a warp a row.
 template <int kParts>
 __device__ __forceinline__ void Combine(const Args& args, Shared& shared, const Place& place,
-                                        const Query& query, int token, int tile) {
+                                        int token, int tile) {
   constexpr int kWarps = 8, kAtOnce = kParts == 1 ? 3 : kParts == 2 ? 5 : 9;
   const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;  // of Sum's
   const int splits = args.splits;
   const int heads = min(static_cast<int>(args.p.h) - tile * kHeads, kHeads);
   const int end = min(kHeads * (place.rank + 1) / splits, heads);
   const uint32_t sums = SharedAddress(shared.pairs), parts = SharedAddress(shared.sums);
-  // Ranks that have keys, counted from this one on: each starts at another, for one thread block's
-  // memory alone would serve them all.
+  // Ranks are counted from this one on: each starts at another, for one thread block's memory alone
+  // would serve them all.
   const auto rank_of = [&](int i) {
     const int rank = place.rank + i;
     return rank < splits ? rank : rank - splits;
   };
-  const Blocks theirs = BlocksOf<Mode::kSplit>(args, query, rank_of(min(lane, splits - 1)));
-  const uint32_t busy = __ballot_sync(0xFFFFFFFFu, lane < splits && theirs.first < theirs.last);
+  const uint32_t busy = (1u << splits) - 1;
 #pragma unroll 1
   for (int row = kHeads * place.rank / splits + warp; row < end; row += kWarps) {
     const int head = tile * kHeads + row;
@@ -166,10 +168,113 @@ __device__ __forceinline__ void Combine(const Args& args, Shared& shared, const 
       uint2 pairs = make_uint2(PackBf16(a, b), PackBf16(c, d));
       if (args.p.frequencies != nullptr && channel >= kNope) {
         const float2* by = shared.rotation + (channel - kNope) / 2;
-        pairs = make_uint2(Rotated(a, b, by[0]), Rotated(c, d, by[1]));
+        pairs = make_uint2(Rotated(pairs.x, by[0]), Rotated(pairs.y, by[1]));
       }
       *reinterpret_cast<uint2*>(args.p.o + token * args.p.stride_o +
                                 static_cast<int64_t>(head) * kChannels + channel) = pairs;
+    }
+    if (args.p.lse != nullptr && place.part == 0 && lane == 0) {
+      args.p.lse[static_cast<int64_t>(token) * args.p.h + head] =
+          __fmul_rn(__fadd_rn(largest, log2f(sum)), kLn2);
+    }
+  }
+}
+
+// Sends a warpgroup's sums to the thread blocks that own their rows, from the beginning of their
+// memory: [rank, row, column], of 16 columns the 8 that a lane holds in two places side by side.
+template <int kParts>
+__device__ __forceinline__ void SendSums(const Args& args, Shared& shared, const Place& place,
+                                         int half, const float (&o)[kSteps / kParts][32]) {
+  // No address that takes a register while products are made.
+  const int splits = static_cast<int>(Opaque(args.splits));
+  const int c = threadIdx.x % 4, first = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = first + 8 * r, owner = OwnerOf(row, splits);
+    const OwnRows rows = RowsOf(owner, splits);
+    const int at = place.rank * (rows.end - rows.first) + row - rows.first;
+    const uint32_t to = AddressIn(SharedAddress(&shared), owner) +
+                        (at * kSumColumns<kParts> + half * (kSumColumns<kParts> / 2) + 4 * c) * 4;
+    const uint32_t barrier = AddressIn(SharedAddress(&shared.sums_full), owner);
+#pragma unroll
+    for (int i = 0; i < kSteps / kParts; ++i) {
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        const float* v = &o[i][8 * m + 2 * r];
+        StoreThere(to + (i * kChunk + 16 * m) * 4,
+                   make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[4]),
+                              __float_as_uint(v[5])),
+                   barrier);
+      }
+    }
+  }
+}
+
+// Adds what SendSums sent: a warp a row.
+template <int kParts>
+__device__ __forceinline__ void CombineSent(const Args& args, Shared& shared, const Place& place,
+                                            int token, int tile) {
+  constexpr int kWarps = 8, kColumns = kSumColumns<kParts>, kHalf = kColumns / 2;
+  const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;  // of Sum's
+  const int splits = static_cast<int>(Opaque(args.splits));
+  const OwnRows rows = RowsOf(place.rank, splits);
+  const int count = rows.end - rows.first;
+  const uint32_t full = SharedAddress(&shared.sums_full);
+  if (threadIdx.x == 128) {
+    ArriveExpecting(full, count * splits * (8 + kColumns * 4));
+  }
+  const int end = min(rows.end, static_cast<int>(args.p.h) - tile * kHeads);
+  Wait(full, 0);
+#pragma unroll 1
+  for (int row = rows.first + warp; row < end; row += kWarps) {
+    const int head = tile * kHeads + row;
+    // Lane r weighs rank r.
+    float2 part = make_float2(-INFINITY, 0.0f);
+    if (lane < splits) part = shared.parts[lane * count + row - rows.first];
+    float largest = part.x;
+#pragma unroll
+    for (int i = 8; i > 0; i /= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, i));
+    }
+    largest = __shfl_sync(0xFFFFFFFFu, largest, 0);
+    const float weight = lane < splits ? Exp2(__fsub_rn(part.x, largest)) : 0.0f;
+    float sum = Exp2(__fsub_rn(shared.sinks[row], largest));
+    float4 total[4 / kParts];
+#pragma unroll
+    for (int k = 0; k < 4 / kParts; ++k) total[k] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    const uint32_t from = SharedAddress(&shared) + (row - rows.first) * (kColumns * 4) + lane * 16;
+    // In the order of Combine.
+#pragma unroll 3
+    for (int i = 0; i < splits; ++i) {
+      const int rank = place.rank + i < splits ? place.rank + i : place.rank + i - splits;
+      const float w = __shfl_sync(0xFFFFFFFFu, weight, rank);
+      sum = __fmaf_rn(w, __shfl_sync(0xFFFFFFFFu, part.y, rank), sum);
+#pragma unroll
+      for (int k = 0; k < 4 / kParts; ++k) {
+        const uint4 v = LoadShared(from + rank * count * (kColumns * 4) + 512 * k);
+        total[k].x = __fmaf_rn(w, __uint_as_float(v.x), total[k].x);
+        total[k].y = __fmaf_rn(w, __uint_as_float(v.y), total[k].y);
+        total[k].z = __fmaf_rn(w, __uint_as_float(v.z), total[k].z);
+        total[k].w = __fmaf_rn(w, __uint_as_float(v.w), total[k].w);
+      }
+    }
+    const float f = sum > 0.0f ? __fdividef(1.0f, sum) : sum == 0.0f ? 0.0f : sum;
+#pragma unroll
+    for (int k = 0; k < 4 / kParts; ++k) {
+      // Two pairs, of the channels from one on and from eight on.
+      const int column = (lane + 32 * k) / 4 * 16 + lane % 4 * 2;
+      const int channel = column / kHalf * (kChannels / 2) + place.part * kHalf + column % kHalf;
+      uint16_t* to =
+          args.p.o + token * args.p.stride_o + static_cast<int64_t>(head) * kChannels + channel;
+      const float v[4] = {total[k].x, total[k].y, total[k].z, total[k].w};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float a = __fmul_rn(v[2 * i], f), b = __fmul_rn(v[2 * i + 1], f);
+        const bool rotate = args.p.frequencies != nullptr && channel >= kNope;
+        const uint32_t pair = PackBf16(a, b);
+        *reinterpret_cast<uint32_t*>(to + 8 * i) =
+            rotate ? Rotated(pair, shared.rotation[(channel - kNope) / 2 + 4 * i]) : pair;
+      }
     }
     if (args.p.lse != nullptr && place.part == 0 && lane == 0) {
       args.p.lse[static_cast<int64_t>(token) * args.p.h + head] =
@@ -182,7 +287,7 @@ __device__ __forceinline__ void Combine(const Args& args, Shared& shared, const 
 template <Mode kMode>
 __device__ __forceinline__ void PassOn(uint32_t empty, const Place& place) {
   __syncwarp();
-  if (threadIdx.x % 32 != 0) return;
+  if (!Elected()) return;
   Arrive(empty);
   if constexpr (kMode == Mode::kPair) ArriveIn(empty, place.rank ^ 1);
 }
@@ -193,28 +298,21 @@ __device__ __forceinline__ void Sum(const Args& args, Shared& shared, const Plac
   const int first_step = place.part * kMine;
   const uint32_t base = SharedAddress(&shared);
   const uint32_t values = Matrix(base + offsetof(Shared, pairs) + half * kChunkBytes);
-  const uint32_t empty = base + offsetof(Shared, empty);
-  const uint32_t weights_full = base + offsetof(Shared, weights_full);
-  const uint32_t weights_empty = base + offsetof(Shared, weights_empty);
-  const uint32_t mine = threadIdx.x % 128 * 16;
-  const auto slot_of = [](int slot) { return slot < kPairs ? slot : slot - kPairs; };
-  int slot = 0;  // of a block's first pair
-  uint32_t phase = 0;
+  const uint32_t mine = Opaque(threadIdx.x % 128 * 16);
+  uint32_t count = 0;  // blocks; the highest bit: whether an odd number of items is done with
   float o[kMine][32];
+#pragma unroll 1
   for (int item = place.first; item < args.items; item += place.step) {
-    const int token = item / args.tiles;
-    const int tile = item % args.tiles;
-    const Query query = QueryOf(args, token);
-    const Blocks blocks = BlocksOf<kMode>(args, query, place.rank);
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
 #pragma unroll
       for (int k = 0; k < 32; ++k) o[i][k] = 0.0f;
     }
 #pragma unroll 1
-    for (int block = blocks.first; block < blocks.last; ++block) {
-      Wait(weights_full, phase);
-      phase ^= 1;
+    for (;;) {
+      Wait(base + offsetof(Shared, weights_full), count & 1);
+      const uint32_t slot = SlotOf(count);
+      const bool last = shared.last_block;
       const float2 factor = LoadShared2(base + offsetof(Shared, factor) + mine / 2);
       if (__any_sync(0xFFFFFFFFu, factor.x != 1.0f || factor.y != 1.0f)) {
 #pragma unroll
@@ -225,41 +323,43 @@ __device__ __forceinline__ void Sum(const Args& args, Shared& shared, const Plac
           }
         }
       }
-      // Half of the block's keys at a time: registers do not hold all its weights.
+      // Some of the block's keys at a time: registers do not hold all its weights.
+      constexpr int kAtOnce = kMode == Mode::kPair ? 2
+                              : kParts == 1        ? 1
+                                                   : 4,
+                    kLast = 4 / kAtOnce - 1;
 #pragma unroll
-      for (int part = 0; part < 2; ++part) {
-        uint4 e[2];
+      for (int part = 0; part <= kLast; ++part) {
+        uint4 e[kAtOnce];
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
+        for (int k = 0; k < kAtOnce; ++k) {
           e[k] = LoadShared(base + offsetof(Shared, weights) +
-                            (2 * part + k) * sizeof(shared.weights[0]) + mine);
+                            (kAtOnce * part + k) * sizeof(shared.weights[0]) + mine);
         }
-        if (part == 1) Arrive(weights_empty);
+        if (part == kLast) Arrive(base + offsetof(Shared, weights_empty));
         WgmmaFence();
 #pragma unroll
         for (int i = 0; i < kMine; ++i) {
-          const uint32_t from = values + slot_of(slot + first_step + i) * (2 * kChunkStep);
+          const uint32_t from = values + (slot + first_step + i) * (2 * kChunkStep);
 #pragma unroll
-          for (int k = 0; k < 2; ++k) {
-            MultiplyWeightValue(o[i], e[k], from + (2 * part + k) * kKeyStep);
+          for (int k = 0; k < kAtOnce; ++k) {
+            MultiplyWeightValue(o[i], e[k], from + (kAtOnce * part + k) * kKeyStep);
           }
-          if (part == 1) WgmmaCommit();
+          if (part == kLast) WgmmaCommit();
         }
-        if (part == 0) {
+        if (part < kLast) {
           WgmmaCommit();
           WgmmaWait<0>();
         }
       }
+      const uint32_t empty = base + offsetof(Shared, empty) + 8 * slot;
+      ++count;
       // Pairs of others' channels were done with before.
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
-        if (kParts > 1 && step / kMine != place.part) {
-          PassOn<kMode>(empty + 8 * slot_of(slot + step), place);
-        }
+        if (kParts > 1 && step / kMine != place.part) PassOn<kMode>(empty + 8 * step, place);
       }
-      const auto pass_on = [&](int i) {
-        PassOn<kMode>(empty + 8 * slot_of(slot + first_step + i), place);
-      };
+      const auto pass_on = [&](int i) { PassOn<kMode>(empty + 8 * (first_step + i), place); };
       if constexpr (kMine == 4) {
         WgmmaWait<3>();
         pass_on(0);
@@ -272,20 +372,34 @@ __device__ __forceinline__ void Sum(const Args& args, Shared& shared, const Plac
       }
       WgmmaWait<0>();
       pass_on(kMine - 1);
-      slot = slot_of(slot + kSteps);
+      if (last) break;
     }
-    Wait(weights_full, phase);
-    phase ^= 1;
-    if constexpr (kMode == Mode::kSplit) {
+    const int64_t token = item / args.tiles;
+    const int tile = item % args.tiles;
+    Wait(base + offsetof(Shared, last_full), count >> 31);
+    count ^= 1u << 31;
+    if constexpr (kSend<kMode, kParts>) {
+      __syncwarp();
+      SyncClusterRelaxed();  // nobody needs q and keys any more
+      SendSums<kParts>(args, shared, place, half, o);
+      CombineSent<kParts>(args, shared, place, token, tile);
+      return;
+    } else if constexpr (kMode == Mode::kSplit) {
       Arrive(base + offsetof(Shared, products_done));
       Wait(base + offsetof(Shared, products_done), 0);
-      if (blocks.first < blocks.last) Leave<kParts>(shared, half, o, first_step);
+      // Decoders' stores came before, as these barriers tell too.
+      for (uint32_t before = 1; before <= 2 && before <= (count & ~(1u << 31)); ++before) {
+        const uint32_t full = base + offsetof(Shared, full) + 8 * SlotOf(count - before);
+        for (int step = 0; step < kSteps; ++step) Wait(full + 8 * step, PhaseOf(count - before));
+      }
+      Leave<kParts>(shared, half, o);
       SyncCluster();
-      Combine<kParts>(args, shared, place, query, token, tile);
+      Combine<kParts>(args, shared, place, token, tile);
+      return;
     } else {
       Write(args, shared, token, tile, half, o,
-            LoadShared2(base + offsetof(Shared, factor) + mine / 2));
-      Arrive(weights_empty);
+            LoadShared2(base + offsetof(Shared, last) + mine / 2));
+      Arrive(base + offsetof(Shared, last_empty));
     }
   }
 }
