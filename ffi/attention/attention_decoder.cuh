@@ -231,37 +231,32 @@ struct Decoder {
     StoreShared(at, v.first);
     StoreShared(at ^ 16, v.second);
   }
-  // What a lane has of a step: codes or rope, and scales.
-  struct Taken {
-    uint4 codes[kMine][2], rope[kMine];
-    uint32_t scale[kMine][2];
-  };
-  __device__ __forceinline__ Taken Take(uint32_t count, int step) const {
-    const uint32_t scales = EntryOf(count) + offsetof(Keys, scales) + step;
-    Taken taken;
-#pragma unroll
-    for (int i = 0; i < kMine; ++i) {
-      taken.codes[i][0] = LoadShared(At(LowerOf(step, i)));
-      taken.codes[i][1] = LoadShared(At(UpperOf(step, i)));
-      if (step == kSteps - 1) taken.rope[i] = LoadShared(At(RopeOf(i)));
-      taken.scale[i][0] = LoadSharedByte(scales + 8 * 32 * i);
-      if (step < kSteps - 1) taken.scale[i][1] = LoadSharedByte(scales + 8 * 32 * i + kSteps);
-    }
-    return taken;
-  }
   template <bool kLarge>
-  __device__ __forceinline__ void Put(uint32_t slot, int step, const Taken& taken) const {
+  __device__ __forceinline__ void Step(uint32_t count, int step) const {
     constexpr uint32_t kApart = 32 * 128;  // keys of a lane
+    const uint32_t slot = SlotOf(count) + step;
+    const uint32_t scales = EntryOf(count) + offsetof(Keys, scales) + step;
     const uint32_t pair = base + offsetof(Shared, pairs) + slot * kPairBytes;
+    const bool rope = step == kSteps - 1;
+    uint32_t scale[kMine][2];
+    uint4 codes[kMine][2];
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
-      const uint32_t to = pair + within + i * kApart, rope = pair + units + i * kApart;
-      PutDecoded<kLarge>(to, taken.codes[i][0], taken.scale[i][0]);
-      if (step < kSteps - 1) {
-        PutDecoded<kLarge>(to + kChunkBytes, taken.codes[i][1], taken.scale[i][1]);
+      scale[i][0] = LoadSharedByte(scales + 8 * 32 * i);
+      if (!rope) scale[i][1] = LoadSharedByte(scales + 8 * 32 * i + kSteps);
+      codes[i][0] = LoadShared(At(LowerOf(step, i)));
+      codes[i][1] = LoadShared(At(UpperOf(step, i)));
+    }
+    Wait(base + offsetof(Shared, empty) + 8 * slot, PhaseOf(count) ^ 1);
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      PutDecoded<kLarge>(pair + within + i * kApart, codes[i][0], scale[i][0]);
+      if (!rope) {
+        PutDecoded<kLarge>(pair + within + i * kApart + kChunkBytes, codes[i][1], scale[i][1]);
       } else {  // nothing to be decoded
-        StoreShared(rope, taken.codes[i][1]);
-        StoreShared(rope ^ 64, taken.rope[i]);
+        const uint32_t at = pair + units + i * kApart;
+        StoreShared(at, codes[i][1]);
+        StoreShared(at ^ 64, LoadShared(At(RopeOf(i))));
       }
     }
   }
@@ -288,12 +283,10 @@ struct Decoder {
         const uint32_t slot = SlotOf(count) + step;
         WaitForCopies<kAhead - 1>();
         __syncwarp();
-        const Taken taken = Take(count, step);
-        Wait(base + offsetof(Shared, empty) + 8 * slot, PhaseOf(count) ^ 1);
         if (large) {
-          Put<true>(slot, step, taken);
+          Step<true>(count, step);
         } else {
-          Put<false>(slot, step, taken);
+          Step<false>(count, step);
         }
         __syncwarp();
         if (Elected()) Arrive(base + offsetof(Shared, stored) + 8 * slot);

@@ -103,7 +103,8 @@ struct Scores {
     ++begun;
   }
 
-  // Sends what Sum multiplies: e of a block, and what sums until now must be multiplied by.
+  // Sends what Sum multiplies: e of a block, and what sums until now must be multiplied by, whose
+  // sign tells that the block is an item's last.
   __device__ __forceinline__ void Send(const uint4 (&e)[4], float2 factor, bool last) {
     const int thread = threadIdx.x % 128;
     Wait(base + offsetof(Shared, weights_empty), (sent & 1) ^ 1);
@@ -112,8 +113,7 @@ struct Scores {
       StoreShared(base + offsetof(Shared, weights) + k * sizeof(shared.weights[0]) + thread * 16,
                   e[k]);
     }
-    shared.factor[thread] = factor;
-    if (thread == 0) shared.last_block = last;
+    shared.factor[thread] = make_float2(last ? -factor.x : factor.x, factor.y);
     Arrive(base + offsetof(Shared, weights_full));
     ++sent;
   }
@@ -125,7 +125,9 @@ struct Scores {
     phase ^= 1;
   }
 
-  __device__ __forceinline__ void Softmax(float (&s)[32], uint64_t mask, bool last) {
+  __device__ __forceinline__ void Softmax(float (&s)[32], bool last) {
+    const uint32_t* masks = shared.told[sent % kTold].mask;
+    const uint64_t mask = masks[0] | static_cast<uint64_t>(masks[1]) << 32;
     if (mask != ~uint64_t{0}) {
       const uint64_t mine = mask >> 2 * (threadIdx.x % 4);
 #pragma unroll
@@ -253,17 +255,15 @@ __device__ __forceinline__ void Score(const Args& args, Shared& shared, const Pl
   float s[32];
   scores.Begin(s);
   for (;;) {
-    const Told& told = shared.told[scores.sent % kTold];
-    const uint64_t mask = told.mask[0] | static_cast<uint64_t>(told.mask[1]) << 32;
-    const bool last = told.last;
     WgmmaWait<0>();
+    const bool last = shared.told[scores.sent % kTold].last;
     const bool final = kMode == Mode::kSplit || item + place.step >= args.items;
     if (last && !final) {
       // q is read no more: the next item's takes its place.
       SyncThreads(2, 128);
       AskQueries(args, shared, item + place.step);
     }
-    scores.Softmax(s, mask, last);
+    scores.Softmax(s, last);
     if (last && final) break;
     if (last) take_queries();
     scores.Begin(s);

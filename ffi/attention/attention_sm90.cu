@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(Kinds<kMode, kParts>::kThreads, 1)
     }
     InitBarrier(SharedAddress(&shared.last_full), 128 + 32);
     InitBarrier(SharedAddress(&shared.last_empty), 256);
-    InitBarrier(SharedAddress(&shared.products_done), 256);
+    InitBarrier(SharedAddress(&shared.products_done), 256 + Kind::kDecoders);
     InitBarrier(SharedAddress(&shared.sums_full), 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -85,6 +85,7 @@ __global__ void __launch_bounds__(Kinds<kMode, kParts>::kThreads, 1)
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Kind::kDecoderRegisters));
     if (kMode == Mode::kSplit) PrefetchIds(args, place.first / args.tiles);
     Decoder<kMode, Kind::kDecoders>(shared, place).Run(shared, place);
+    if (kMode == Mode::kSplit) Arrive(SharedAddress(&shared.products_done));
   } else if (role == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Kind::kScoreRegisters));
     Score<kMode, kSending>(args, shared, place);

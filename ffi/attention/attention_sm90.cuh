@@ -105,13 +105,12 @@ struct Shared {
   float2 sums[kHeads];  // largest logit (times log2 e), sum of e
   float sinks[kHeads];  // times log2 e
   Told told[kTold];
-  bool last_block;  // whether the weights are of an item's last block
   Keys keys[2];
   uint64_t found[2], scaled[2], taken[2];  // of keys
   uint64_t stored[kPairs], full[kPairs], empty[kPairs];
   uint64_t weights_full, weights_empty;
   uint64_t last_full, last_empty;
-  uint64_t products_done;  // of both halves, once
+  uint64_t products_done;  // of both halves, and the decoders
   uint64_t sums_full;      // what a cluster sent
 };
 constexpr int kSharedBytes = sizeof(Shared);

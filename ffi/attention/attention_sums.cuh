@@ -312,8 +312,9 @@ __device__ __forceinline__ void Sum(const Args& args, Shared& shared, const Plac
     for (;;) {
       Wait(base + offsetof(Shared, weights_full), count & 1);
       const uint32_t slot = SlotOf(count);
-      const bool last = shared.last_block;
-      const float2 factor = LoadShared2(base + offsetof(Shared, factor) + mine / 2);
+      float2 factor = LoadShared2(base + offsetof(Shared, factor) + mine / 2);
+      const bool last = __float_as_uint(factor.x) >> 31 != 0;
+      factor.x = fabsf(factor.x);
       if (__any_sync(0xFFFFFFFFu, factor.x != 1.0f || factor.y != 1.0f)) {
 #pragma unroll
         for (int i = 0; i < kMine; ++i) {
@@ -387,11 +388,6 @@ __device__ __forceinline__ void Sum(const Args& args, Shared& shared, const Plac
     } else if constexpr (kMode == Mode::kSplit) {
       Arrive(base + offsetof(Shared, products_done));
       Wait(base + offsetof(Shared, products_done), 0);
-      // Decoders' stores came before, as these barriers tell too.
-      for (uint32_t before = 1; before <= 2 && before <= (count & ~(1u << 31)); ++before) {
-        const uint32_t full = base + offsetof(Shared, full) + 8 * SlotOf(count - before);
-        for (int step = 0; step < kSteps; ++step) Wait(full + 8 * step, PhaseOf(count - before));
-      }
       Leave<kParts>(shared, half, o);
       SyncCluster();
       Combine<kParts>(args, shared, place, token, tile);
