@@ -1,0 +1,50 @@
+// Lightning indexer: scores of compressed entries and the exact set of the best (model.md 3.5).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common/handler.h"
+#include "common/parallel.h"
+
+#ifdef DSV4_CUDA
+#include <cuda_runtime.h>
+#endif
+
+namespace dsv4 {
+
+// How queries and keys of 128 channels are stored.
+enum class IndexForm {
+  kMxfp4,  // E2M1, two a byte, with a UE8M0 scale per 32
+  kFp8,    // E4M3 with one UE8M0 scale
+};
+
+// Of the query (i, j), entry w < n_visible[i, j] of row i scores
+//   score_w = sum_h weight[i, j, h] relu(q[i, j, h] . key[i, w])
+// and idx gets the ids of the min(topk, n_visible) largest scores, ascending, then -1. Equal scores:
+// the lower id first. -0 equals 0; NaN is below every number, above it -inf is a number.
+struct IndexTopkParams {
+  IndexForm form;
+  const uint8_t* q;          // [b, t, h, d] codes
+  const uint8_t* q_scale;    // [b, t, h, d / 32 or 1]
+  const float* weight;       // [b, t, h]
+  const uint8_t* key;        // [b, slots, d] codes
+  const uint8_t* key_scale;  // [b, slots, d / 32 or 1]
+  const int32_t* n_visible;  // [b, t]
+  int32_t* idx;              // [b, t, topk]
+  float* scores;             // [b, t, slots], or nullptr: the scores are not wanted (-inf: not visible)
+  void* scratch;             // scratch_bytes of it, of any contents
+  int64_t scratch_bytes;
+  int64_t b, t, h, d, slots, topk;
+};
+
+#ifdef DSV4_CUDA
+cudaError_t IndexTopkCuda(const IndexTopkParams& params, cudaStream_t stream);
+
+// index_topk_sm90.cu: whether it serves such a call, how much scratch it wants at most, the call.
+bool IndexTopkSm90Takes(const IndexTopkParams& params);
+int64_t IndexTopkSm90ScratchBytes(const IndexTopkParams& params);
+cudaError_t IndexTopkSm90(const IndexTopkParams& params, cudaStream_t stream);
+#endif
+
+}  // namespace dsv4
