@@ -11,6 +11,7 @@ Target AttentionTarget();
 Target CacheWriteTarget();
 Target DenseLinearTarget();
 Target Fp8LinearTarget();
+Target IndexTopkTarget();
 Target MoeTarget();
 Target Mxfp4LinearTarget();
 Target Nvfp4LinearTarget();
@@ -19,9 +20,9 @@ Target RouterTarget();
 
 inline auto Targets() {
   return std::array{
-      AttentionTarget(),   CacheWriteTarget(),   DenseLinearTarget(),
-      Fp8LinearTarget(),   MoeTarget(),          Mxfp4LinearTarget(),
-      Nvfp4LinearTarget(), RmsnormNvfp4Target(), RouterTarget(),
+      AttentionTarget(),    CacheWriteTarget(), DenseLinearTarget(), Fp8LinearTarget(),
+      IndexTopkTarget(),    MoeTarget(),        Mxfp4LinearTarget(), Nvfp4LinearTarget(),
+      RmsnormNvfp4Target(), RouterTarget(),
   };
 }
 

@@ -19,7 +19,6 @@ IN_JAX = frozenset(
         "compressor",
         "hadamard",
         "head_norm",
-        "index_topk",
         "mhc_head",
         "mhc_post",
         "mhc_pre",

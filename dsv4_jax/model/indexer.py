@@ -16,7 +16,7 @@ from dsv4_jax.ops.hadamard import hadamard
 from dsv4_jax.ops.index_topk import index_topk
 from dsv4_jax.ops.rope import rope
 from dsv4_jax.precision import Precision
-from dsv4_jax.quant.kv import IndexRows, index_dequant, index_quant
+from dsv4_jax.quant.kv import IndexRows, index_quant
 from dsv4_jax.typing import Array, Float, Int32
 
 __all__ = ["Indexer"]
@@ -58,7 +58,6 @@ class Indexer(nn.Module):
         rows = self._stored(entry)
         index = cache_write(index, rows, slots)
         query = rope(self.wq_b(qr).reshape(b, t, heads, dim), step.positions, frequencies)
-        query = index_dequant(self._stored(query))
         weight = dense_linear(
             x, self.weights_proj(), dtype=x.dtype, regime=self.precision.regime
         ).astype(jnp.float32)
@@ -66,7 +65,7 @@ class Indexer(nn.Module):
         if index.key.shape[1] <= self.config.index_topk:
             return None, index, state  # the pool can never hold more than top-k entries
         idx = index_topk(
-            query,
+            self._stored(query),
             weight.reshape(b, t, heads),
             index,
             step.n_closed(LayerKind.CSA.value),

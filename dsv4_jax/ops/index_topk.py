@@ -1,43 +1,60 @@
 """Lightning indexer: scores of compressed entries and the exact set of the best (model.md 3.5)."""
 
 import functools
-from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from dsv4_jax.ops._blocks import KEY_BLOCK, slice_rows, view_rows
-from dsv4_jax.ops._check import FLOAT32, FLOATS, INTEGERS, check_choice, check_operand
-from dsv4_jax.ops._round import round_to
-from dsv4_jax.ops._rows import Tile, batched_dot, query_tiled
+from dsv4_jax import library
+from dsv4_jax.ops._blocks import KEY_BLOCK
+from dsv4_jax.ops._check import FLOATS, INTEGERS, check_choice, check_operand
+from dsv4_jax.ops._index_topk_jax import index_scores_jax, index_topk_jax
 from dsv4_jax.quant import mxfp4
-from dsv4_jax.quant.kv import IndexRows, index_dequant
-from dsv4_jax.typing import E2M1, E4M3, Array, Float, Float32, Int32
+from dsv4_jax.quant.kv import IndexRows
+from dsv4_jax.typing import E2M1, E4M3, UE8M0, Array, Float, Float32, Int32
 
-__all__ = ["index_scores", "index_topk"]
+__all__ = ["index_topk"]
+
+STORED = (jnp.dtype(E2M1), jnp.dtype(E4M3), *FLOATS)
+MAX_WIDTH = 1024
+"""``kIndexTopkMaxWidth`` of ffi/index_topk/index_topk.h."""
+SCRATCH_BUDGET = 1 << 26
+"""``kIndexTopkScratchBudget``: bytes that a call on a GPU keeps scores in, one query's at least."""
+_INT32 = jnp.iinfo(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("topk", "rounding"))
+@functools.partial(jax.jit, static_argnames=("topk", "rounding", "return_scores"))
 def index_topk(
-    q: Float32[Array, "b t h d"],
+    q: IndexRows,
     weight: Float[Array, "b t h"],
     keys: IndexRows,
     n_visible: Int32[Array, "b t"],
     *,
     topk: int,
     rounding: Literal["float32", "bfloat16"] = "float32",
-) -> Int32[Array, "b t k"]:
-    """Ids of the ``min(topk, n_visible)`` largest scores, ascending, then -1; ties to the lower id.
+    return_scores: bool = False,
+) -> Int32[Array, "b t k"] | tuple[Int32[Array, "b t k"], Float32[Array, "b t s"]]:
+    """Ids of the ``min(topk, n_visible)`` largest scores, ascending, then -1.
 
-    ``score_w = sum_h weight_h * relu(q_h . key_w)``. The last axis is ``min(topk, capacity)``.
+    ``score_w = sum_h weight_h * relu(q_h . key_w)``, sums in FP32. The set is exact: equal scores
+    go to the lower id, -0 equals 0, NaN is below every number and -inf a number above it. The last
+    axis is ``min(topk, capacity)``. Entries that are not visible may hold anything. A query depends
+    on no other.
+
+    Queries and keys in E2M1 or E4M3 with up to 1024 channels are one foreign call that reads both
+    as they are stored and keeps no scores of all queries; other dtypes and ``bfloat16`` rounding
+    are `jax.numpy`. No gradient. Under `jax.vmap` a call per element. Arrays on several devices are
+    gathered unless the call is inside `jax.shard_map`.
 
     Args:
-        q: values of the (quantised) indexer queries.
-        keys: stored indexer keys ``[b, s, ...]``, ``s`` a multiple of 128.
+        q: stored indexer queries ``[b, t, h, ...]``.
+        keys: stored indexer keys ``[b, s, ...]`` in the same format; ``s`` a multiple of 128 in
+            `jax.numpy`.
+        n_visible: entries ``0 .. n - 1`` visible to each query; more than ``s`` count as ``s``.
         rounding: ``bfloat16`` rounds the product, each head's term and the sum as the official
             code does; for comparison with it only.
+        return_scores: whether to return the scores too, -inf where an entry is not visible.
 
     Raises:
         TypeError: a dtype is not accepted.
@@ -45,91 +62,82 @@ def index_topk(
     """
     if topk < 1:
         raise ValueError(f"index_topk: topk must be at least 1, got {topk}")
-    k = min(topk, keys.key.shape[1])
-
-    def select(scores: Array) -> Array:
-        best, idx = lax.top_k(scores, k)
-        none = scores.shape[-1]
-        idx = jnp.sort(jnp.where(best > -jnp.inf, idx.astype(jnp.int32), none), axis=-1)
-        return jnp.where(idx < none, idx, -1)
-
-    return _map_scores(select, q, weight, keys, n_visible, rounding)
-
-
-def index_scores(
-    q: Float32[Array, "b t h d"],
-    weight: Float[Array, "b t h"],
-    keys: IndexRows,
-    n_visible: Int32[Array, "b t"],
-    *,
-    rounding: Literal["float32", "bfloat16"] = "float32",
-) -> Float32[Array, "b t s"]:
-    """Scores of every stored entry, -inf where it is not visible. See `index_topk`."""
-    return _map_scores(lambda scores: scores, q, weight, keys, n_visible, rounding)
-
-
-def _map_scores(
-    finish: Callable[[Array], Array],
-    q: Array,
-    weight: Array,
-    keys: IndexRows,
-    n_visible: Array,
-    rounding: str,
-) -> Array:
-    """``finish`` of the scores ``[b, t, s]`` of one tile of queries at a time."""
-    check_operand("index_topk", "q", q, "b t h d", FLOAT32)
+    check_choice("index_topk", "rounding", rounding, ("float32", "bfloat16"))
+    check_operand("index_topk", "q", q.key, "b t h d", STORED)
     check_operand("index_topk", "weight", weight, "b t h", FLOATS)
     check_operand("index_topk", "n_visible", n_visible, "b t", INTEGERS)
-    check_operand("index_topk", "keys", keys.key, "b s d", (*FLOATS, E4M3, E2M1))
-    check_choice("index_topk", "rounding", rounding, ("float32", "bfloat16"))
-    b, t, heads, dim = q.shape
+    check_operand("index_topk", "keys", keys.key, "b s d", (q.key.dtype,))
+    b, t, heads, dim = q.key.shape
     capacity = keys.key.shape[1]
-    if keys.key.shape != (b, capacity, dim):
+    if keys.key.shape != (b, capacity, dim) or capacity > _INT32.max:
         raise ValueError(
-            f"index_topk: keys must be [{b}, s, {dim}] for q {list(q.shape)}, "
-            f"got {list(keys.key.shape)}"
+            f"index_topk: keys must be [{b}, s, {dim}] with s up to {_INT32.max} for q "
+            f"{list(q.key.shape)}, got {list(keys.key.shape)}"
         )
-    if keys.scale is not None:
-        block = mxfp4.BLOCK if keys.key.dtype == E2M1 else dim
-        want = (b, capacity, dim // block)
-        if keys.scale.shape != want:
-            raise ValueError(
-                f"index_topk: the keys' scale must be {list(want)} for keys "
-                f"{list(keys.key.shape)}, got {list(keys.scale.shape)}"
-            )
+    _check_scale("q", q)
+    _check_scale("keys", keys)
     if weight.shape != (b, t, heads) or n_visible.shape != (b, t):
         raise ValueError(
             f"index_topk: weight and n_visible must be {[b, t, heads]} and {[b, t]} for q "
-            f"{list(q.shape)}, got {list(weight.shape)} and {list(n_visible.shape)}"
+            f"{list(q.key.shape)}, got {list(weight.shape)} and {list(n_visible.shape)}"
         )
-    if capacity % KEY_BLOCK:
+    k = min(topk, capacity)
+    weight = weight.astype(jnp.float32)
+    if n_visible.dtype != jnp.int32:  # saturate instead of wrapping round
+        n_visible = jnp.clip(n_visible, _INT32.min, _INT32.max).astype(jnp.int32)
+    if q.scale is None or keys.scale is None or rounding == "bfloat16" or dim > MAX_WIDTH:
+        if capacity % KEY_BLOCK:
+            raise ValueError(
+                f"index_topk: keys must hold a multiple of {KEY_BLOCK} entries where there is no "
+                f"kernel, got {capacity}"
+            )
+        operands = q, weight, keys, n_visible
+        idx = index_topk_jax(*operands, topk=k, rounding=rounding)
+        if not return_scores:
+            return idx
+        return idx, index_scores_jax(*operands, rounding=rounding)
+    idx, scores, _ = library.call(
+        "index_topk",
+        [
+            jax.ShapeDtypeStruct((b, t, k), jnp.int32),
+            jax.ShapeDtypeStruct((b, t, capacity if return_scores else 0), jnp.float32),
+            jax.ShapeDtypeStruct((_scratch_bytes(b * t, capacity),), jnp.uint8),
+        ],
+        *(q.key, q.scale, weight, keys.key, keys.scale, n_visible),
+    )
+    return (idx, scores) if return_scores else idx
+
+
+def _scratch_bytes(queries: int, slots: int) -> int:
+    """``IndexTopkScratchBytes`` of ffi/index_topk/index_topk.h."""
+    row = 4 * slots
+    if not queries or not row:
+        return 0
+    return row * min(max(SCRATCH_BUDGET // row, 1), queries)
+
+
+def _check_scale(name: str, rows: IndexRows) -> None:
+    """That the codes have theirs: E2M1 one per 32 channels, E4M3 one, floats none."""
+    quantized = rows.key.dtype in (E2M1, E4M3)
+    if (rows.scale is not None) != quantized:
         raise ValueError(
-            f"index_topk: keys must hold a multiple of {KEY_BLOCK} entries, got {capacity}"
+            f"index_topk: {name} must have a scale with float4_e2m1fn and float8_e4m3fn and with "
+            f"nothing else, got {'none' if rows.scale is None else 'one'} with {rows.key.dtype}"
         )
-    view = view_rows(keys)
-    n_visible = jnp.clip(n_visible, 0, capacity)
-    bf16 = rounding == "bfloat16"
-
-    def bf(x: Array) -> Array:
-        return round_to(x, jnp.dtype(jnp.bfloat16)).astype(jnp.float32) if bf16 else x
-
-    def run(tile: Tile) -> Array:
-        q_tile, n_tile = tile.take(q), tile.take(n_visible)
-        w_tile = tile.take(weight).astype(jnp.float32)
-        q_rows = q_tile.reshape(tile.rows, tile.cols * heads, dim)
-
-        def fill(j: Array, scores: Array) -> Array:
-            start = j * KEY_BLOCK
-            key = index_dequant(slice_rows(view, keys, tile, start, KEY_BLOCK))
-            ok = start + jnp.arange(KEY_BLOCK, dtype=jnp.int32) < n_tile[..., None]
-            dot = bf(batched_dot(q_rows, key, (-1, -1)))  # [b, t * h, KEY_BLOCK]
-            dot = dot.reshape(*q_tile.shape[:3], KEY_BLOCK)
-            part = bf(jnp.sum(bf(jnp.maximum(dot, 0) * w_tile[..., None]), axis=2))
-            part = jnp.where(ok, part, -jnp.inf)
-            return lax.dynamic_update_slice_in_dim(scores, part, start, axis=2)
-
-        blocks = (jnp.max(n_tile, initial=0) + KEY_BLOCK - 1) // KEY_BLOCK
-        empty = jnp.full((tile.rows, tile.cols, capacity), -jnp.inf, jnp.float32)
-        return finish(lax.fori_loop(0, blocks, fill, empty))
-
-    return query_tiled(run, b, t)
+    if rows.scale is None:
+        return
+    *lead, dim = rows.key.shape
+    axes = "b t h n" if len(lead) == 3 else "b s n"
+    check_operand("index_topk", f"{name} scale", rows.scale, axes, (jnp.dtype(UE8M0),))
+    block = mxfp4.BLOCK if rows.key.dtype == E2M1 else max(dim, 1)
+    if dim % block or not dim:
+        raise ValueError(
+            f"index_topk: {name} must have a multiple of {block} channels, got "
+            f"{list(rows.key.shape)}"
+        )
+    want = (*lead, dim // block)
+    if rows.scale.shape != want:
+        raise ValueError(
+            f"index_topk: {name} scale must be {list(want)} for {name} {list(rows.key.shape)}, "
+            f"got {list(rows.scale.shape)}"
+        )

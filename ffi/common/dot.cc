@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kFp8Block = 128;
 constexpr int64_t kKeyBlock = 64;
+constexpr int64_t kWholeRow = int64_t{1} << 32;
 constexpr int64_t kMxfp4Block = 32;
 constexpr float kFp8AmaxFloor = 1e-4f;
 constexpr uint32_t kSign = 0x80000000u;
@@ -337,6 +338,10 @@ float RoundActivations(ActForm act, const float* x, int64_t k, const float* act_
 DSV4_CLONES void DecodeKeyCodes(const uint8_t* code, const uint8_t* scale, int64_t count,
                                 float* out) {
   DecodeE4m3Blocks<kKeyBlock>(code, scale, count, out);
+}
+
+DSV4_CLONES void DecodeTokenCodes(const uint8_t* code, uint8_t scale, int64_t count, float* out) {
+  DecodeE4m3Blocks<kWholeRow>(code, &scale, count, out);
 }
 
 DSV4_CLONES void DotBlock(const float* rows, int64_t row_stride, int64_t row_count,

@@ -1,6 +1,6 @@
-// What the CPU handlers of linears, experts and attention are made of: stored values decoded to
-// FP32, activations rounded as the product wants them, and sums of products in one fixed order,
-// whatever the instruction set.
+// What the CPU handlers of linears, experts, attention and indexer are made of: stored values
+// decoded to FP32, activations rounded as the product wants them, and sums of products in one fixed
+// order, whatever the instruction set.
 //
 // Callers hold a KeepDenormals: weights of UE8M0 byte 0 and their products are subnormal numbers.
 #pragma once
@@ -24,6 +24,9 @@ void DecodeWeights(WeightForm form, const void* weight, const uint8_t* scale, in
 
 // Values of E4M3 codes of a cache with a UE8M0 scale per 64; exact in BF16.
 void DecodeKeyCodes(const uint8_t* code, const uint8_t* scale, int64_t count, float* out);
+
+// Values of E4M3 codes with one UE8M0 scale; exact in BF16.
+void DecodeTokenCodes(const uint8_t* code, uint8_t scale, int64_t count, float* out);
 
 // x[0 .. k) as FP32, BF16 or FP32 before.
 void LoadActivations(const void* x, bool x_float32, int64_t k, float* out);

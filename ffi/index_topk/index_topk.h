@@ -1,10 +1,8 @@
 // Lightning indexer: scores of compressed entries and the exact set of the best (model.md 3.5).
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
-#include "common/handler.h"
 #include "common/parallel.h"
 
 #ifdef DSV4_CUDA
@@ -13,7 +11,7 @@
 
 namespace dsv4 {
 
-// How queries and keys of 128 channels are stored.
+// How queries and keys are stored.
 enum class IndexForm {
   kMxfp4,  // E2M1, two a byte, with a UE8M0 scale per 32
   kFp8,    // E4M3 with one UE8M0 scale
@@ -21,8 +19,8 @@ enum class IndexForm {
 
 // Of the query (i, j), entry w < n_visible[i, j] of row i scores
 //   score_w = sum_h weight[i, j, h] relu(q[i, j, h] . key[i, w])
-// and idx gets the ids of the min(topk, n_visible) largest scores, ascending, then -1. Equal scores:
-// the lower id first. -0 equals 0; NaN is below every number, above it -inf is a number.
+// and idx gets the ids of the min(topk, n_visible) largest scores, ascending, then -1. Equal
+// scores: the lower id first. -0 equals 0; NaN is below every number, above it -inf is a number.
 struct IndexTopkParams {
   IndexForm form;
   const uint8_t* q;          // [b, t, h, d] codes
@@ -32,11 +30,26 @@ struct IndexTopkParams {
   const uint8_t* key_scale;  // [b, slots, d / 32 or 1]
   const int32_t* n_visible;  // [b, t]
   int32_t* idx;              // [b, t, topk]
-  float* scores;             // [b, t, slots], or nullptr: the scores are not wanted (-inf: not visible)
-  void* scratch;             // scratch_bytes of it, of any contents
+  float* scores;  // [b, t, slots], or nullptr: the scores are not wanted (-inf: not visible)
+  void* scratch;  // CUDA: scratch_bytes of it, of any contents
   int64_t scratch_bytes;
   int64_t b, t, h, d, slots, topk;
 };
+
+// The most channels of a key.
+constexpr int64_t kIndexTopkMaxWidth = 1024;
+
+// Device bytes of a call: the scores of all queries, or of as many as fit this budget; at least of
+// one.
+constexpr int64_t kIndexTopkScratchBudget = int64_t{1} << 26;
+inline int64_t IndexTopkScratchBytes(int64_t queries, int64_t slots) {
+  const int64_t row = 4 * slots;
+  if (queries == 0 || row == 0) return 0;
+  const int64_t rows = kIndexTopkScratchBudget / row;
+  return row * (rows < 1 ? 1 : rows < queries ? rows : queries);
+}
+
+void IndexTopkCpu(const IndexTopkParams& params, const ParallelLoop& parallel);
 
 #ifdef DSV4_CUDA
 cudaError_t IndexTopkCuda(const IndexTopkParams& params, cudaStream_t stream);

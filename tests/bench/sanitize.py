@@ -22,12 +22,13 @@ from dsv4_jax.ops.attention import attention
 from dsv4_jax.ops.cache_write import cache_write
 from dsv4_jax.ops.dense_linear import dense_linear, dense_linears
 from dsv4_jax.ops.fp8_linear import fp8_linear
+from dsv4_jax.ops.index_topk import index_topk
 from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
 from dsv4_jax.ops.rmsnorm_nvfp4 import rmsnorm_nvfp4
 from dsv4_jax.ops.router import router
-from dsv4_jax.quant.kv import KvRows
+from dsv4_jax.quant.kv import IndexRows, KvRows
 from dsv4_jax.typing import E2M1, E4M3, UE8M0
 from tests.bench.timing import random_bytes
 
@@ -99,6 +100,30 @@ def _attention() -> Iterator[Any]:
         nowhere = np.resize(wild, (b, t))
         lost = near | {"start": np.resize(wild, b)}
         yield attention(q, ring, nowhere, sink, **lost, pool=pool, n_visible=nowhere, **common)
+
+
+def _index_topk() -> Iterator[Any]:
+    """The model's sizes and others; any bytes, any counts; ends inside blocks of keys."""
+    rng = np.random.default_rng(0)
+    wild = np.array([-1, -(2**31), 2**31 - 1, 0, 5], np.int32)
+
+    def store(seed: int, shape: tuple[int, ...], dim: int, form: str) -> IndexRows:
+        dtype, blocks = (E2M1, dim // 32) if form == "mxfp4" else (E4M3, 1)
+        codes = random_bytes(seed, (*shape, dim), dtype)
+        return IndexRows(codes, random_bytes(seed + 1, (*shape, blocks), UE8M0))
+
+    for form, b, t, heads, dim, slots, topk in (
+        *(("mxfp4", 1, 1, 64, 128, 3000, 1024), ("mxfp4", 3, 1, 64, 128, 5000, 512)),
+        *(("mxfp4", 1, 70, 64, 128, 1500, 1024), ("fp8", 2, 1, 64, 128, 3000, 2048)),
+        *(("fp8", 1, 9, 64, 128, 1100, 512), ("mxfp4", 2, 3, 3, 32, 45, 16)),
+        *(("fp8", 1, 2, 5, 37, 2000, 7), ("mxfp4", 1, 2, 2, 1024, 70, 100)),
+    ):
+        q, keys = store(0, (b, t, heads), dim, form), store(2, (b, slots), dim, form)
+        weight = jnp.asarray(rng.standard_normal((b, t, heads)), jnp.float32)
+        n_visible = rng.integers(0, slots + 1, (b, t)).astype(np.int32)
+        for n in (np.full((b, t), slots, np.int32), n_visible, np.resize(wild, (b, t))):
+            yield index_topk(q, weight, keys, n, topk=topk)
+        yield index_topk(q, weight, keys, n_visible, topk=topk, return_scores=True)
 
 
 def _router() -> Iterator[Any]:
@@ -238,6 +263,7 @@ def _nvfp4_linear() -> Iterator[Any]:
 CASES: dict[str, Callable[[], Iterator[Any]]] = {
     "dsv4.attention": _attention,
     "dsv4.cache_write": _cache_write,
+    "dsv4.index_topk": _index_topk,
     "dsv4.moe": _moe,
     "dsv4.dense_linear": _dense_linear,
     "dsv4.fp8_linear": _fp8_linear,

@@ -1,4 +1,4 @@
-"""Benchmarks of linears, experts, router and attention at tiny sizes, and what checks find."""
+"""Benchmarks of the matrix ops at tiny sizes, and what their checks find."""
 
 import dataclasses
 import json
@@ -15,6 +15,7 @@ from tests.bench import (
     bench_attention,
     bench_dense_linear,
     bench_fp8_linear,
+    bench_index_topk,
     bench_moe,
     bench_mxfp4_linear,
     bench_nvfp4_linear,
@@ -110,6 +111,31 @@ def test_attention_bench_at_tiny_size(
         bench_attention.check(case, operands, -o)
 
 
+@pytest.mark.parametrize(
+    ("form", "t"), [("mxfp4", 3), ("fp8", 5), ("xla_mxfp4", 2), ("xla_topk", 2)]
+)
+def test_index_topk_bench_at_tiny_size(form: str, t: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch, and a chunk of one row."""
+    monkeypatch.setitem(bench_index_topk.PICKS, "pro", 20)
+    monkeypatch.setattr(bench_index_topk, "HEADS", 2)
+    monkeypatch.setattr(bench_index_topk, "PREFILL", 4)
+    monkeypatch.setattr(bench_index_topk, "CHECKED_KEYS", 128)
+    case = bench_index_topk.Case(bench_index_topk.Row("pro", 300), form, t)
+    bench_index_topk.measure(case, evict_bytes=0.0, **TINY)
+    if form.startswith("xla_"):
+        return
+    operands = bench_index_topk.inputs(case, 0)
+    idx = bench_index_topk.call(case, operands)
+    bench_index_topk.check(case, operands, idx)
+    for wrong, message in (
+        (idx[..., ::-1], "do not ascend"),
+        (idx + 300, "beyond the entries"),
+        (jnp.broadcast_to(jnp.arange(20), idx.shape), "the best"),  # missing, or chosen instead
+    ):
+        with pytest.raises(AssertionError, match=message):
+            bench_index_topk.check(case, operands, wrong)
+
+
 def test_steps_between_tokens() -> None:
     """A number of tokens that costs more than half as much again as one beside it."""
     cases = [bench_moe.Case(bench_moe.UNIFORM[0], "mxfp4_w4a8", t) for t in (1, 2, 8)]
@@ -134,6 +160,9 @@ def test_bars_of_the_table() -> None:
     assert keys["pro fp8 csa1152 t=128"].max_us == 92
     assert keys["pro fp8 csa1152 t=4096"].max_us == round(4 * 4096 * 128 * 512 * 1152 / 595e6, 1)
     assert round(keys["flash fp8 csa640 t=128"].flops / 31e-6 / 1e12) == 346
+    best = {case.name: case.max_us for case in bench_index_topk.CASES}
+    assert best["pro mxfp4 n262144 t=32"] == 300 and best["flash fp8 n8192 t=4096"] == 570
+    assert "flash mxfp4 n8192 t=1" not in best
     moe = {case.name: case.max_us for case in bench_moe.CASES}
     assert moe["flash nvfp4_w4a8 uniform t=8"] == 172.8
     assert moe["pro nvfp4_w4a4 uniform t=1"] == 70 and moe["pro mxfp4_w4a8 zipf t=8"] is None

@@ -26,12 +26,13 @@ from dsv4_jax.ops.attention import attention
 from dsv4_jax.ops.cache_write import cache_write
 from dsv4_jax.ops.dense_linear import dense_linear
 from dsv4_jax.ops.fp8_linear import fp8_linear
+from dsv4_jax.ops.index_topk import index_topk
 from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
 from dsv4_jax.ops.rmsnorm_nvfp4 import rmsnorm_nvfp4
 from dsv4_jax.ops.router import router
-from dsv4_jax.quant.kv import KvRows
+from dsv4_jax.quant.kv import IndexRows, KvRows
 from dsv4_jax.typing import E2M1, E4M3, UE8M0
 from tests.support.numerics import assert_same_tree
 from tests.support.op_cases import CASES, OpCase
@@ -199,6 +200,15 @@ TARGETS = {
                 "has_topk": np.int32(1),
                 "has_frequencies": np.int32(1),
             },
+        ),
+        RawCall(
+            "index_topk",
+            (
+                *(s("2 3 4 64", E2M1), s("2 3 4 2", UE8M0), s("2 3 4", F32)),
+                *(s("2 10 64", E2M1), s("2 10 2", UE8M0), s("2 3", I32)),
+            ),
+            (s("2 3 5", I32), s("2 3 10", F32), s("240", U8)),  # scratch of exactly the size
+            {"abi": ABI},
         ),
         moe_call(2, 1, lambda n, k: s(f"2 {n} {k // 32}", UE8M0)),
         RawCall(
@@ -406,6 +416,124 @@ SHAPES: list[tuple[str, str, Mutation, str]] = [
     ("attention", "lse-dtype", result(1, "2 3 4"), "lse must be float32, got bfloat16"),
     ("attention", "lse-shape", result(1, "2 3 5", F32), r"lse must be \[2, 3, 4\], got"),
     ("attention", "results-too-few", first(results=1), LAYER),
+    (
+        "index_topk",
+        "q-rank",
+        operand(0, "6 4 64", E2M1),
+        r"q must be \[b, t, h, d\], got \[6, 4, 64\]",
+    ),
+    (
+        "index_topk",
+        "q-dtype",
+        operand(0, "2 3 4 64"),
+        "q must be float4_e2m1fn or float8_e4m3fn, got bfloat16",
+    ),
+    (
+        "index_topk",
+        "q-block",
+        operand(0, "2 3 4 48", E2M1),
+        r"q must have a multiple of 32 channels, 1..1024, got \[2, 3, 4, 48\]",
+    ),
+    (
+        "index_topk",
+        "q-too-wide",
+        operand(0, "2 3 4 1056", E2M1),
+        r"q must have a multiple of 32 channels, 1..1024, got \[2, 3, 4, 1056\]",
+    ),
+    (
+        "index_topk",
+        "q-no-channels",
+        all_of(operand(0, "2 3 4 0", E4M3), operand(3, "2 10 0", E4M3)),
+        r"q must have a multiple of 1 channels, 1..1024, got \[2, 3, 4, 0\]",
+    ),
+    (
+        "index_topk",
+        "q-scale-dtype",
+        operand(1, "2 3 4 2", U8),
+        "q scale must be float8_e8m0fnu, got uint8",
+    ),
+    (
+        "index_topk",
+        "q-scale-shape",
+        operand(1, "2 3 4 1", UE8M0),
+        r"q scale must be \[2, 3, 4, 2\], got \[2, 3, 4, 1\]",
+    ),
+    (
+        "index_topk",
+        "weight-dtype",
+        operand(2, "2 3 4"),
+        "weight must be float32, got bfloat16",
+    ),
+    (
+        "index_topk",
+        "weight-shape",
+        operand(2, "2 3 5", F32),
+        r"weight must be \[2, 3, 4\], got \[2, 3, 5\]",
+    ),
+    (
+        "index_topk",
+        "key-dtype",
+        operand(3, "2 10 64", E4M3),
+        "key must be float4_e2m1fn, got float8_e4m3fn",
+    ),
+    ("index_topk", "key-rank", operand(3, "20 64", E2M1), r"key must be \[b, s, d\] .*\[20, 64\]"),
+    (
+        "index_topk",
+        "key-batch",
+        operand(3, "1 10 64", E2M1),
+        r"key must be \[2, 10, 64\], got \[1, 10, 64\]",
+    ),
+    (
+        "index_topk",
+        "key-channels",
+        operand(3, "2 10 32", E2M1),
+        r"key must be \[2, 10, 64\], got \[2, 10, 32\]",
+    ),
+    (
+        "index_topk",
+        "key-scale-shape",
+        operand(4, "2 9 2", UE8M0),
+        r"key scale must be \[2, 10, 2\], got \[2, 9, 2\]",
+    ),
+    (
+        "index_topk",
+        "key-scale-of-fp8",
+        all_of(
+            operand(0, "2 3 4 64", E4M3),
+            operand(1, "2 3 4 1", UE8M0),
+            operand(3, "2 10 64", E4M3),
+        ),
+        r"key scale must be \[2, 10, 1\], got \[2, 10, 2\]",
+    ),
+    (
+        "index_topk",
+        "n_visible-dtype",
+        operand(5, "2 3", I16),
+        "n_visible must be int32, got another dtype",
+    ),
+    ("index_topk", "n_visible-shape", operand(5, "2 2", I32), r"n_visible must be \[2, 3\], got"),
+    ("index_topk", "operands-too-few", first(operands=5), LAYER),
+    ("index_topk", "operands-too-many", more((s("2 3", I32),)), LAYER),
+    ("index_topk", "results-too-few", first(results=2), LAYER),
+    ("index_topk", "idx-dtype", result(0, "2 3 5", F32), "idx must be int32, got float32"),
+    ("index_topk", "idx-rank", result(0, "6 5", I32), r"idx must be \[2, 3, 0\], got \[6, 5\]"),
+    ("index_topk", "idx-shape", result(0, "2 4 5", I32), r"idx must be \[2, 3, 5\], got"),
+    ("index_topk", "scores-dtype", result(1, "2 3 10"), "scores must be float32, got bfloat16"),
+    (
+        "index_topk",
+        "scores-shape",
+        result(1, "2 3 9", F32),
+        r"scores must be \[2, 3, 10\], got \[2, 3, 9\]",
+    ),
+    (
+        "index_topk",
+        "no-scores-shape",
+        result(1, "2 2 0", F32),
+        r"scores must be \[2, 3, 0\], got \[2, 2, 0\]",
+    ),
+    ("index_topk", "scratch-dtype", result(2, "240", I32), "scratch must be uint8, got int32"),
+    ("index_topk", "scratch-small", result(2, "239", U8), r"scratch must be at least \[240\], got"),
+    ("index_topk", "scratch-rank", result(2, "1 240", U8), r"scratch must be .*got \[1, 240\]"),
     ("rmsnorm_nvfp4", "x-rank", operand(0, "96"), r"x must be \[t, d\], got \[96\]"),
     ("rmsnorm_nvfp4", "x-rank-3", operand(0, "1 3 32"), r"x must be \[t, d\], got \[1, 3, 32\]"),
     (
@@ -1317,6 +1445,16 @@ LARGE: list[tuple[Callable[..., Any], tuple[Spec, ...], list[tuple[int, ...]]]] 
         [(1 << 16, 1, 128, 512)],
     ),
     (
+        lambda q, scale, weight, key, key_scale, n: index_topk(
+            IndexRows(q, scale), weight, IndexRows(key, key_scale), n, topk=1024
+        ),
+        (
+            *(s("1 1048576 64 128", E2M1), s("1 1048576 64 4", UE8M0), s("1 1048576 64", F32)),
+            *(s("1 262144 128", E2M1), s("1 262144 4", UE8M0), s("1 1048576", I32)),
+        ),
+        [(1, 1 << 20, 1024)],
+    ),
+    (
         cache_write,
         (s("1 1048576 4096", E4M3), s("1 2 4096", E4M3), s("1 2", I32)),
         [(1, 1 << 20, 4096)],
@@ -1344,8 +1482,8 @@ LARGE: list[tuple[Callable[..., Any], tuple[Spec, ...], list[tuple[int, ...]]]] 
     ),
 ]
 LARGE_IDS = [
-    *("A23-rmsnorm_nvfp4", "A23-router", "A23-moe", "A23-attention", "A23-cache_write"),
-    "A23-cache_write-packed",
+    *("A23-rmsnorm_nvfp4", "A23-router", "A23-moe", "A23-attention", "A23-index_topk"),
+    *("A23-cache_write", "A23-cache_write-packed"),
     *("A23-dense_linear", "A23-fp8_linear", "A23-mxfp4_linear", "A23-nvfp4_linear"),
 ]
 

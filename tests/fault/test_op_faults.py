@@ -206,16 +206,17 @@ def _compressor(
 
 
 def _index_topk(
-    q: Any = s("2 3 4 32", F32),
+    q: Any = s("2 3 4 32", E2M1),
+    q_scale: Any = s("2 3 4 1", UE8M0),
     weight: Any = s("2 3 4"),
-    key: Any = s("2 256 32", E2M1),
-    scale: Any = s("2 256 1", UE8M0),
+    key: Any = s("2 100 32", E2M1),
+    scale: Any = s("2 100 1", UE8M0),
     n_visible: Any = s("2 3", I32),
     topk: int = 24,
     rounding: Any = "float32",
 ) -> Any:
     op = lambda *a: index_topk(*a, topk=topk, rounding=rounding)  # noqa: E731
-    return jax.eval_shape(op, q, weight, IndexRows(key, scale), n_visible)
+    return jax.eval_shape(op, IndexRows(q, q_scale), weight, IndexRows(key, scale), n_visible)
 
 
 def _store(lead: str, parts: dict[str, Any], name: str) -> KvRows:
@@ -335,7 +336,11 @@ RANK: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_moe, "shared", {"shared": s("1 5 96")}),
     (_compressor, "kv", {"kv": s("9 32", F32)}),
     (_compressor, "start", {"start": s("", I32)}),
-    (_index_topk, "q", {"q": s("6 4 32", F32)}),
+    (_index_topk, "q", {"q": s("6 4 32", E2M1)}),
+    (_index_topk, "q scale", {"q_scale": s("6 4 1", UE8M0)}),
+    (_index_topk, "weight", {"weight": s("6 4")}),
+    (_index_topk, "keys", {"key": s("200 32", E2M1)}),
+    (_index_topk, "keys scale", {"scale": s("2 100", UE8M0)}),
     (_index_topk, "n_visible", {"n_visible": s("6", I32)}),
     (_attention, "q", {"q": s("6 4 96")}),
     (_attention, "ring nope", {"ring_nope": s("8 64", E4M3)}),
@@ -473,11 +478,21 @@ AXIS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_compressor, "at least 128 rows for ratio 128, got 8", {"ratio": 128}),
     (_compressor, "ratio must be at least 1, got 0", {"ratio": 0}),
     (_index_topk, r"weight and n_visible must be \[2, 3, 4\]", {"weight": s("2 3 3")}),
-    (_index_topk, r"keys must be \[2, s, 32\] .*got \[1, 256, 32\]", {"key": s("1 256 32", E2M1)}),
+    (_index_topk, r"weight and n_visible must be .*got .* \[2, 4\]", {"n_visible": s("2 4", I32)}),
+    (_index_topk, r"keys must be \[2, s, 32\] .*got \[1, 100, 32\]", {"key": s("1 100 32", E2M1)}),
+    (_index_topk, r"keys must be \[2, s, 32\] .*got \[2, 100, 64\]", {"key": s("2 100 64", E2M1)}),
+    (_index_topk, "multiple of 128 entries where there is no kernel", {"rounding": "bfloat16"}),
     (
         _index_topk,
-        "multiple of 128 entries, got 100",
-        {"key": s("2 100 32", E2M1), "scale": s("2 100 1", UE8M0)},
+        "multiple of 128 entries .*got 100",
+        {"q": s("2 3 4 32"), "q_scale": None, "key": s("2 100 32"), "scale": None},
+    ),
+    (_index_topk, "q must have a scale with .*got none with float4_e2m1fn", {"q_scale": None}),
+    (_index_topk, "keys must have a scale with .*got none with float4_e2m1fn", {"scale": None}),
+    (
+        _index_topk,
+        "q must have a scale with .*got one with bfloat16",
+        {"q": s("2 3 4 32"), "key": s("2 100 32")},
     ),
     (_index_topk, "topk must be at least 1, got 0", {"topk": 0}),
     (_index_topk, "rounding must be one of", {"rounding": "bf16"}),
@@ -635,8 +650,11 @@ DTYPE: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_moe, "w2 scale must be float8_e8m0fnu, got uint8", {"w2_scale": s("4 96 2", U8)}),
     (_compressor, "gate must be float32, got bfloat16", {"gate": s("2 9 32")}),
     (_compressor, "count must be int32 or int64, got float32", {"count": s("2", F32)}),
-    (_index_topk, "q must be float32, got bfloat16", {"q": s("2 3 4 32")}),
-    (_index_topk, "keys must be .*got uint8", {"key": s("2 256 32", U8)}),
+    (_index_topk, "q must be float4_e2m1fn or .*got uint8", {"q": s("2 3 4 32", U8)}),
+    (_index_topk, "keys must be float4_e2m1fn, got float8_e4m3fn", {"key": s("2 100 32", E4M3)}),
+    (_index_topk, "q scale must be float8_e8m0fnu, got uint8", {"q_scale": s("2 3 4 1", U8)}),
+    (_index_topk, "weight must be .*got float16", {"weight": s("2 3 4", F16)}),
+    (_index_topk, "n_visible must be int32 or int64, got float32", {"n_visible": s("2 3", F32)}),
     (_attention, "q must be bfloat16 or float32, got float16", {"q": s("2 3 4 96", F16)}),
     (_attention, "ring nope must be float8_e4m3fn or .*got uint8", {"ring_nope": s("2 8 64", U8)}),
     (_attention, "ring scale must be float8_e8m0fnu, got uint8", {"ring_scale": s("2 8 1", U8)}),
@@ -663,6 +681,11 @@ DTYPE: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     ),
 ]
 GROUPS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
+    (
+        _index_topk,
+        r"q must have a multiple of 32 channels, got \[2, 3, 4, 48\]",
+        {"q": s("2 3 4 48", E2M1), "key": s("2 100 48", E2M1)},
+    ),
     (
         _mxfp4_linear,
         "scale must be .*33 / 32",
@@ -722,7 +745,12 @@ SCALES: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_mxfp4_linear, r"scale must be .*got \[39, 6\]", {"scale": s("39 6", UE8M0)}),
     (_nvfp4_linear, r"block_scale must be .*got \[40, 6\]", {"block_scale": s("40 6", E4M3)}),
     (_moe, r"w3 scale must be \[4, 64, 3\] .*got \[4, 64, 4\]", {"w3_scale": s("4 64 4", UE8M0)}),
-    (_index_topk, r"scale must be \[2, 256, 1\] .*\[2, 256, 2\]", {"scale": s("2 256 2", UE8M0)}),
+    (
+        _index_topk,
+        r"keys scale must be \[2, 100, 1\] .*\[2, 100, 2\]",
+        {"scale": s("2 100 2", UE8M0)},
+    ),
+    (_index_topk, r"q scale must be \[2, 3, 4, 1\] .*got", {"q_scale": s("2 3 4 2", UE8M0)}),
     (_attention, r"ring scale must be .*got \[2, 8, 2\]", {"ring_scale": s("2 8 2", UE8M0)}),
     (_attention, r"pool scale must be .*got \[2, 255, 1\]", {"pool_scale": s("2 255 1", UE8M0)}),
 ]
@@ -897,8 +925,8 @@ def test_grad(name: str) -> None:
     """A20: inference only. Loops of unknown length have no reverse mode, foreign calls no
     derivative, and JAX says so.
 
-    Known exceptions: E4M3 and E2M1 codes and ids have no derivative, so that jnp ops whose only
-    path is through them give zeros.
+    Known exceptions: E4M3 and E2M1 codes have no derivative, so that jnp ops whose only path is
+    through them give zeros.
     """
     case = CASES[name]()
     rows = case.rows(0, 3)
@@ -907,7 +935,7 @@ def test_grad(name: str) -> None:
         return sum(jnp.sum(y.astype(F32)) for y in jax.tree.leaves(case.fn(x, *rows[1:])))
 
     foreign = "ffi_call[" in str(jax.make_jaxpr(case.fn)(*rows))
-    quiet = "w4a8" in name or "w8a8" in name or name.startswith("index_topk")
+    quiet = "w4a8" in name or "w8a8" in name
     if not foreign and (quiet or name == "nvfp4_linear-w4a4"):
         gradient = np.asarray(jax.grad(loss)(rows[0]).astype(F32))
         assert gradient.any() == (not quiet)

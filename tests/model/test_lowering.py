@@ -23,16 +23,18 @@ from dsv4_jax.checkpoint.names import expected_tree
 from dsv4_jax.config import LayerKind
 from dsv4_jax.generate import _decode, _decode_and_sample, _Settings
 from dsv4_jax.model import attention, compressor, indexer
+from dsv4_jax.ops._index_topk_jax import index_topk_jax
 from dsv4_jax.ops.attention import attention as attention_op
 from dsv4_jax.ops.cache_write import cache_write
 from dsv4_jax.ops.dense_linear import dense_linear
 from dsv4_jax.ops.fp8_linear import fp8_linear
+from dsv4_jax.ops.index_topk import index_topk
 from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
 from dsv4_jax.ops.rmsnorm_nvfp4 import rmsnorm_nvfp4
 from dsv4_jax.ops.router import router
-from dsv4_jax.quant.kv import IndexRows, KvRows, kv_dequant
+from dsv4_jax.quant.kv import IndexRows, KvRows, index_dequant, kv_dequant
 from dsv4_jax.typing import E2M1, E4M3, UE8M0
 from reference import cache_write as reference_cache_write
 from tests.support.models import golden_model
@@ -54,11 +56,17 @@ DENSE: dict[LayerKind | None, Counter[str]] = {
 }
 # wq_a, wq_b, wkv, wo_a, wo_b and three of the shared expert; CSA layers have the indexer's wq_b.
 LINEARS = {None: 0, SWA: 8, HCA: 8, CSA: 9}
+SELECTIONS: dict[LayerKind | None, Counter[str]] = {
+    None: Counter(),
+    SWA: Counter(),
+    HCA: Counter(),
+    CSA: Counter(index_topk=1),
+}
 
 
 def _calls(linear: str) -> dict[LayerKind | None, Counter[str]]:
     return {
-        kind: WRITES[kind] + ONE_EACH + DENSE[kind] + Counter({linear: count})
+        kind: WRITES[kind] + ONE_EACH + DENSE[kind] + SELECTIONS[kind] + Counter({linear: count})
         if kind
         else DENSE[kind]
         for kind, count in LINEARS.items()
@@ -73,6 +81,7 @@ ALIASES: dict[str, Callable[[int], dict[int, int]]] = {
     "cache_write": lambda n: {i: 1 + i for i in range(n)},
     "dense_linear": lambda n: {},
     "fp8_linear": lambda n: {},
+    "index_topk": lambda n: {},
     "moe": lambda n: {},
     "mxfp4_linear": lambda n: {},
     "nvfp4_linear": lambda n: {},
@@ -312,13 +321,18 @@ def cache_updates(program: Program, cache: Any) -> list[str]:
 
 
 def widened_keys(program: Program, cache: Any) -> list[str]:
-    """Wider arrays, by XLA, of the sizes of an E4M3 store: copies of it that are dequantised.
+    """Wider arrays, by XLA, of the sizes of a quantised store: copies of it that are dequantised.
 
     A store is met again with its scales' axis, and with rotary channels behind; not where the
-    compressor's state has the same sizes.
+    compressor's state has the same sizes. Of index keys neither a score of every entry.
     """
     shapes: set[tuple[int, ...]] = set()
     for layer in cache.layers:
+        if layer.index is not None and layer.index.scale is not None:
+            *lead, blocks = layer.index.scale.shape
+            width = layer.index.key.shape[-1]
+            for last in ((width,), (blocks, width // blocks), ()):
+                shapes.add(tuple(n for n in (*lead, *last) if n != 1))
         for rows in (layer.window, layer.pool):
             if rows is None or rows.scale is None:
                 continue
@@ -522,6 +536,15 @@ LARGE = {
         lambda *operands: cache_write(*operands),
         (store(1 << 18), store(8192), jax.ShapeDtypeStruct((8, 8192), jnp.int32)),
     ),
+    "index_topk": (
+        lambda q, scale, weight, index, n_visible: index_topk(
+            IndexRows(q, scale), weight, index, n_visible, topk=1024
+        ),
+        (
+            *(typed(E2M1, 8, 512, 64, 128), typed(UE8M0, 8, 512, 64, 4)),
+            *(typed(jnp.float32, 8, 512, 64), store(1 << 18), typed(jnp.int32, 8, 512)),
+        ),
+    ),
     "moe": (
         lambda *operands: moe(*operands, linear="mxfp4_w4a8", limit=10.0, dtype=jnp.bfloat16),
         (
@@ -656,6 +679,26 @@ def test_a_dequantised_store_is_found(monkeypatch: pytest.MonkeyPatch, store: st
     found = widened_keys(program, cache_of("nvfp4"))
     assert wrong_calls(program, expected_calls("nvfp4")) == []
     assert any(problem.endswith("x448xbf16>") for problem in found), found
+
+
+@pytest.mark.parametrize(("what", "end"), [("keys", "x128xf32>"), ("scores", "x262144xf32>")])
+def test_a_dequantised_index_is_found(monkeypatch: pytest.MonkeyPatch, what: str, end: str) -> None:
+    """A copy of the index keys in FP32 beside the call, or all scores of a query instead of it."""
+    call = indexer.index_topk
+
+    def wrong(q: Any, weight: Any, keys: Any, n_visible: Any, **settings: Any) -> Any:
+        if what == "scores":
+            weight = weight.astype(jnp.float32)
+            return index_topk_jax(q, weight, keys, n_visible, **settings)
+        idx = call(q, weight, keys, n_visible, **settings)
+        return idx + jnp.max(index_dequant(keys)).astype(jnp.int32)
+
+    monkeypatch.setattr(indexer, "index_topk", wrong)
+    program = wrong_step(monkeypatch, cache_write)
+    found = widened_keys(program, cache_of("nvfp4"))
+    assert any(problem.endswith(end) for problem in found), found
+    calls = wrong_calls(program, expected_calls("nvfp4"))
+    assert bool(calls) == (what == "scores"), calls
 
 
 def test_swapped_leaves_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,16 +225,16 @@ def _compressor(ratio: int) -> OpCase:
 
 
 def _index_topk(form: Any) -> OpCase:
-    q, weight = normal(0, MAX_ROWS, 2, 4, 32), normal(1, MAX_ROWS, 2, 4)
-    keys = index_quant(normal(2, MAX_ROWS, 256, 32), form)
-    n_visible = jnp.asarray(np.random.default_rng(3).integers(0, 257, (MAX_ROWS, 2)), jnp.int32)
-    parts = [part for part in keys if part is not None]
+    quantized = jax.jit(lambda x: index_quant(x, form))
+    q, keys = quantized(normal(0, MAX_ROWS, 2, 4, 32)), quantized(normal(2, MAX_ROWS, 256, 32))
+    n_visible = jnp.asarray(np.random.default_rng(3).integers(1, 257, (MAX_ROWS, 2)), jnp.int32)
+    parts, structure = jax.tree.flatten((q, keys))
 
-    def fn(q: jax.Array, weight: jax.Array, n_visible: jax.Array, *parts: jax.Array) -> Any:
-        rows = type(keys)(parts[0], parts[1] if len(parts) > 1 else None)
-        return index_topk(q, weight, rows, n_visible, topk=24)
+    def fn(weight: jax.Array, n_visible: jax.Array, *parts: jax.Array) -> Any:
+        q, keys = jax.tree.unflatten(structure, parts)
+        return index_topk(q, weight, keys, n_visible, topk=24, return_scores=True)
 
-    return OpCase(fn, (q, weight, n_visible, *parts))
+    return OpCase(fn, (normal(1, MAX_ROWS, 2, 4), n_visible, *parts))
 
 
 def _attention(kind: str, form: Any = "fp8") -> OpCase:
@@ -337,6 +337,8 @@ CASES: dict[str, Callable[[], OpCase]] = {
         "compressor-4": lambda: _compressor(4),
         "compressor-128": lambda: _compressor(128),
         "index_topk-mxfp4": lambda: _index_topk("mxfp4"),
+        "index_topk-fp8": lambda: _index_topk("fp8"),
+        "index_topk-float32": lambda: _index_topk("float32"),
         "attention-window": lambda: _attention("window"),
         "attention-all": lambda: _attention("all"),
         "attention-topk": lambda: _attention("topk"),
