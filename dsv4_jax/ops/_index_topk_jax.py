@@ -75,7 +75,8 @@ def _map_scores(
             ok = start + jnp.arange(KEY_BLOCK, dtype=jnp.int32) < n_tile[..., None]
             dot = bf(batched_dot(q_rows, key, (-1, -1)))  # [b, t * h, KEY_BLOCK]
             dot = dot.reshape(*q_tile.shape[:3], KEY_BLOCK)
-            part = bf(jnp.sum(bf(jnp.maximum(dot, 0) * w_tile[..., None]), axis=2))
+            positive = jnp.where(dot < 0, 0, dot)  # a maximum of XLA's CPU backend may drop NaN
+            part = bf(jnp.sum(bf(positive * w_tile[..., None]), axis=2))
             part = jnp.where(ok, part, -jnp.inf)
             return lax.dynamic_update_slice_in_dim(scores, part, start, axis=2)
 
