@@ -4,7 +4,6 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "common/handler.h"
 #include "common/parallel.h"
 
 #ifdef DSV4_CUDA
