@@ -1,10 +1,10 @@
-// Codes of queries and keys as E4M3, for FP8 tensor cores. An MXFP4 row of 128 takes one scale: that
-// of its largest group; values of a group d powers of two below it become value * 2^(6 - d), which
-// E4M3 holds exactly to d = 14.
+// Codes of queries and keys as E4M3, for FP8 tensor cores. An MXFP4 row of 128 takes one scale:
+// that of its largest group; values of a group d powers of two below it become value * 2^(6 - d),
+// which E4M3 holds exactly to d = 14.
 //
-// A lane c of four holds the channels of a row that share a scale, 32 c to 32 c + 31, as eight words
-// of four codes. MMA step s takes words 2 s and 2 s + 1 as its bytes 4 c .. and 16 + 4 c ..: which
-// channel lies where is free as long as keys and queries agree.
+// A lane c of four holds the channels of a row that share a scale, 32 c to 32 c + 31, as eight
+// words of four codes. MMA step s takes words 2 s and 2 s + 1 as its bytes 4 c .. and 16 + 4 c ..:
+// which channel lies where is free as long as keys and queries agree.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@
 namespace dsv4 {
 namespace index_topk {
 
-constexpr int kDepths = 32;      // tables of codes, one for each d
+constexpr int kDepths = 32;       // tables of codes, one for each d
 constexpr int kUnitExponent = 6;  // of the largest group
 
 // E4M3 of +0, .5, 1, 1.5 | 2, 3, 4, 6, times 2^(6 - d): word `half` of the table.

@@ -23,11 +23,11 @@ namespace index_topk {
 
 constexpr int kHeads = 64, kChannels = 128;
 constexpr int kTileKeys = 64;
-constexpr int kQueryBytes = kHeads * kChannels;  // of E4M3
+constexpr int kQueryBytes = kHeads * kChannels;    // of E4M3
 constexpr uint32_t kQueryRows = kQueryBytes >> 4;  // as a descriptor counts
 constexpr uint32_t kNanOrder = 1;
-constexpr int kMaxGroups = 1024;                 // of a launch
-constexpr int kWeightPitch = 20;                 // of a lane's 16 weights: spreads the banks
+constexpr int kMaxGroups = 1024;  // of a launch
+constexpr int kWeightPitch = 20;  // of a lane's 16 weights: spreads the banks
 constexpr int kQueryWeights = 4 * kWeightPitch;
 
 // Queries first_token .. of whole groups; a group is kQueries tokens of one batch row, its last
@@ -57,8 +57,8 @@ struct Sizes {
   static constexpr int kConsumers = 128 * kWarpgroups;
   static constexpr int kThreads = kConsumers + 128;
   static constexpr int kRegisters = kQueries == 1 ? 104 : 152;  // 40 are the others'
-  static constexpr int kSlots = kWarpgroups * (kForm == IndexForm::kFp8 ? (kQueries == 1 ? 4 : 5)
-                                                                        : (kQueries == 1 ? 6 : 8));
+  static constexpr int kSlots =
+      kWarpgroups * (kForm == IndexForm::kFp8 ? (kQueries == 1 ? 4 : 5) : (kQueries == 1 ? 6 : 8));
 };
 
 template <IndexForm kForm>
@@ -108,13 +108,13 @@ __device__ __forceinline__ Stretch FindStretch(const ScoreArgs& args, Shared& sh
     shared.entries[i] = 0;
   }
   __syncthreads();
-  const uint32_t first = static_cast<uint32_t>(args.first_token), t = static_cast<uint32_t>(args.p.t);
+  const uint32_t first = static_cast<uint32_t>(args.first_token),
+                 t = static_cast<uint32_t>(args.p.t);
   for (uint32_t i = threadIdx.x; i < args.tokens; i += blockDim.x) {
     const uint32_t token = first + i, batch = token / t;
     if (!NeedsScores(args.p, token)) continue;
     const uint32_t group = batch * static_cast<uint32_t>(args.groups_per_batch) +
-                           (token - batch * t) / kQueries -
-                           static_cast<uint32_t>(args.first_group);
+                           (token - batch * t) / kQueries - static_cast<uint32_t>(args.first_group);
     atomicMax(&shared.entries[group], static_cast<int>(VisibleEntries(args.p, token)));
   }
   __syncthreads();
@@ -122,8 +122,7 @@ __device__ __forceinline__ Stretch FindStretch(const ScoreArgs& args, Shared& sh
     const int lane = static_cast<int>(threadIdx.x);
     int before = 0;
     for (int i = 0; i < args.groups; i += 32) {
-      int sum =
-          i + lane < args.groups ? (shared.entries[i + lane] + kTileKeys - 1) / kTileKeys : 0;
+      int sum = i + lane < args.groups ? (shared.entries[i + lane] + kTileKeys - 1) / kTileKeys : 0;
 #pragma unroll
       for (int lanes = 1; lanes < 32; lanes *= 2) {
         const int lower = __shfl_up_sync(~0u, sum, lanes);
@@ -288,7 +287,8 @@ __device__ __forceinline__ float TwiceRelu(float x) {
 #endif
 }
 
-// Over a lane's 16 heads, of its two keys; columns 8 j + 2 c and the next have weights 2 j, 2 j + 1.
+// Over a lane's 16 heads, of its two keys. Columns 8 j + 2 c and the next are those of weights 2 j
+// and the next.
 __device__ __forceinline__ float2 WeightedSum(const float (&d)[32], const float* weights) {
   float sum[2][2] = {};
 #pragma unroll
@@ -411,8 +411,8 @@ __device__ __forceinline__ void Score(const ScoreArgs& args, Shared& shared,
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int key = row + 8 * r;
-        const auto codes = *reinterpret_cast<const Codes<kForm>*>(tile.codes + key * kCodes +
-                                                                  c * (kCodes / 4));
+        const auto codes =
+            *reinterpret_cast<const Codes<kForm>*>(tile.codes + key * kCodes + c * (kCodes / 4));
         const uint32_t byte = tile.scales[kForm == IndexForm::kMxfp4 ? key * 4 + c : key];
         scale[r] = Decode(codes, byte, shared.tables, words[r]);
       }

@@ -1,9 +1,10 @@
 // The exact set of the largest of a query's scores, ascending ids. sm_90 and later.
 //
-// A cluster of one or more thread blocks holds all scores of a query in registers, as ScoreOrder has
-// them (NaN: 1, no entry: 0): each warp a stretch of consecutive ids. The order of the k-th best is found 11, 11 and 10
-// bits at a time from counts in shared memory, and soon enough when a bin is taken whole. Then every
-// warp counts what it has of the set and of its ties, learns what warps before it have, and writes.
+// A cluster of one or more thread blocks holds all scores of a query in registers, as ScoreOrder
+// has them (NaN: 1, no entry: 0): each warp a stretch of consecutive ids. The order of the k-th
+// best is found 11, 11 and 10 bits at a time from counts in shared memory, and soon enough when a
+// bin is taken whole. Then every warp counts what it has of the set and of its ties, learns what
+// warps before it have, and writes.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -24,7 +25,7 @@ constexpr int kMaxCluster = 16;
 struct SelectArgs {
   IndexTopkParams p;
   const uint32_t* order;  // [tokens, slots]
-  int64_t first_token;
+  int64_t first_token, rows;
   int cluster;
   bool bounded;  // count only what may be chosen; one thread block a query
 };
@@ -50,9 +51,8 @@ struct SelectShared {
 __device__ __forceinline__ void SyncAll(int cluster) {
   if (cluster > 1) {
     __syncwarp();
-    asm volatile(
-        "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
-            : "memory");
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                     : "memory");
   } else {
     __syncthreads();
   }
@@ -239,6 +239,44 @@ __device__ __forceinline__ void WriteIds(SelectShared& shared, const uint4 (&ord
   if (cluster > 1) SyncAll(cluster);  // others may still read all_chosen
 }
 
+// What needs no choice, by threads `at`, at + step, .. of all that have the query: scores that are
+// wanted, and the ids where all entries are in the set. Whether they are.
+__device__ __forceinline__ bool WriteAll(const SelectArgs& args, int64_t token, int n,
+                                         const uint32_t* order, int at, int step) {
+  if (args.p.scores != nullptr) {
+    float* scores = args.p.scores + token * args.p.slots;
+    for (int64_t i = at; i < args.p.slots; i += step) {
+      scores[i] = i < n ? ScoreOf(order[i]) : FloatFromBits(0xFF800000u);
+    }
+  }
+  const int topk = static_cast<int>(args.p.topk);
+  if (n > topk) return false;
+  int32_t* idx = args.p.idx + token * args.p.topk;
+  for (int i = at; i < topk; i += step) idx[i] = i < n ? i : -1;
+  return true;
+}
+
+template <int kThreads>
+__device__ __forceinline__ void ClearBins(SelectShared& shared) {
+  for (int i = static_cast<int>(threadIdx.x); i < 4 * kBins / 4; i += kThreads) {
+    reinterpret_cast<uint4*>(shared.bins)[i] = make_uint4(0, 0, 0, 0);
+  }
+}
+
+// Entries that a warp holds: n shared out to `warps`, in whole vectors of a warp.
+__device__ __forceinline__ int EntriesOfWarp(int n, int warps) {
+  return ((n + warps - 1) / warps + 127) / 128 * 128;
+}
+
+// The vector at id of a row that ends at n: what is no entry has order 0, below all that are, of
+// which there are enough.
+__device__ __forceinline__ void DropBeyond(uint4& order, int id, int n) {
+  if (id + 1 >= n) order.y = 0;
+  if (id + 2 >= n) order.z = 0;
+  if (id + 3 >= n) order.w = 0;
+}
+
+// A query a cluster.
 template <int kThreads, int kVectors>
 __global__ void __launch_bounds__(kThreads)
     IndexSelectSm90Kernel(const __grid_constant__ SelectArgs args) {
@@ -246,27 +284,13 @@ __global__ void __launch_bounds__(kThreads)
   const int cluster = args.cluster, rank = static_cast<int>(blockIdx.x) % cluster;
   const int64_t row = static_cast<int64_t>(blockIdx.x) / cluster, token = args.first_token + row;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
-  for (int i = thread; i < 4 * kBins / 4; i += kThreads) {
-    reinterpret_cast<uint4*>(shared.bins)[i] = make_uint4(0, 0, 0, 0);
-  }
+  ClearBins<kThreads>(shared);
   LetNextBegin();
   WaitForPrevious();
   const int n = static_cast<int>(VisibleEntries(args.p, token));
-  const int topk = static_cast<int>(args.p.topk);
-  const int step = kThreads * cluster, at = rank * kThreads + thread;
   const uint32_t* from = args.order + row * args.p.slots;
-  if (args.p.scores != nullptr) {
-    float* scores = args.p.scores + token * args.p.slots;
-    for (int64_t i = at; i < args.p.slots; i += step) {
-      scores[i] = i < n ? ScoreOf(from[i]) : FloatFromBits(0xFF800000u);
-    }
-  }
-  int32_t* idx = args.p.idx + token * args.p.topk;
-  if (n <= topk) {  // all of the cluster
-    for (int i = at; i < topk; i += step) idx[i] = i < n ? i : -1;
-    return;
-  }
-  const int warps = step / 32, each = ((n + warps - 1) / warps + 127) / 128 * 128;
+  if (WriteAll(args, token, n, from, rank * kThreads + thread, kThreads * cluster)) return;
+  const int each = EntriesOfWarp(n, kThreads * cluster / 32);
   const int first = (rank * (kThreads / 32) + thread / 32) * each, end = min(n, first + each);
   uint4 order[kVectors];
 #pragma unroll
@@ -275,17 +299,68 @@ __global__ void __launch_bounds__(kThreads)
     order[i] = make_uint4(0, 0, 0, 0);
     if (id < end) order[i] = __ldcg(reinterpret_cast<const uint4*>(from + id));
   }
-  // What is no entry has order 0, below all that are, of which there are enough.
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const int id = first + i * 128 + lane * 4;
-    if (id + 1 >= n) order[i].y = 0;
-    if (id + 2 >= n) order[i].z = 0;
-    if (id + 3 >= n) order[i].w = 0;
-  }
+  for (int i = 0; i < kVectors; ++i) DropBeyond(order[i], first + i * 128 + lane * 4, n);
   __syncthreads();  // bins are zero
-  const Bar bar = FindBar<kThreads, kVectors>(shared, order, static_cast<uint32_t>(topk), args);
-  WriteIds<kThreads, kVectors>(shared, order, bar, first, idx, rank, cluster);
+  const Bar bar =
+      FindBar<kThreads, kVectors>(shared, order, static_cast<uint32_t>(args.p.topk), args);
+  WriteIds<kThreads, kVectors>(shared, order, bar, first, args.p.idx + token * args.p.topk, rank,
+                               cluster);
+}
+
+// One query after another by each thread block; the next one's scores come meanwhile.
+template <int kThreads, int kVectors>
+__global__ void __launch_bounds__(kThreads, 1)
+    IndexSelectNextSm90Kernel(const __grid_constant__ SelectArgs args) {
+  extern __shared__ __align__(1024) uint8_t raw[];  // the next one's
+  const auto* next = reinterpret_cast<const uint32_t*>(raw);
+  __shared__ SelectShared shared;
+  __shared__ uint64_t barrier;
+  const uint32_t arrived = SharedAddress(&barrier);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+  const int topk = static_cast<int>(args.p.topk);
+  if (thread == 0) {
+    InitBarrier(arrived, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  LetNextBegin();
+  WaitForPrevious();
+  __syncthreads();  // the barrier is there
+  const auto fetch = [&](int64_t row) {
+    if (row >= args.rows) return;
+    const int n = static_cast<int>(VisibleEntries(args.p, args.first_token + row));
+    if (n <= topk) return;
+    const uint32_t bytes = static_cast<uint32_t>((n + 3) / 4 * 16);
+    ArriveExpecting(arrived, bytes);
+    CopyBytes(SharedAddress(next), args.order + row * args.p.slots, bytes, arrived);
+  };
+  if (thread == 0) fetch(blockIdx.x);
+  uint32_t phase = 0;
+  for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
+    const int64_t token = args.first_token + row;
+    const int n = static_cast<int>(VisibleEntries(args.p, token));
+    if (WriteAll(args, token, n, args.order + row * args.p.slots, thread, kThreads)) {
+      if (thread == 0) fetch(row + gridDim.x);
+      continue;
+    }
+    ClearBins<kThreads>(shared);  // read last ahead of a barrier
+    const int each = EntriesOfWarp(n, kThreads / 32);
+    const int first = thread / 32 * each, end = min(n, first + each);
+    Wait(arrived, phase);
+    phase ^= 1;
+    uint4 order[kVectors];
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int id = first + i * 128 + lane * 4;
+      order[i] = make_uint4(0, 0, 0, 0);
+      if (id < end) order[i] = *reinterpret_cast<const uint4*>(next + id);
+      DropBeyond(order[i], id, n);
+    }
+    __syncthreads();  // bins are zero, and the next one's place is free
+    if (thread == 0) fetch(row + gridDim.x);
+    const Bar bar = FindBar<kThreads, kVectors>(shared, order, static_cast<uint32_t>(topk), args);
+    WriteIds<kThreads, kVectors>(shared, order, bar, first, args.p.idx + token * topk, 0, 1);
+  }
 }
 
 }  // namespace index_topk

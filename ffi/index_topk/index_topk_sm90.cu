@@ -14,8 +14,8 @@ namespace {
 using namespace index_topk;
 
 constexpr int64_t kScratchBudget = int64_t{1} << 26;
-constexpr int kSmallThreads = 512, kSmallVectors = 4;    // of a choice: 8,192 entries
-constexpr int kLargeThreads = 1024, kLargeVectors = 8;   // 32,768 entries
+constexpr int kSmallThreads = 512, kSmallVectors = 4;   // of a choice: 8,192 entries
+constexpr int kLargeThreads = 1024, kLargeVectors = 8;  // 32,768 entries
 constexpr int64_t kSmallEntries = 4 * kSmallThreads * kSmallVectors;
 constexpr int64_t kLargeEntries = 4 * kLargeThreads * kLargeVectors;
 constexpr int64_t kMaxSlots = kMaxCluster * kLargeEntries;
@@ -46,9 +46,8 @@ cudaError_t LaunchScores(const ScoreArgs& args, cudaStream_t stream) {
 
 template <int kQueries>
 cudaError_t LaunchScores(const ScoreArgs& args, cudaStream_t stream) {
-  return args.p.form == IndexForm::kMxfp4
-             ? LaunchScores<IndexForm::kMxfp4, kQueries>(args, stream)
-             : LaunchScores<IndexForm::kFp8, kQueries>(args, stream);
+  return args.p.form == IndexForm::kMxfp4 ? LaunchScores<IndexForm::kMxfp4, kQueries>(args, stream)
+                                          : LaunchScores<IndexForm::kFp8, kQueries>(args, stream);
 }
 
 int PowerOfTwoAtLeast(int64_t n) {
@@ -58,28 +57,41 @@ int PowerOfTwoAtLeast(int64_t n) {
 }
 
 template <int kThreads, int kVectors>
-cudaError_t LaunchSelect(const SelectArgs& args, int64_t tokens, cudaStream_t stream) {
+cudaError_t LaunchSelect(const SelectArgs& args, cudaStream_t stream) {
   const auto kernel = IndexSelectSm90Kernel<kThreads, kVectors>;
   if (args.cluster > 8) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error != cudaSuccess) return error;
   }
-  return LaunchDependent(kernel, dim3(static_cast<unsigned>(tokens * args.cluster)), kThreads, 0,
+  return LaunchDependent(kernel, dim3(static_cast<unsigned>(args.rows * args.cluster)), kThreads, 0,
                          stream, args, args.cluster);
 }
 
-cudaError_t LaunchSelect(SelectArgs args, int64_t tokens, cudaStream_t stream) {
-  const int64_t slots = args.p.slots, small = PowerOfTwoAtLeast((slots + kSmallEntries - 1) / kSmallEntries);
+cudaError_t LaunchSelectNext(const SelectArgs& args, cudaStream_t stream) {
+  const auto kernel = IndexSelectNextSm90Kernel<kLargeThreads, kLargeVectors>;
+  constexpr int kBytes = 4 * kLargeEntries;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>(args.rows, Multiprocessors()));
+  return LaunchDependent(kernel, dim3(blocks), kLargeThreads, kBytes, stream, args);
+}
+
+cudaError_t LaunchSelect(SelectArgs args, int64_t rows, cudaStream_t stream) {
+  args.rows = rows;
+  const int64_t slots = args.p.slots;
+  const int small = PowerOfTwoAtLeast((slots + kSmallEntries - 1) / kSmallEntries);
   // Few queries: more thread blocks, of fewer entries.
-  if (small == 1 || (small <= 8 && small * tokens <= Multiprocessors())) {
-    args.cluster = static_cast<int>(small);
-    args.bounded = args.cluster == 1 && tokens > Multiprocessors();
-    return LaunchSelect<kSmallThreads, kSmallVectors>(args, tokens, stream);
+  if (small == 1 || (small <= 8 && small * rows <= Multiprocessors())) {
+    args.cluster = small;
+    args.bounded = small == 1 && rows > Multiprocessors();
+    return LaunchSelect<kSmallThreads, kSmallVectors>(args, stream);
   }
   args.cluster = PowerOfTwoAtLeast((slots + kLargeEntries - 1) / kLargeEntries);
-  args.bounded = args.cluster == 1;
-  return LaunchSelect<kLargeThreads, kLargeVectors>(args, tokens, stream);
+  if (args.cluster > 1) return LaunchSelect<kLargeThreads, kLargeVectors>(args, stream);
+  args.bounded = true;
+  return LaunchSelectNext(args, stream);
 }
 
 // Queries that share decoded keys; `rows` scores of all slots are in scratch.
