@@ -154,10 +154,10 @@ struct Codes {
   uint4 raw[KeyBytes<kForm>::kCodes / 64];
 };
 
-// As E4M3 words, and (on all four lanes of the row) what to multiply by.
+// As E4M3 words, and (on all four lanes of the row) the byte of what ScaleOf has to multiply by.
 template <IndexForm kForm>
-__device__ __forceinline__ float Decode(const Codes<kForm>& codes, uint32_t scale,
-                                        const uint2* tables, uint32_t (&words)[8]) {
+__device__ __forceinline__ uint32_t Decode(const Codes<kForm>& codes, uint32_t scale,
+                                           const uint2* tables, uint32_t (&words)[8]) {
   if constexpr (kForm == IndexForm::kMxfp4) {
     const uint4& raw = codes.raw[0];
     const uint32_t exponent = GroupExponent(raw.x | raw.y | raw.z | raw.w, scale);
@@ -168,7 +168,7 @@ __device__ __forceinline__ float Decode(const Codes<kForm>& codes, uint32_t scal
     CodesOf(raw.y, table.x, table.y, words[2], words[3]);
     CodesOf(raw.z, table.x, table.y, words[4], words[5]);
     CodesOf(raw.w, table.x, table.y, words[6], words[7]);
-    return __fmul_rn(DecodeUe8m0(largest), 0x1p-6f);
+    return largest;
   } else {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -177,8 +177,12 @@ __device__ __forceinline__ float Decode(const Codes<kForm>& codes, uint32_t scal
       words[4 * i + 2] = codes.raw[i].z;
       words[4 * i + 3] = codes.raw[i].w;
     }
-    return DecodeUe8m0(scale);
+    return scale;
   }
+}
+template <IndexForm kForm>
+__device__ __forceinline__ float ScaleOf(uint32_t byte) {
+  return kForm == IndexForm::kMxfp4 ? __fmul_rn(DecodeUe8m0(byte), 0x1p-6f) : DecodeUe8m0(byte);
 }
 
 // The queries of a group into shared memory, by all warpgroups that multiply. Scales go into the
@@ -219,7 +223,7 @@ __device__ __forceinline__ void LoadQueries(const IndexTopkParams& p, const Grou
       if (piece >= kPieces * kQueries) break;  // all of a warp
       const int query = piece / kPieces, head = piece % kPieces / 4;
       uint32_t words[8];
-      const float scale = Decode(codes[i], scales[i], shared.tables, words);
+      const float scale = ScaleOf<kForm>(Decode(codes[i], scales[i], shared.tables, words));
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         *reinterpret_cast<uint32_t*>(shared.q[query] + SwizzledAt(head, c, j)) = words[j];
@@ -231,6 +235,12 @@ __device__ __forceinline__ void LoadQueries(const IndexTopkParams& p, const Grou
     }
   }
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// What the compiler keeps rather than computes again.
+__device__ __forceinline__ int Keep(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 template <int kThreads>
@@ -278,13 +288,7 @@ __device__ __forceinline__ void Multiply(float (&d)[32], const uint32_t (&a)[4][
 
 // 2 relu(x), NaN kept, without the half-rate pipe that compares.
 __device__ __forceinline__ float TwiceRelu(float x) {
-#ifdef DSV4_INDEX_MAX
-  float y;
-  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
-  return y;
-#else
   return __fadd_rn(x, fabsf(x));
-#endif
 }
 
 // Over a lane's 16 heads, of its two keys. Columns 8 j + 2 c and the next are those of weights 2 j
@@ -389,8 +393,12 @@ __device__ __forceinline__ void Score(const ScoreArgs& args, Shared& shared,
                                       const Stretch& stretch) {
   using Size = Sizes<kForm, kQueries>;
   constexpr int kCodes = KeyBytes<kForm>::kCodes;
-  const int lane = static_cast<int>(threadIdx.x) % 32, c = lane % 4;
+  const int lane = Keep(static_cast<int>(threadIdx.x) % 32), c = Keep(lane % 4);
   const int row = static_cast<int>(threadIdx.x) % 128 / 32 * 16 + lane / 4;  // and row + 8
+  const int codes_at = Keep(row * kCodes + c * (kCodes / 4));
+  const int scale_at = Keep(kForm == IndexForm::kMxfp4 ? row * 4 + c : row);
+  const int stored_at = Keep(row + 8 * (c & 1));
+  const float* const weights = shared.weights[0] + Keep(c * kWeightPitch);
   const uint32_t q = RowsLower(SharedAddress(shared.q));
   int slot = static_cast<int>(threadIdx.x) / 128, mine = stretch.first + slot;
   uint32_t phase = 0;
@@ -402,18 +410,18 @@ __device__ __forceinline__ void Score(const ScoreArgs& args, Shared& shared,
     SyncConsumers<Size::kConsumers>();  // products of the group before are done
     LoadQueries<kForm, kQueries>(args.p, group, shared);
     SyncConsumers<Size::kConsumers>();
+    uint32_t* const order =
+        args.order + (group.token + c / 2 - args.first_token) * args.p.slots + stored_at;
     position = end;
     for (; mine < end; mine += Size::kWarpgroups) {
       const Slot<kForm>& tile = shared.slots[slot];
       Wait(SharedAddress(shared.full + slot), phase);
-      uint32_t words[2][8], a[4][4];
-      float scale[2];
+      uint32_t words[2][8], a[4][4], scale[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int key = row + 8 * r;
         const auto codes =
-            *reinterpret_cast<const Codes<kForm>*>(tile.codes + key * kCodes + c * (kCodes / 4));
-        const uint32_t byte = tile.scales[kForm == IndexForm::kMxfp4 ? key * 4 + c : key];
+            *reinterpret_cast<const Codes<kForm>*>(tile.codes + codes_at + 8 * r * kCodes);
+        const uint32_t byte = tile.scales[scale_at + 8 * r * KeyBytes<kForm>::kScales];
         scale[r] = Decode(codes, byte, shared.tables, words[r]);
       }
 #pragma unroll
@@ -422,13 +430,12 @@ __device__ __forceinline__ void Score(const ScoreArgs& args, Shared& shared,
       __syncwarp();
       if (lane == 0) Arrive(SharedAddress(shared.empty + slot));
 
-      const int key = (mine - begin) * kTileKeys + row + 8 * (c & 1);
+      const int key = (mine - begin) * kTileKeys;
       Store store;
-      store.order = args.order + (group.token + c / 2 - args.first_token) * args.p.slots + key;
+      store.order = order + key;
       store.two_rows = 2 * args.p.slots;
-      store.scale = c & 1 ? scale[1] : scale[0];
-      store.queries = key < entries ? group.queries - c / 2 : 0;
-      const float* weights = shared.weights[0] + c * kWeightPitch;
+      store.scale = ScaleOf<kForm>(c & 1 ? scale[1] : scale[0]);
+      store.queries = key + stored_at < entries ? group.queries - c / 2 : 0;
       float first[32];
       Multiply(first, a, q);
       if constexpr (kQueries == 1) {

@@ -41,10 +41,10 @@ struct Found {
 };
 
 struct SelectShared {
-  uint32_t bins[4][kBins];  // of three parts of an order, and of the largest of groups
-  uint32_t totals[32];      // of warps
-  uint32_t chosen[32];      // of a warp's scores: certain ones, and ties above 16 bits
-  uint32_t all_chosen;      // of the thread block's
+  alignas(16) uint32_t bins[4][kBins];  // of three parts of an order, and of the largest of groups
+  uint32_t totals[32];                  // of warps
+  uint32_t chosen[32];                  // of a warp's scores: certain ones, and ties above 16 bits
+  uint32_t all_chosen;                  // of the thread block's
   Found found;
 };
 
@@ -62,6 +62,19 @@ __device__ __forceinline__ uint32_t LoadFrom(uint32_t address) {
   uint32_t value;
   asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
   return value;
+}
+
+__device__ __forceinline__ void LoadFrom(uint32_t address, uint32_t (&values)[2]) {
+  asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];"
+               : "=r"(values[0]), "=r"(values[1])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void LoadFrom(uint32_t address, uint32_t (&values)[4]) {
+  asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(values[0]), "=r"(values[1]), "=r"(values[2]), "=r"(values[3])
+               : "r"(address)
+               : "memory");
 }
 
 // One more in the bin at `bins` + 4 `bin` where `counts`.
@@ -88,10 +101,20 @@ __device__ __forceinline__ Found FindBin(SelectShared& shared, const uint32_t* b
   } else {
 #pragma unroll
     for (int i = 0; i < kMine; ++i) count[i] = 0;
-    for (int rank = 0; rank < cluster; ++rank) {
-      const uint32_t there = AddressIn(SharedAddress(bins + lowest), rank);
+    constexpr int kAtOnce = 4;
+    for (int rank = 0; rank < cluster; rank += kAtOnce) {
+      uint32_t theirs[kAtOnce][kMine];
 #pragma unroll
-      for (int i = 0; i < kMine; ++i) count[i] += LoadFrom(there + 4 * i);
+      for (int r = 0; r < kAtOnce; ++r) {
+        // Past the last one, the last again; it does not count.
+        const uint32_t there = SharedAddress(bins + lowest);
+        LoadFrom(AddressIn(there, min(rank + r, cluster - 1)), theirs[r]);
+      }
+#pragma unroll
+      for (int r = 0; r < kAtOnce; ++r) {
+#pragma unroll
+        for (int i = 0; i < kMine; ++i) count[i] += rank + r < cluster ? theirs[r][i] : 0;
+      }
     }
   }
 #pragma unroll
