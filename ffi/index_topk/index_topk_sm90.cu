@@ -1,12 +1,12 @@
-// The lightning indexer on Hopper: scores by FP8 tensor cores (index_scores.cuh), then the choice
-// (index_select.cuh), as many queries at a time as scratch has room for the scores of.
+// The lightning indexer on Hopper: scores by FP8 tensor cores (index_topk_scores.cuh), then the
+// choice (index_topk_select.cuh), as many queries at a time as scratch has room for the scores of.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 
+#include "index_topk/index_topk.h"
 #include "index_topk/index_topk_scores.cuh"
 #include "index_topk/index_topk_select.cuh"
-#include "index_topk/index_topk.h"
 
 namespace dsv4 {
 namespace {
