@@ -69,13 +69,19 @@ struct Rows {
     return (window + 1) * p.ratio <= row.end;
   }
 
-  // Position `at` >= 0: what is stored of it, or what the chunk has.
-  __device__ __forceinline__ void Load(int64_t at, int64_t channel, float (&z)[kChannels],
-                                       float (&g)[kChannels]) const {
-    const bool old = at < row.start;
-    // Below 2^31: lengths are int32.
-    const uint32_t slot = static_cast<uint32_t>(at) % static_cast<uint32_t>(job.ring);
-    const int64_t in_ring = b * job.ring + slot, in_chunk = b * p.t + at - row.start;
+  __device__ __forceinline__ uint32_t SlotOf(int64_t at) const {
+    // Below 2^32: lengths are int32.
+    return static_cast<uint32_t>(at) % static_cast<uint32_t>(job.ring);
+  }
+
+  // Position first + offset >= 0: what is stored of it, or what the chunk has. `slot` is that of
+  // `first`, and the offset less than a ring.
+  __device__ __forceinline__ void Load(int64_t first, uint32_t slot, int offset, int64_t channel,
+                                       float (&z)[kChannels], float (&g)[kChannels]) const {
+    const bool old = first + offset < row.start;
+    const int64_t ahead = static_cast<int64_t>(slot) + offset;
+    const int64_t in_ring = b * job.ring + (ahead < job.ring ? ahead : ahead - job.ring);
+    const int64_t in_chunk = b * p.t + first + offset - row.start;
     const int64_t from = (old ? in_ring : in_chunk) * columns + channel;
     LoadRow(z, (old ? job.kv_state : job.kv) + from);
     LoadRow(g, (old ? job.gate_state : job.gate) + from);
@@ -92,15 +98,32 @@ struct Rows {
     for (int k = 0; k < kChannels; ++k) g[k] += ape[k];
   }
 
-  // Positions FirstKept + first, + step, ... to the states.
+  // Positions FirstKept + first, + step, ... to the states, a few at a time: their loads go out
+  // together.
   __device__ __forceinline__ void WriteState(int64_t channel, int first, int step) const {
-    for (int64_t at = FirstKept(row, job.ring) + first; at < row.end; at += step) {
-      float z[kChannels], g[kChannels];
-      Load(at, channel, z, g);
-      AddApe(at, at % p.ratio, channel, g);
-      const int64_t to = (b * job.ring + at % job.ring) * columns + channel;
-      StoreRow(z, job.kv_state + to);
-      StoreRow(g, job.gate_state + to);
+    constexpr int kAtOnce = 4;
+    for (int64_t at = FirstKept(row, job.ring) + first; at < row.end; at += kAtOnce * step) {
+      float z[kAtOnce][kChannels], g[kAtOnce][kChannels], ape[kAtOnce][kChannels];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int64_t now = at + i * step;
+        if (now >= row.end) continue;
+        const int64_t from = (b * p.t + now - row.start) * columns + channel;
+        const uint32_t phase = static_cast<uint32_t>(now) % static_cast<uint32_t>(p.ratio);
+        LoadRow(z[i], job.kv + from);
+        LoadRow(g[i], job.gate + from);
+        LoadConstant(ape[i], job.ape + phase * columns + channel);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int64_t now = at + i * step;
+        if (now >= row.end) continue;
+#pragma unroll
+        for (int k = 0; k < kChannels; ++k) g[i][k] += ape[i][k];
+        const int64_t to = (b * job.ring + SlotOf(now)) * columns + channel;
+        StoreRow(z[i], job.kv_state + to);
+        StoreRow(g[i], job.gate_state + to);
+      }
     }
   }
 };
@@ -257,11 +280,13 @@ __device__ __forceinline__ void PoolOverlap(const Rows& rows, int64_t window, in
   float z[kOverlapSlots][kChannels], g[kOverlapSlots][kChannels];
   const int64_t before = (window - 1) * kOverlapRatio;
   constexpr int kHalf = kOverlapSlots / 2;
+  // Window 0 has no slots before; it loads its own in their place.
+  const int64_t oldest = window == 0 ? 0 : before;
+  const uint32_t oldest_slot = rows.SlotOf(oldest);
 #pragma unroll
   for (int s = 0; s < kOverlapSlots; ++s) {
-    // Window 0 has no slots before; it loads others in their place.
-    const int64_t at = s < kHalf && window == 0 ? s : before + s;
-    rows.Load(at, s < kHalf ? first : rows.job.d + first, z[s], g[s]);
+    const int offset = window == 0 ? s % kHalf : s;
+    rows.Load(oldest, oldest_slot, offset, s < kHalf ? first : rows.job.d + first, z[s], g[s]);
   }
   __syncwarp(__activemask());  // all loads go out before one is waited for
 #pragma unroll
@@ -426,16 +451,18 @@ __global__ void __launch_bounds__(kWholeThreads, 2)
     ArriveAtCluster();
     float z[kSlotsPerThread][kChannels], g[kSlotsPerThread][kChannels];
     float top[kChannels];
+    const int64_t oldest = window * p.ratio;
+    const uint32_t oldest_slot = rows.SlotOf(oldest);
 #pragma unroll
     for (int i = 0; i < kSlotsPerThread; ++i) {
-      const int64_t slot = slot_lane + i * kSlotLanes;
-      if (mine && slot < p.ratio) rows.Load(window * p.ratio + slot, first, z[i], g[i]);
+      const int slot = slot_lane + i * kSlotLanes;
+      if (mine && slot < p.ratio) rows.Load(oldest, oldest_slot, slot, first, z[i], g[i]);
     }
     const NormWeights weights(job, first);
 #pragma unroll
     for (int i = 0; i < kSlotsPerThread; ++i) {
-      const int64_t slot = slot_lane + i * kSlotLanes;
-      if (mine && slot < p.ratio) rows.AddApe(window * p.ratio + slot, slot, first, g[i]);
+      const int slot = slot_lane + i * kSlotLanes;
+      if (mine && slot < p.ratio) rows.AddApe(oldest + slot, slot, first, g[i]);
     }
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) {
