@@ -665,7 +665,6 @@ def test_entries_by_xla_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     copied = copied_leaves(program, cache)
     assert len(copied) == leaves_of(cache, *ENTRIES)
     assert all(problem.endswith("from stablehlo.scatter") for problem in copied)
-    print(cache_updates(program, cache))
     assert len(cache_updates(program, cache)) == leaves_of(cache, *ENTRIES)
 
 
