@@ -9,6 +9,7 @@ namespace dsv4 {
 
 Target AttentionTarget();
 Target CacheWriteTarget();
+Target CompressorTarget();
 Target DenseLinearTarget();
 Target Fp8LinearTarget();
 Target IndexTopkTarget();
@@ -20,9 +21,10 @@ Target RouterTarget();
 
 inline auto Targets() {
   return std::array{
-      AttentionTarget(),    CacheWriteTarget(), DenseLinearTarget(), Fp8LinearTarget(),
-      IndexTopkTarget(),    MoeTarget(),        Mxfp4LinearTarget(), Nvfp4LinearTarget(),
-      RmsnormNvfp4Target(), RouterTarget(),
+      AttentionTarget(),   CacheWriteTarget(),   CompressorTarget(), DenseLinearTarget(),
+      Fp8LinearTarget(),   IndexTopkTarget(),    MoeTarget(),        Mxfp4LinearTarget(),
+      Nvfp4LinearTarget(), RmsnormNvfp4Target(), RouterTarget(),     RmsnormNvfp4Target(),
+      RouterTarget(),
   };
 }
 

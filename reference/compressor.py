@@ -1,15 +1,20 @@
-"""Compressed entries of a whole sequence (model.md section 3.5)."""
+"""Compressed entries, of a whole sequence or as chunks arrive (model.md sections 3.5, 4.2)."""
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from reference import linear, rmsnorm, rope
-from reference.rounding import FP32, Rounding
+from reference.rounding import FP32, OFFICIAL, Rounding
+
+State = tuple[jax.Array, jax.Array, dict[tuple[int, int], jax.Array]]
 
 
-def compressor(
+def entries(
     x: jax.Array,
     params: dict[str, Any],
     m: int,
@@ -45,9 +50,100 @@ def compressor(
     g = g + params["ape"]
     if m == 4:
         z, g = overlap(z, width, 0.0), overlap(g, width, -jnp.inf)
-    entries = jnp.sum(jax.nn.softmax(g, axis=1) * z, axis=1)
-    entries = rmsnorm.rmsnorm(rounding.bf(entries), params["norm"], eps, rounding)
-    return rope.rope_tail(entries, m * jnp.arange(n), freqs, rounding=rounding)
+    return pooled(z, g, params["norm"], m * jnp.arange(n), freqs, eps, rounding)
+
+
+def pooled(
+    z: jax.Array,
+    g: jax.Array,
+    norm: jax.Array,
+    positions: jax.Array,
+    freqs: jax.Array,
+    eps: float,
+    rounding: Rounding = FP32,
+) -> jax.Array:
+    """Entries `[n, width]` of slots `z, g [n, slots, width]`; those with `g = -inf` are absent."""
+    c = jnp.sum(jax.nn.softmax(g, axis=1) * z, axis=1)
+    c = rmsnorm.rmsnorm(rounding.bf(c), norm.astype(jnp.float32), eps, rounding)
+    return rope.rope_tail(c, positions, freqs, rounding=rounding)
+
+
+def compressor(
+    jobs: Sequence[Any],
+    start: jax.Array,
+    count: jax.Array,
+    frequencies: jax.Array,
+    *,
+    ratio: int,
+    eps: float,
+    dtype: Any = jnp.bfloat16,
+    rounding: Rounding = OFFICIAL,
+) -> list[State]:
+    """The chunk `kv, gate [b, t, c * d]` of every job, token by token.
+
+    Position `p` goes to row `p % ring` of the states, `gate` with `ape[p % ratio]`, as soon as it
+    comes; a window that closes with it is then read from there, the rows before it as well. Runs
+    outside of `jax.jit`.
+
+    Args:
+        jobs: objects with `kv`, `gate`, `ape`, `norm`, `kv_state`, `gate_state`.
+        start: `[b]`, tokens before the chunk.
+        count: `[b]`, real tokens of the chunk.
+        frequencies: `[rotary / 2]`.
+        ratio: Positions of a window.
+        eps: `rms_norm_eps`.
+        dtype: FP32 switches the BF16 roundings off.
+        rounding: Rounding points.
+
+    Returns:
+        Of every job the two states, and the entries by row and window, not yet quantised.
+    """
+    rounding = dataclasses.replace(rounding, bf16=rounding.bf16 and dtype != jnp.float32)
+    return [
+        _chunk(job, start, count, jnp.asarray(frequencies), ratio, eps, rounding) for job in jobs
+    ]
+
+
+def _chunk(
+    job: Any,
+    start: jax.Array,
+    count: jax.Array,
+    freqs: jax.Array,
+    ratio: int,
+    eps: float,
+    rounding: Rounding,
+) -> State:
+    b, t, _ = job.kv.shape
+    kv_state, gate_state = np.array(job.kv_state), np.array(job.gate_state)
+    kv, gate, ape = np.asarray(job.kv), np.asarray(job.gate), np.asarray(job.ape)
+    ring, width = kv_state.shape[1], job.norm.shape[0]
+    closed: dict[tuple[int, int], jax.Array] = {}
+    for i in range(b):
+        for j in range(min(max(int(count[i]), 0), t) if int(start[i]) >= 0 else 0):
+            p = int(start[i]) + j
+            kv_state[i, p % ring] = kv[i, j]
+            gate_state[i, p % ring] = gate[i, j] + ape[p % ratio]
+            if (p + 1) % ratio:
+                continue
+            own = np.arange(p + 1 - ratio, p + 1)
+            z, g = kv_state[i, own % ring], gate_state[i, own % ring]
+            if ratio == 4:
+                z, g = z[:, width:], g[:, width:]
+                if p >= 2 * ratio - 1:
+                    before = (own - ratio) % ring
+                    z = np.concatenate([kv_state[i, before, :width], z])
+                    g = np.concatenate([gate_state[i, before, :width], g])
+            entry = pooled(
+                jnp.asarray(z)[None],
+                jnp.asarray(g)[None],
+                job.norm,
+                jnp.array([p + 1 - ratio]),
+                freqs,
+                eps,
+                rounding,
+            )
+            closed[i, p // ratio] = entry[0]
+    return jnp.asarray(kv_state), jnp.asarray(gate_state), closed
 
 
 def overlap(windows: jax.Array, width: int, fill: float) -> jax.Array:

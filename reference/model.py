@@ -45,7 +45,7 @@ def layer_weights(weights: Weights, config: Config, layer: int) -> Weights:
 
 
 def compressor_params(p: Weights, prefix: str) -> Weights:
-    """What `compressor.compressor` needs of the tensors of a layer."""
+    """What `compressor.entries` needs of the tensors of a layer."""
     names = {"wkv": "wkv.weight", "wgate": "wgate.weight", "ape": "ape", "norm": "norm.weight"}
     return {key: p[prefix + name] for key, name in names.items()}
 
@@ -68,7 +68,7 @@ def select_entries(
     weight = linear.linear(x, p["attn.indexer.weights_proj.weight"], rounding)
     weight = rounding.bf(weight * (width**-0.5 * heads**-0.5))
     params = compressor_params(p, "attn.indexer.compressor.")
-    entries = compressor.compressor(x, params, 4, width, freqs, config["rms_norm_eps"], rounding)
+    entries = compressor.entries(x, params, 4, width, freqs, config["rms_norm_eps"], rounding)
     scores = indexer.indexer(q, indexer.index_quant(entries, rounding), weight, rounding)
     return indexer.topk_visible(scores, visible, config["index_topk"])
 
@@ -96,7 +96,7 @@ def attention_branch(
     mask = visibility.window(t, config["sliding_window"])
     if m:
         params = compressor_params(p, "attn.compressor.")
-        entries = compressor.compressor(x, params, m, d, freqs, eps, rounding)
+        entries = compressor.entries(x, params, m, d, freqs, eps, rounding)
         visible = visibility.entries(t, len(entries), m)
         if m == 4:
             visible = select_entries(p, config, x, qr, freqs, visible, rounding)

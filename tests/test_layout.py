@@ -16,7 +16,6 @@ ROOT = Path(__file__).parents[1]
 # Ops that still are `jax.numpy`. One that gets a handler leaves this set with the same change.
 IN_JAX = frozenset(
     {
-        "compressor",
         "hadamard",
         "head_norm",
         "mhc_head",

@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dsv4_jax.cache import LayerCache
 from dsv4_jax.model.compressor import Compressor
 from dsv4_jax.model.hc import HyperConnection
 from dsv4_jax.model.linear import Weight
 from dsv4_jax.model.moe import Gate, Leaves
+from dsv4_jax.ops._blocks import gather_rows, view_rows
+from dsv4_jax.quant.kv import KvRows, index_dequant, kv_dequant
 from dsv4_jax.typing import Array
 
 __all__ = ["Outputs", "Recorder"]
@@ -56,17 +59,11 @@ class Recorder:
             rows.append(real)
 
         found = {path: _output(kept, path) for path, _ in self._modules}
-        windows = {
-            path: found[path][1].reshape(-1) >= 0
-            for path, module in self._modules
-            if issubclass(module, Compressor)
-        }
         for path, module in self._modules:
             name, value = "/".join(path), found[path]
-            if path in windows:
-                add(name, value[0], windows[path])  # an entry per window that closes
-            elif path[:-1] in windows:
-                add(name, value, windows[path[:-1]])
+            if issubclass(module, Compressor):  # an entry per window that closes
+                _, windows = value
+                add(name, _entries(found, path, windows), windows.reshape(-1) >= 0)
             elif issubclass(module, HyperConnection):
                 for part, array in zip(("y", "post", "comb"), value, strict=True):
                     add(f"{name}:{part}", array, valid)
@@ -77,8 +74,8 @@ class Recorder:
                 spread = jnp.zeros((picks.shape[0], self._experts), jnp.float32)
                 add(f"{name}:weights", spread.at[token, picks].set(weights, mode="drop"), valid)
             elif name.endswith("indexer"):
-                if value[0] is not None:
-                    add(f"{name}:picks", value[0], valid)
+                if value is not None:
+                    add(f"{name}:picks", value, valid)
             else:
                 add(name, value[0] if isinstance(value, tuple) else value, valid)
         return Outputs(tuple(names), tuple(values), tuple(rows))
@@ -88,3 +85,17 @@ def _output(kept: Mapping[str, Any], path: tuple[str, ...]) -> Any:
     for name in path:
         kept = kept[name]
     return kept["__call__"][0]
+
+
+def _entries(found: Mapping[tuple[str, ...], Any], path: tuple[str, ...], windows: Array) -> Array:
+    """Values of a compressor's entries, out of the cache that the attention around it returns."""
+    (cache,) = (
+        value[1]
+        for outer, value in found.items()
+        if path[: len(outer)] == outer
+        and isinstance(value, tuple)
+        and isinstance(value[-1], LayerCache)
+    )
+    pool = cache.index if path[-2:] == ("indexer", "compressor") else cache.pool
+    rows = gather_rows(view_rows(pool), pool, windows[:, None])
+    return kv_dequant(rows, jnp.float32) if isinstance(rows, KvRows) else index_dequant(rows)

@@ -3,10 +3,11 @@
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from dsv4_jax.cache import LayerCache
+from dsv4_jax.cache import CompressorState, LayerCache
 from dsv4_jax.config import LayerKind, ModelConfig
 from dsv4_jax.model.compressor import Compressor
 from dsv4_jax.model.indexer import Indexer
@@ -14,6 +15,7 @@ from dsv4_jax.model.linear import Linear, RMSNorm
 from dsv4_jax.model.step import Step
 from dsv4_jax.ops.attention import attention
 from dsv4_jax.ops.cache_write import cache_write
+from dsv4_jax.ops.compressor import CompressorJob, compressor
 from dsv4_jax.ops.head_norm import head_norm
 from dsv4_jax.ops.rope import rope, rope_frequencies
 from dsv4_jax.precision import Precision
@@ -60,17 +62,12 @@ class Attention(nn.Module):
 
         kv = self.kv_norm(self.wkv(x)).reshape(b, t, c.head_dim)
         rows = kv_quant(rope(kv, step.positions, frequencies), c.qk_rope_head_dim, p.kv)
-        pool, n_visible, topk_idx = None, None, None
-        if cache.pool is not None and cache.state is not None:
-            entry, slots, state = self.compressor(x, cache.state, step, frequencies)
-            pool = cache_write(cache.pool, kv_quant(entry, c.qk_rope_head_dim, p.kv), slots)
+        n_visible, topk_idx = None, None
+        if self.kind is not LayerKind.SWA:
+            cache = self._compress(x, cache, step, frequencies)
             n_visible = step.n_closed(self.kind.value)
-            cache = dataclasses.replace(cache, pool=pool, state=state)
-        if cache.index is not None and cache.index_state is not None:
-            topk_idx, index, index_state = self.indexer(
-                x, qr, cache.index, cache.index_state, step, frequencies
-            )
-            cache = dataclasses.replace(cache, index=index, index_state=index_state)
+        if cache.index is not None:
+            topk_idx = self.indexer(x, qr, cache.index, step, frequencies)
 
         o = attention(
             q,
@@ -80,7 +77,7 @@ class Attention(nn.Module):
             window=c.sliding_window,
             chunk=rows,
             start=step.start,
-            pool=pool,
+            pool=cache.pool,
             n_visible=n_visible,
             topk_idx=topk_idx,
             frequencies=frequencies,
@@ -93,3 +90,27 @@ class Attention(nn.Module):
         grouped = o.reshape(b * t, c.o_groups, -1)
         u = self.wo_a(grouped).reshape(b * t, -1)
         return self.wo_b(u), cache
+
+    def _compress(
+        self, x: Float[Array, "n dim"], cache: LayerCache, step: Step, frequencies: np.ndarray
+    ) -> LayerCache:
+        """The chunk's entries in the pools, and the states after it: one call for all."""
+        jobs: list[CompressorJob] = []
+        if cache.state is not None and cache.pool is not None:
+            jobs.append(self.compressor(x, cache.state, cache.pool, step)[0])
+        if cache.index_state is not None and cache.index is not None:
+            jobs.append(self.indexer.compressor(x, cache.index_state, cache.index, step)[0])
+        written = compressor(
+            jobs,
+            step.start,
+            step.taken,
+            frequencies,
+            ratio=self.kind.value,
+            eps=self.config.rms_norm_eps,
+            dtype=x.dtype,
+        )
+        states = [CompressorState(new.kv_state, new.gate_state) for new in written]
+        cache = dataclasses.replace(cache, state=states[0], pool=written[0].pool)
+        if len(written) == 1:
+            return cache
+        return dataclasses.replace(cache, index_state=states[1], index=written[1].pool)

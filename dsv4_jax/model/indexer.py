@@ -4,13 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from dsv4_jax.cache import CompressorState
 from dsv4_jax.config import LayerKind, ModelConfig
 from dsv4_jax.model.compressor import Compressor
 from dsv4_jax.model.linear import Linear, Weight
 from dsv4_jax.model.step import Step
 from dsv4_jax.ops._round import round_to
-from dsv4_jax.ops.cache_write import cache_write
 from dsv4_jax.ops.dense_linear import dense_linear
 from dsv4_jax.ops.hadamard import hadamard
 from dsv4_jax.ops.index_topk import index_topk
@@ -47,24 +45,20 @@ class Indexer(nn.Module):
         x: Float[Array, "n dim"],
         qr: Float[Array, "n rank"],
         index: IndexRows,
-        state: CompressorState,
         step: Step,
         frequencies: np.ndarray,
-    ) -> tuple[Int32[Array, "b t k"] | None, IndexRows, CompressorState]:
-        """Selected entries per query (``None``: every visible one), new index keys and state."""
+    ) -> Int32[Array, "b t k"] | None:
+        """Selected entries per query; ``None``: every visible one."""
         b, t = step.tokens.shape
         heads, dim = self.config.index_n_heads, self.config.index_head_dim
-        entry, slots, state = self.compressor(x, state, step, frequencies)
-        rows = self._stored(entry)
-        index = cache_write(index, rows, slots)
         query = rope(self.wq_b(qr).reshape(b, t, heads, dim), step.positions, frequencies)
         weight = dense_linear(
             x, self.weights_proj(), dtype=x.dtype, regime=self.precision.regime
         ).astype(jnp.float32)
         weight = round_to(weight * jnp.float32(dim**-0.5 * heads**-0.5), x.dtype)
         if index.key.shape[1] <= self.config.index_topk:
-            return None, index, state  # the pool can never hold more than top-k entries
-        idx = index_topk(
+            return None  # the pool can never hold more than top-k entries
+        return index_topk(
             self._stored(query),
             weight.reshape(b, t, heads),
             index,
@@ -72,4 +66,3 @@ class Indexer(nn.Module):
             topk=self.config.index_topk,
             rounding=self.precision.index_scores,
         )
-        return idx, index, state

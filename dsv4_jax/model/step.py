@@ -36,6 +36,13 @@ class Step(NamedTuple):
         """Windows closed up to and including each position; 0 for padding."""
         return jnp.where(self.valid, (self.positions + 1) // ratio, 0)
 
+    def closing(self, ratio: int) -> Int32[Array, "b w"]:
+        """Windows that close in the chunk, behind them -1."""
+        t = self.tokens.shape[1]
+        first, end = self.start // ratio, (self.start + self.taken) // ratio
+        window = first[:, None] + jnp.arange(-(-t // ratio), dtype=jnp.int32)
+        return jnp.where(window < end[:, None], window, -1)
+
 
 def make_step(
     tokens: Int32[Array, "b t"], start: Array, num_tokens: Array, max_len: int

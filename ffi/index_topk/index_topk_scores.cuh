@@ -287,9 +287,7 @@ __device__ __forceinline__ void Multiply(float (&d)[32], const uint32_t (&a)[4][
 }
 
 // 2 relu(x), NaN kept, without the half-rate pipe that compares.
-__device__ __forceinline__ float TwiceRelu(float x) {
-  return __fadd_rn(x, fabsf(x));
-}
+__device__ __forceinline__ float TwiceRelu(float x) { return __fadd_rn(x, fabsf(x)); }
 
 // Over a lane's 16 heads, of its two keys. Columns 8 j + 2 c and the next are those of weights 2 j
 // and the next.

@@ -146,7 +146,7 @@ def _index_scores(
     q = rope.rope_tail(q, jnp.arange(t)[:, None], freqs, rounding=rounding)
     weight = linear.linear(x, p["attn.indexer.weights_proj.weight"], rounding)
     weight = rounding.bf(weight * (width**-0.5 * heads**-0.5))
-    entries = compressor.compressor(
+    entries = compressor.entries(
         x,
         compressor_params(p, "attn.indexer.compressor."),
         4,
@@ -210,7 +210,7 @@ def _attention(
         entries, visible = jnp.zeros((0, d)), jnp.zeros((t, 0), bool)
         scores = None
         if m:
-            entries = compressor.compressor(
+            entries = compressor.entries(
                 x, compressor_params(p, "attn.compressor."), m, d, freqs, eps, rounding
             )
             entries = key_quant(entries, config["qk_rope_head_dim"], rounding)

@@ -20,6 +20,7 @@ import numpy as np
 from dsv4_jax import library
 from dsv4_jax.ops.attention import attention
 from dsv4_jax.ops.cache_write import cache_write
+from dsv4_jax.ops.compressor import CompressorJob, compressor
 from dsv4_jax.ops.dense_linear import dense_linear, dense_linears
 from dsv4_jax.ops.fp8_linear import fp8_linear
 from dsv4_jax.ops.index_topk import index_topk
@@ -124,6 +125,47 @@ def _index_topk() -> Iterator[Any]:
         for n in (np.full((b, t), slots, np.int32), n_visible, np.resize(wild, (b, t))):
             yield index_topk(q, weight, keys, n, topk=topk)
         yield index_topk(q, weight, keys, n_visible, topk=topk, return_scores=True)
+
+
+def _compressor() -> Iterator[Any]:
+    """Both kernels; widths of the model and others; windows from ring and chunk; wild lengths."""
+    rng = np.random.default_rng(0)
+
+    def job(ratio: int, t: int, d: int, form: str) -> CompressorJob:
+        columns, b, slots = (2 if ratio == 4 else 1) * d, 4, 7
+        ring = columns // d * ratio + 1
+        rows = [
+            jnp.asarray(rng.standard_normal(shape), jnp.float32)
+            for shape in (*((b, t, columns),) * 2, (ratio, columns))
+        ]
+        norm = jnp.asarray(rng.standard_normal(d), jnp.bfloat16)
+        states = [random_bytes(i, (b, ring, columns), jnp.float32) for i in (3, 4)]
+        pool: Any = IndexRows(
+            random_bytes(5, (b, slots, d), E2M1 if form == "mxfp4" else E4M3),
+            random_bytes(6, (b, slots, d // 32 if form == "mxfp4" else 1), UE8M0),
+        )
+        if form == "kv":
+            pool = KvRows(
+                random_bytes(5, (b, slots, d - 32), E4M3),
+                random_bytes(6, (b, slots, (d - 32) // 64), UE8M0),
+                random_bytes(7, (b, slots, 32), jnp.bfloat16),
+            )
+        return CompressorJob(*(*rows, norm, *states, pool))
+
+    frequencies = np.ones(16, np.float32)
+    for ratio, forms, t in (
+        *((4, ((480, "kv"), (128, "mxfp4")), t) for t in (1, 3, 70)),
+        *((4, ((96, "kv"), (64, "fp8")), t) for t in (1, 21)),
+        *((128, ((480, "kv"),), t) for t in (1, 5, 300)),
+        *((128, ((96, "kv"),), 130), (16, ((32, "kv"),), 40)),
+    ):
+        jobs = [job(ratio, t, d, form) for d, form in forms]
+        for start, count in (
+            ([0, ratio - 1, 2 * ratio - 1, 3 * ratio], [t, t, t, 0]),
+            ([-1, -(2**31), 2**31 - 1, 7 * ratio - 1], [t, 1, 2**31 - 1, -5]),
+        ):
+            lengths = jnp.asarray(start, jnp.int32), jnp.asarray(count, jnp.int32)
+            yield compressor(jobs, *lengths, frequencies, ratio=ratio, eps=1e-6)
 
 
 def _router() -> Iterator[Any]:
@@ -264,6 +306,7 @@ CASES: dict[str, Callable[[], Iterator[Any]]] = {
     "dsv4.attention": _attention,
     "dsv4.cache_write": _cache_write,
     "dsv4.index_topk": _index_topk,
+    "dsv4.compressor": _compressor,
     "dsv4.moe": _moe,
     "dsv4.dense_linear": _dense_linear,
     "dsv4.fp8_linear": _fp8_linear,

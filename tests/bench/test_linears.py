@@ -1,4 +1,4 @@
-"""Benchmarks of the matrix ops at tiny sizes, and what their checks find."""
+"""Benchmarks of the ops at tiny sizes, and what their checks find."""
 
 import dataclasses
 import json
@@ -13,6 +13,7 @@ from dsv4_jax.precision import act_format, weight_format
 from dsv4_jax.quant import fp8, nvfp4
 from tests.bench import (
     bench_attention,
+    bench_compressor,
     bench_dense_linear,
     bench_fp8_linear,
     bench_index_topk,
@@ -136,6 +137,27 @@ def test_index_topk_bench_at_tiny_size(form: str, t: int, monkeypatch: pytest.Mo
             bench_index_topk.check(case, operands, wrong)
 
 
+@pytest.mark.parametrize(
+    ("layer", "t", "start"), [("csa", 1, 7), ("csa", 1, 8), ("csa", 9, 0), ("hca", 1, 127)]
+)
+def test_compressor_bench_at_tiny_size(layer: str, t: int, start: int) -> None:
+    """A decoded token, whose window closes or not, and a chunk."""
+    case = bench_compressor.Case(layer, 2, t, start)
+    bench_compressor.measure(case, evict_bytes=0.0, **{**TINY, "sets": 2})
+    written, rest = bench_compressor.make_set(case, 0)
+    got = bench_compressor.call(case, written, *rest)
+    bench_compressor.check(case, got, 0)
+    with pytest.raises(AssertionError, match="state"):
+        bench_compressor.check(case, [new._replace(kv_state=-new.kv_state) for new in got], 0)
+    if case.windows:
+        with pytest.raises(AssertionError, match="of a pool differ"):
+            bench_compressor.check(
+                case,
+                [new._replace(pool=old.pool) for new, old in zip(got, written, strict=True)],
+                0,
+            )
+
+
 def test_steps_between_tokens() -> None:
     """A number of tokens that costs more than half as much again as one beside it."""
     cases = [bench_moe.Case(bench_moe.UNIFORM[0], "mxfp4_w4a8", t) for t in (1, 2, 8)]
@@ -163,6 +185,11 @@ def test_bars_of_the_table() -> None:
     best = {case.name: case.max_us for case in bench_index_topk.CASES}
     assert best["pro mxfp4 n262144 t=32"] == 300 and best["flash fp8 n8192 t=4096"] == 570
     assert "flash mxfp4 n8192 t=1" not in best
+    entries = {case.name: case for case in bench_compressor.CASES}
+    assert entries["csa b=1 t=1 closing"].bars == entries["hca b=1 t=1 open"].bars == (4.0, None)
+    assert entries["hca b=1 t=4096"].bars == (None, 0.55)
+    prefill = 8 * 4096 * 512 + 8 * 128 * 512 + 4 * 128 * 512 + 32 * 583
+    assert entries["hca b=1 t=4096"].launch_bytes == prefill
     moe = {case.name: case.max_us for case in bench_moe.CASES}
     assert moe["flash nvfp4_w4a8 uniform t=8"] == 172.8
     assert moe["pro nvfp4_w4a4 uniform t=1"] == 70 and moe["pro mxfp4_w4a8 zipf t=8"] is None

@@ -24,6 +24,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from dsv4_jax import library
 from dsv4_jax.ops.attention import attention
 from dsv4_jax.ops.cache_write import cache_write
+from dsv4_jax.ops.compressor import CompressorJob, compressor
 from dsv4_jax.ops.dense_linear import dense_linear
 from dsv4_jax.ops.fp8_linear import fp8_linear
 from dsv4_jax.ops.index_topk import index_topk
@@ -149,6 +150,29 @@ def stored_keys(s_: int) -> tuple[Spec, ...]:
     return s(f"2 {s_} 64", E4M3), s(f"2 {s_} 1", UE8M0), s(f"2 {s_} 32")
 
 
+def compressor_call(index: bool, ratio: int = 4) -> RawCall:
+    """Two rows of three tokens: keys of 64 + 32 channels, MXFP4 index keys of 64."""
+    halves = 2 if ratio == 4 else 1
+    operands: list[Spec] = [s("2", I32), s("2", I32), s("16", F32)]
+    results: list[Spec] = []
+    for d, pool in ((96, stored_keys(10)), (64, (s("2 10 64", E2M1), s("2 10 2", UE8M0)))):
+        n = halves * d
+        operands += [s(f"2 3 {n}", F32)] * 2 + [s(f"{ratio} {n}", F32), s(f"{d}")]
+        written = [s(f"2 {halves * ratio} {n}", F32)] * 2 + list(pool)
+        operands += written
+        results += written
+        if not index:
+            break
+    attributes = {
+        "abi": ABI,
+        "ratio": np.int32(ratio),
+        "form0": np.int32(1),
+        "form1": np.int32(2 if index else 0),
+        "eps": np.float32(1e-6),
+    }
+    return RawCall("compressor", tuple(operands), tuple(results), attributes)
+
+
 NVFP4_MOE = moe_call(3, 2, lambda n, k: s(f"2 {n} {k // 16}", E4M3), lambda n, k: s("2", F32))
 SCRATCH = s("33536", U8)  # of the linears below: 128 tokens of 128 inputs
 SEVERAL = RawCall(
@@ -210,6 +234,7 @@ TARGETS = {
             (s("2 3 5", I32), s("2 3 10", F32), s("240", U8)),  # scratch of exactly the size
             {"abi": ABI},
         ),
+        compressor_call(True),
         moe_call(2, 1, lambda n, k: s(f"2 {n} {k // 32}", UE8M0)),
         RawCall(
             "dense_linear",
@@ -260,6 +285,11 @@ def _nine_weights(call: RawCall) -> RawCall:
 def _less_scratch(call: RawCall) -> RawCall:
     """A byte less than needed."""
     return result(1, str(call.results[1].shape[0] - 1), U8)(call)
+
+
+def alone(mutation: Mutation) -> Mutation:
+    """Of the compressor's call with one job, as HCA has it."""
+    return lambda call: mutation(compressor_call(False, 16))
 
 
 LAYER = "the FFI layer"  # speaks first, and without the name of the op
@@ -534,6 +564,160 @@ SHAPES: list[tuple[str, str, Mutation, str]] = [
     ("index_topk", "scratch-dtype", result(2, "240", I32), "scratch must be uint8, got int32"),
     ("index_topk", "scratch-small", result(2, "239", U8), r"scratch must be at least \[240\], got"),
     ("index_topk", "scratch-rank", result(2, "1 240", U8), r"scratch must be .*got \[1, 240\]"),
+    ("compressor", "start-rank", operand(0, "2 1", I32), r"start must be \[b\], got \[2, 1\]"),
+    ("compressor", "start-dtype", operand(0, "2", F32), "start must be int32, got float32"),
+    ("compressor", "count-shape", operand(1, "3", I32), r"count must be \[2\], got \[3\]"),
+    ("compressor", "count-dtype", operand(1, "2", I16), "count must be int32, got another dtype"),
+    ("compressor", "frequencies-rank", operand(2, "1 16", F32), r"frequencies must be \[f\], got"),
+    ("compressor", "frequencies-dtype", operand(2, "16"), "frequencies must be float32, got"),
+    (
+        "compressor",
+        "frequencies-length",
+        operand(2, "15", F32),
+        r"job 0 norm must have a multiple of 64 and the rotary 30 channels.*got \[96\]",
+    ),
+    (
+        "compressor",
+        "frequencies-too-many",
+        operand(2, "49", F32),
+        r"job 0 norm must have a multiple of 64 and the rotary 98 channels.*got \[96\]",
+    ),
+    ("compressor", "kv-rank", operand(3, "6 192", F32), r"job 0 kv must be \[b, t, c \* d\], got"),
+    (
+        "compressor",
+        "kv-batch",
+        operand(3, "3 3 192", F32),
+        r"job 0 kv must be \[2, 3, 192\], got \[3, 3, 192\]",
+    ),
+    ("compressor", "kv-dtype", operand(3, "2 3 192"), "job 0 kv must be float32, got bfloat16"),
+    (
+        "compressor",
+        "gate-shape",
+        operand(4, "2 4 192", F32),
+        r"job 0 gate must be \[2, 3, 192\], got \[2, 4, 192\]",
+    ),
+    (
+        "compressor",
+        "ape-shape",
+        operand(5, "3 192", F32),
+        r"job 0 ape must be \[4, 192\], got \[3, 192\]",
+    ),
+    ("compressor", "norm-rank", operand(6, "1 96"), r"job 0 norm must be \[d\], got \[1, 96\]"),
+    ("compressor", "norm-dtype", operand(6, "96", F32), "job 0 norm must be bfloat16, got float32"),
+    (
+        "compressor",
+        "norm-width",
+        operand(6, "98"),
+        r"job 0 norm must have a multiple of 64 .*a multiple of 4 and at most 512, got \[98\]",
+    ),
+    (
+        "compressor",
+        "norm-too-wide",
+        operand(6, "608"),
+        r"job 0 norm must have .*at most 512, got \[608\]",
+    ),
+    (
+        "compressor",
+        "state-rank",
+        operand(7, "16 192", F32),
+        r"job 0 kv_state must be \[b, ring, c \* d\] .*at least 8, got \[16, 192\]",
+    ),
+    (
+        "compressor",
+        "state-too-short",
+        all_of(operand(7, "2 7 192", F32), operand(8, "2 7 192", F32)),
+        r"job 0 kv_state must be .*ring of at least 8, got \[2, 7, 192\]",
+    ),
+    (
+        "compressor",
+        "state-of-gates",
+        operand(8, "2 9 192", F32),
+        r"job 0 gate_state must be \[2, 8, 192\], got \[2, 9, 192\]",
+    ),
+    (
+        "compressor",
+        "pool-rank",
+        operand(9, "20 64", E4M3),
+        r"job 0 pool must be \[b, s, ...\], got",
+    ),
+    (
+        "compressor",
+        "pool-batch",
+        operand(9, "3 10 64", E4M3),
+        r"job 0 nope must be \[2, 10, 64\], got \[3, 10, 64\]",
+    ),
+    (
+        "compressor",
+        "pool-dtype",
+        operand(9, "2 10 64", U8),
+        "job 0 nope must be float8_e4m3fn, got",
+    ),
+    (
+        "compressor",
+        "pool-scale",
+        operand(10, "2 10 2", UE8M0),
+        r"job 0 scale must be \[2, 10, 1\], got \[2, 10, 2\]",
+    ),
+    ("compressor", "pool-rope", operand(11, "2 9 32"), r"job 0 rope must be \[2, 10, 32\], got"),
+    (
+        "compressor",
+        "second-tokens",
+        all_of(operand(12, "2 4 128", F32), operand(13, "2 4 128", F32)),
+        r"job 1 kv must be \[2, 3, 128\], got \[2, 4, 128\]",
+    ),
+    (
+        "compressor",
+        "index-width",
+        operand(15, "48"),
+        r"job 1 norm must have a power of two of channels, 32..128, .*got \[48\]",
+    ),
+    (
+        "compressor",
+        "index-form",
+        attributes(form1=np.int32(3)),
+        "job 1 key must be float8_e4m3fn, got float4_e2m1fn",
+    ),
+    (
+        "compressor",
+        "index-scale",
+        operand(19, "2 10 1", UE8M0),
+        r"job 1 scale must be \[2, 10, 2\], got \[2, 10, 1\]",
+    ),
+    ("compressor", "ratio", attributes(ratio=np.int32(0)), "ratio must be 1..128, got 0"),
+    (
+        "compressor",
+        "ratio-too-long",
+        attributes(ratio=np.int32(129)),
+        "ratio must be 1..128, got 129",
+    ),
+    (
+        "compressor",
+        "ratio-of-index-keys",
+        alone(all_of(attributes(form0=np.int32(2)), first(operands=11, results=4))),
+        "job 0 index keys must have ratio 4, got 16",
+    ),
+    ("compressor", "form", attributes(form0=np.int32(0)), "form0 and form1 must be .*got 0 and 2"),
+    ("compressor", "operands-too-few", first(operands=19), "must have 17 operands .*got 16 and 9"),
+    ("compressor", "results-too-few", first(results=8), "must have 17 operands .*got 17 and 8"),
+    ("compressor", "operands-none", first(operands=2), LAYER),
+    (
+        "compressor",
+        "result-shape",
+        result(0, "2 9 192", F32),
+        r"result job 0 kv_state must be \[2, 8, 192\], got \[2, 9, 192\]",
+    ),
+    (
+        "compressor",
+        "result-dtype",
+        result(7, "2 10 64", E4M3),
+        "result job 1 key must be float4_e2m1fn, got float8_e4m3fn",
+    ),
+    (
+        "compressor",
+        "alone-too-short",
+        alone(all_of(operand(7, "2 15 96", F32), operand(8, "2 15 96", F32))),
+        r"job 0 kv_state must be .*ring of at least 16, got \[2, 15, 96\]",
+    ),
     ("rmsnorm_nvfp4", "x-rank", operand(0, "96"), r"x must be \[t, d\], got \[96\]"),
     ("rmsnorm_nvfp4", "x-rank-3", operand(0, "1 3 32"), r"x must be \[t, d\], got \[1, 3, 32\]"),
     (
@@ -1464,6 +1648,20 @@ LARGE: list[tuple[Callable[..., Any], tuple[Spec, ...], list[tuple[int, ...]]]] 
         (s("1 1048576 4096", E2M1), s("1 1048576 4096", E2M1), s("1 1048576", I32)),
         [(1, 1 << 20, 4096)],
     ),
+    (
+        lambda nope, scale, rope, kv, ape, norm, state, start: compressor(
+            [CompressorJob(kv, kv, ape, norm, state, state, KvRows(nope, scale, rope))],
+            *(start, start, np.ones(32, np.float32)),
+            ratio=4,
+            eps=1e-6,
+        ),
+        (
+            *(s("1 5242880 448", E4M3), s("1 5242880 7", UE8M0), s("1 5242880 64")),
+            *(s("1 2097160 1024", F32), s("4 1024", F32), s("512"), s("1 8 1024", F32)),
+            s("1", I32),
+        ),
+        [*[(1, 8, 1024)] * 2, (1, 5242880, 448), (1, 5242880, 7), (1, 5242880, 64)],
+    ),
     (dense_linear, (s("65536 32784"), s("16384 32784")), [(65536, 16384)]),
     (
         lambda x, *w: fp8_linear(x, *w, act="bfloat16"),
@@ -1484,6 +1682,8 @@ LARGE: list[tuple[Callable[..., Any], tuple[Spec, ...], list[tuple[int, ...]]]] 
 LARGE_IDS = [
     *("A23-rmsnorm_nvfp4", "A23-router", "A23-moe", "A23-attention", "A23-index_topk"),
     *("A23-cache_write", "A23-cache_write-packed"),
+    *("A23-rmsnorm_nvfp4", "A23-router", "A23-moe", "A23-attention", "A23-cache_write"),
+    *("A23-cache_write-packed", "A23-compressor"),
     *("A23-dense_linear", "A23-fp8_linear", "A23-mxfp4_linear", "A23-nvfp4_linear"),
 ]
 

@@ -15,7 +15,7 @@ import pytest
 
 from dsv4_jax.ops.attention import attention
 from dsv4_jax.ops.cache_write import cache_write
-from dsv4_jax.ops.compressor import compressor
+from dsv4_jax.ops.compressor import CompressorJob, compressor
 from dsv4_jax.ops.dense_linear import dense_linear, dense_linears
 from dsv4_jax.ops.fp8_linear import fp8_linear
 from dsv4_jax.ops.hadamard import hadamard
@@ -193,16 +193,25 @@ def _moe(
 
 
 def _compressor(
-    kv: Any = s("2 9 32", F32),
-    gate: Any = s("2 9 32", F32),
-    kv_state: Any = s("2 8 32", F32),
-    gate_state: Any = s("2 8 32", F32),
+    kv: Any = s("2 9 192", F32),
+    gate: Any = s("2 9 192", F32),
+    ape: Any = s("4 192", F32),
+    norm: Any = s("96"),
+    kv_state: Any = s("2 8 192", F32),
+    gate_state: Any = s("2 8 192", F32),
     start: Any = s("2", I32),
     count: Any = s("2", I32),
+    frequencies: Any = s("16", F32),
     ratio: int = 4,
+    jobs: int = 1,
+    index: Any = None,
+    dtype: Any = BF16,
+    **parts: Any,
 ) -> Any:
-    op = lambda *a: compressor(*a, ratio=ratio)  # noqa: E731
-    return jax.eval_shape(op, kv, gate, kv_state, gate_state, start, count)
+    pool = _store("2 10", parts, "pool") if index is None else index
+    job = CompressorJob(kv, gate, ape, norm, kv_state, gate_state, pool)
+    op = lambda *a: compressor(*a, ratio=ratio, eps=EPS, dtype=dtype)  # noqa: E731
+    return jax.eval_shape(op, [job] * jobs, start, count, frequencies)
 
 
 def _index_topk(
@@ -334,13 +343,18 @@ RANK: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_moe, "w1 weight", {"w1_weight": s("64 96", E2M1)}),
     (_moe, "valid", {"valid": s("5 1", jnp.bool_)}),
     (_moe, "shared", {"shared": s("1 5 96")}),
-    (_compressor, "kv", {"kv": s("9 32", F32)}),
+    (_compressor, "kv", {"kv": s("9 192", F32)}),
+    (_compressor, "ape", {"ape": s("192", F32)}),
+    (_compressor, "norm", {"norm": s("1 96")}),
+    (_compressor, "gate_state", {"gate_state": s("8 192", F32)}),
+    (_compressor, "pool codes", {"pool_nope": s("10 64", E4M3)}),
     (_compressor, "start", {"start": s("", I32)}),
     (_index_topk, "q", {"q": s("6 4 32", E2M1)}),
     (_index_topk, "q scale", {"q_scale": s("6 4 1", UE8M0)}),
     (_index_topk, "weight", {"weight": s("6 4")}),
     (_index_topk, "keys", {"key": s("200 32", E2M1)}),
     (_index_topk, "keys scale", {"scale": s("2 100", UE8M0)}),
+    (_compressor, "frequencies", {"frequencies": s("1 16", F32)}),
     (_index_topk, "n_visible", {"n_visible": s("6", I32)}),
     (_attention, "q", {"q": s("6 4 96")}),
     (_attention, "ring nope", {"ring_nope": s("8 64", E4M3)}),
@@ -467,15 +481,45 @@ AXIS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
         r"w1, w3 must be \[e, i, d\] and w2 \[e, d, i\], got \[4, 64, 96\], \[4, 32, 96\]",
         {"w3_weight": s("4 32 96", E2M1), "w3_scale": s("4 32 3", UE8M0)},
     ),
-    (_compressor, "kv, gate and the states must agree", {"gate": s("2 8 32", F32)}),
-    (_compressor, "kv, gate and the states must agree", {"kv_state": s("2 8 31", F32)}),
+    (_compressor, r"gate must be \[2, 9, 192\], got \[2, 8, 192\]", {"gate": s("2 8 192", F32)}),
+    (_compressor, r"kv must be \[2, 9, 192\], got \[2, 9, 96\]", {"kv": s("2 9 96", F32)}),
+    (_compressor, r"ape must be \[4, 192\], got \[3, 192\]", {"ape": s("3 192", F32)}),
     (
         _compressor,
-        "kv, gate and the states must agree",
-        {"kv_state": s("3 8 32", F32), "gate_state": s("3 8 32", F32)},
+        r"kv_state must be \[2, 8, 192\], got \[2, 8, 191\]",
+        {"kv_state": s("2 8 191", F32)},
     ),
-    (_compressor, r"start must be \[2\] .*got \[3\]", {"start": s("3", I32)}),
-    (_compressor, "at least 128 rows for ratio 128, got 8", {"ratio": 128}),
+    (
+        _compressor,
+        r"gate_state must be \[2, 8, 192\], got \[2, 9, 192\]",
+        {"gate_state": s("2 9 192", F32)},
+    ),
+    (
+        _compressor,
+        "kv_state must hold at least 8 rows for ratio 4, got 7",
+        {name: s("2 7 192", F32) for name in ("kv_state", "gate_state")},
+    ),
+    (_compressor, r"start must be \[2\], got \[3\]", {"start": s("3", I32)}),
+    (_compressor, r"pool codes must be \[2, 10, 64\], got", {"pool_nope": s("3 10 64", E4M3)}),
+    (_compressor, r"pool rope must be \[2, 10, 32\], got", {"pool_rope": s("2 10 30")}),
+    (
+        _compressor,
+        "norm must have at least the 98 rotary channels, got 96",
+        {"frequencies": s("49", F32)},
+    ),
+    (
+        _compressor,
+        "pool must have a scale with codes and with nothing else, got one with bfloat16",
+        {"pool_nope": s("2 10 64")},
+    ),
+    (
+        _compressor,
+        "pool must have a scale .*got none with float4_e2m1fn",
+        {"index": IndexRows(s("2 10 96", E2M1), None)},
+    ),
+    (_compressor, r"jobs must be 1..2, got 3", {"jobs": 3}),
+    (_compressor, r"jobs must be 1..2, got 0", {"jobs": 0}),
+    (_compressor, r"jobs\[0\] ape must be", {"jobs": 2, "ape": s("3 192", F32)}),
     (_compressor, "ratio must be at least 1, got 0", {"ratio": 0}),
     (_index_topk, r"weight and n_visible must be \[2, 3, 4\]", {"weight": s("2 3 3")}),
     (_index_topk, r"weight and n_visible must be .*got .* \[2, 4\]", {"n_visible": s("2 4", I32)}),
@@ -648,7 +692,18 @@ DTYPE: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_moe, "dtype must be .*got float16", {"dtype": F16}),
     (_moe, "w1 weight must be float4_e2m1fn, got uint8", {"w1_weight": s("4 64 48", U8)}),
     (_moe, "w2 scale must be float8_e8m0fnu, got uint8", {"w2_scale": s("4 96 2", U8)}),
-    (_compressor, "gate must be float32, got bfloat16", {"gate": s("2 9 32")}),
+    (_compressor, "gate must be float32, got bfloat16", {"gate": s("2 9 192")}),
+    (_compressor, "kv_state must be float32, got bfloat16", {"kv_state": s("2 8 192")}),
+    (_compressor, "norm must be bfloat16 or float32, got float16", {"norm": s("96", F16)}),
+    (_compressor, "frequencies must be float32, got bfloat16", {"frequencies": s("16")}),
+    (
+        _compressor,
+        "pool codes must be float8_e4m3fn or .*got uint8",
+        {"pool_nope": s("2 10 64", U8)},
+    ),
+    (_compressor, "pool rope must be bfloat16, got float32", {"pool_rope": s("2 10 32", F32)}),
+    (_compressor, "pool scale must be float8_e8m0fnu, got uint8", {"pool_scale": s("2 10 1", U8)}),
+    (_compressor, "dtype must be bfloat16 or float32, got float16", {"dtype": F16}),
     (_compressor, "count must be int32 or int64, got float32", {"count": s("2", F32)}),
     (_index_topk, "q must be float4_e2m1fn or .*got uint8", {"q": s("2 3 4 32", U8)}),
     (_index_topk, "keys must be float4_e2m1fn, got float8_e4m3fn", {"key": s("2 100 32", E4M3)}),
@@ -733,9 +788,8 @@ GROUPS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     ),
     (
         _compressor,
-        "even last axis for ratio 4, got 31",
-        {name: s("2 9 31", F32) for name in ("kv", "gate")}
-        | {name: s("2 8 31", F32) for name in ("kv_state", "gate_state")},
+        "pool must have a power of two of channels, at least 32, got 96",
+        {"index": IndexRows(s("2 10 96", E2M1), s("2 10 3", UE8M0))},
     ),
 ]
 SCALES: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
@@ -751,6 +805,7 @@ SCALES: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
         {"scale": s("2 100 2", UE8M0)},
     ),
     (_index_topk, r"q scale must be \[2, 3, 4, 1\] .*got", {"q_scale": s("2 3 4 2", UE8M0)}),
+    (_compressor, r"pool scale must be \[2, 10, 1\], got", {"pool_scale": s("2 10 2", UE8M0)}),
     (_attention, r"ring scale must be .*got \[2, 8, 2\]", {"ring_scale": s("2 8 2", UE8M0)}),
     (_attention, r"pool scale must be .*got \[2, 255, 1\]", {"pool_scale": s("2 255 1", UE8M0)}),
 ]

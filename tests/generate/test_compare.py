@@ -82,8 +82,7 @@ def test_every_module_is_there() -> None:
         *("attn/wq_a", "attn/q_norm", "attn/wq_b", "attn/wkv", "attn/kv_norm"),
     ]
     compressed = [
-        *("attn/compressor/norm", "attn/compressor"),
-        *("attn/indexer/compressor/norm", "attn/indexer/compressor"),
+        *("attn/compressor", "attn/indexer/compressor"),
         *("attn/indexer/wq_b", "attn/indexer:picks"),
     ]
     rest = [

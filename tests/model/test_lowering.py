@@ -22,10 +22,13 @@ from dsv4_jax import DeepseekV4, ModelConfig, Precision, library
 from dsv4_jax.checkpoint.names import expected_tree
 from dsv4_jax.config import LayerKind
 from dsv4_jax.generate import _decode, _decode_and_sample, _Settings
-from dsv4_jax.model import attention, compressor, indexer
+from dsv4_jax.model import attention, indexer
+from dsv4_jax.ops._compressor_jax import compressor_jax
 from dsv4_jax.ops._index_topk_jax import index_topk_jax
 from dsv4_jax.ops.attention import attention as attention_op
 from dsv4_jax.ops.cache_write import cache_write
+from dsv4_jax.ops.compressor import Compressed, CompressorJob
+from dsv4_jax.ops.compressor import compressor as compressor_op
 from dsv4_jax.ops.dense_linear import dense_linear
 from dsv4_jax.ops.fp8_linear import fp8_linear
 from dsv4_jax.ops.index_topk import index_topk
@@ -44,8 +47,8 @@ SWA, HCA, CSA = LayerKind.SWA, LayerKind.HCA, LayerKind.CSA
 WRITES: dict[LayerKind | None, Counter[str]] = {
     None: Counter(),
     SWA: Counter(cache_write=1),  # window
-    HCA: Counter(cache_write=3),  # window, pool, compressor state
-    CSA: Counter(cache_write=5),  # window, pool, state, index keys, the indexer's state
+    HCA: Counter(cache_write=1, compressor=1),  # window; pool and state
+    CSA: Counter(cache_write=1, compressor=1),  # the indexer's pool and state in the same call
 }
 ONE_EACH = Counter(attention=1, router=1, moe=1)
 DENSE: dict[LayerKind | None, Counter[str]] = {
@@ -79,6 +82,8 @@ CALLS = {"official": _calls("fp8_linear"), "nvfp4": _calls("nvfp4_linear")}
 ALIASES: dict[str, Callable[[int], dict[int, int]]] = {
     "attention": lambda n: {},
     "cache_write": lambda n: {i: 1 + i for i in range(n)},
+    # Behind lengths and frequencies, four operands of a job and then what it writes.
+    "compressor": lambda n: {i: i + (7 if i < 5 else 11) for i in range(n)},
     "dense_linear": lambda n: {},
     "fp8_linear": lambda n: {},
     "index_topk": lambda n: {},
@@ -545,6 +550,17 @@ LARGE = {
             *(typed(jnp.float32, 8, 512, 64), store(1 << 18), typed(jnp.int32, 8, 512)),
         ),
     ),
+    "compressor": (
+        lambda start, *job: compressor_op(
+            [CompressorJob(*job)], start, start, np.ones(32, np.float32), ratio=128, eps=1e-6
+        ),
+        (
+            *(typed(jnp.int32, 8), typed(jnp.float32, 8, 8192, 512)),
+            *(typed(jnp.float32, 8, 8192, 512), typed(jnp.float32, 128, 512), bf16(512)),
+            *(typed(jnp.float32, 8, 128, 512), typed(jnp.float32, 8, 128, 512)),
+            keys(8, 1 << 13),
+        ),
+    ),
     "moe": (
         lambda *operands: moe(*operands, linear="mxfp4_w4a8", limit=10.0, dtype=jnp.bfloat16),
         (
@@ -604,11 +620,14 @@ def test_an_op_alone_is_its_call(op: str) -> None:
 
 
 def wrong_step(
-    monkeypatch: pytest.MonkeyPatch, write: Callable[..., Any], donate: bool = True
+    monkeypatch: pytest.MonkeyPatch,
+    write: Callable[..., Any] = cache_write,
+    compress: Callable[..., Any] = compressor_op,
+    donate: bool = True,
 ) -> Program:
-    """The step with another `cache_write`, traced afresh."""
-    for module in (attention, compressor, indexer):
-        monkeypatch.setattr(module, "cache_write", write)
+    """The step with another `cache_write` or `compressor`, traced afresh."""
+    monkeypatch.setattr(attention, "cache_write", write)
+    monkeypatch.setattr(attention, "compressor", compress)
 
     def step(**arguments: Any) -> Any:
         return _decode.__wrapped__(**arguments)
@@ -618,46 +637,93 @@ def wrong_step(
     return Program(traced.lower(lowering_platforms=("cuda",)))
 
 
+STATIC = ("ratio", "eps", "dtype")  # of `compressor`
+
+
+def fresh(op: Any, static: tuple[str, ...] = ()) -> Any:
+    """A jit of its own of an op, which no trace of the right one meets."""
+
+    def function(*operands: Any, **settings: Any) -> Any:
+        return op.__wrapped__(*operands, **settings)
+
+    function.__name__ = op.__name__
+    return jax.jit(function, static_argnames=static)
+
+
+def in_jax(jobs: Any, *lengths: Any, ratio: int, eps: float, dtype: Any) -> Any:
+    """`compressor` without its call, updates by scatters."""
+    done = []
+    for job in jobs:
+        settings = {"ratio": ratio, "eps": eps, "dtype": dtype}
+        operands = (*job[:4], job[4:6], job.pool, *lengths)
+        (kv_state, gate_state), pool = compressor_jax(*operands, **settings)
+        done.append(Compressed(kv_state, gate_state, pool))
+    return done
+
+
+def leaves_of(cache: Any, *names: str) -> int:
+    """Arrays of the named parts of all layers."""
+    return len(jax.tree.leaves([[getattr(layer, n) for n in names] for layer in cache.layers]))
+
+
+ENTRIES = ("pool", "state", "index", "index_state")
+
+
 def test_a_scatter_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     program = wrong_step(monkeypatch, jax.jit(reference_cache_write.cache_write))
     cache = cache_of("nvfp4")
     assert len(wrong_calls(program, expected_calls("nvfp4"))) == LAYERS
     copied = copied_leaves(program, cache)
-    assert len(copied) == len(jax.tree.leaves(cache.layers))
+    assert len(copied) == leaves_of(cache, "window")
     assert all(problem.endswith("from stablehlo.scatter") for problem in copied)
-    # Calls of one shape share a function: the window's, and those of a CSA and of an HCA layer.
-    assert len(cache_updates(program, cache)) == 3 + 9 + 5
-    # Named as the op is, so held to what the op promises; only pools exceed 1 MB.
-    assert heavy_remains(program)
-    assert all(p.startswith("cache_write: stablehlo.scatter") for p in heavy_remains(program))
+    assert len(cache_updates(program, cache)) == 3  # calls of one shape share a function
 
 
-def test_a_lost_alias_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entries_by_xla_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    scatter = jax.jit(reference_cache_write.cache_write)
+    monkeypatch.setattr("dsv4_jax.ops._compressor_jax.cache_write", scatter)
+    program = wrong_step(monkeypatch, compress=jax.jit(in_jax, static_argnames=STATIC))
+    cache = cache_of("nvfp4")
+    assert len(wrong_calls(program, expected_calls("nvfp4"))) == 2  # CSA and HCA
+    copied = copied_leaves(program, cache)
+    assert len(copied) == leaves_of(cache, *ENTRIES)
+    assert all(problem.endswith("from stablehlo.scatter") for problem in copied)
+    assert len(cache_updates(program, cache)) == leaves_of(cache, *ENTRIES)
+
+
+@pytest.mark.parametrize(
+    ("op", "parts", "calls"), [("cache_write", ("window",), 4), ("compressor", ENTRIES, 2)]
+)
+def test_a_lost_alias_is_found(
+    monkeypatch: pytest.MonkeyPatch, op: str, parts: tuple[str, ...], calls: int
+) -> None:
     call = library.call
-    drop = lambda *operands, aliases=None, **rest: call(*operands, **rest)  # noqa: E731
+
+    def drop(name: str, *operands: Any, aliases: Any = None, **rest: Any) -> Any:
+        return call(name, *operands, aliases=None if name == op else aliases, **rest)
+
     monkeypatch.setattr(library, "call", drop)
-
-    def fresh(cache: Any, rows: Any, slots: Any) -> Any:
-        return cache_write.__wrapped__(cache, rows, slots)
-
-    fresh.__name__ = "cache_write"
-    program = wrong_step(monkeypatch, jax.jit(fresh))
+    settings = {"write": fresh(cache_write), "compress": fresh(compressor_op, STATIC)}
+    program = wrong_step(monkeypatch, **settings)
     assert wrong_calls(program, expected_calls("nvfp4")) == []
-    writes = sum(call.op == "cache_write" for call in program.calls())
-    assert len(wrong_contracts(program)) == writes == 10
+    assert len(wrong_contracts(program)) == calls
     problems = copied_leaves(program, cache_of("nvfp4"))
-    assert len(problems) == len(jax.tree.leaves(cache_of("nvfp4").layers))
+    assert len(problems) == leaves_of(cache_of("nvfp4"), *parts)
     assert all(problem.endswith("from stablehlo.custom_call") for problem in problems)
 
 
-def test_an_inlined_call_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    program = wrong_step(monkeypatch, cache_write.__wrapped__)
+@pytest.mark.parametrize(("op", "calls"), [("cache_write", 4), ("compressor", 2)])
+def test_an_inlined_call_is_found(monkeypatch: pytest.MonkeyPatch, op: str, calls: int) -> None:
+    if op == "cache_write":
+        program = wrong_step(monkeypatch, cache_write.__wrapped__)
+    else:
+        program = wrong_step(monkeypatch, compress=compressor_op.__wrapped__)
     assert wrong_calls(program, expected_calls("nvfp4")) == []
-    assert wrong_contracts(program) == ["cache_write: called from main"] * 10
+    assert wrong_contracts(program) == [f"{op}: called from main"] * calls
 
 
 def test_a_missing_donation_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    program = wrong_step(monkeypatch, cache_write, donate=False)
+    program = wrong_step(monkeypatch, donate=False)
     cache = cache_of("nvfp4")
     problems = copied_leaves(program, cache)
     assert len(problems) == len(jax.tree.leaves(cache))
@@ -675,7 +741,7 @@ def test_a_dequantised_store_is_found(monkeypatch: pytest.MonkeyPatch, store: st
         return o if rows is None else o + jnp.max(kv_dequant(rows, q.dtype))
 
     monkeypatch.setattr(attention, "attention", wrong)
-    program = wrong_step(monkeypatch, cache_write)
+    program = wrong_step(monkeypatch)
     found = widened_keys(program, cache_of("nvfp4"))
     assert wrong_calls(program, expected_calls("nvfp4")) == []
     assert any(problem.endswith("x448xbf16>") for problem in found), found
@@ -704,24 +770,26 @@ def test_a_dequantised_index_is_found(monkeypatch: pytest.MonkeyPatch, what: str
 def test_swapped_leaves_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two arrays of one shape: each must come back as itself."""
 
-    def swapped(cache: Any, rows: Any, slots: Any) -> Any:
-        parts, structure = jax.tree.flatten(cache_write(cache, rows, slots))
-        if len(parts) == 2 and parts[0].shape == parts[1].shape:
-            parts.reverse()
-        return jax.tree.unflatten(structure, parts)
+    def swapped(*operands: Any, **settings: Any) -> Any:
+        written = compressor_op(*operands, **settings)
+        return [Compressed(new.gate_state, new.kv_state, new.pool) for new in written]
 
-    problems = copied_leaves(wrong_step(monkeypatch, swapped), cache_of("nvfp4"))
+    program = wrong_step(monkeypatch, compress=swapped)
+    problems = copied_leaves(program, cache_of("nvfp4"))
     assert len(problems) == 6  # kv and gate of three compressor states
     assert all("state" in problem for problem in problems)
 
 
 def test_work_beside_the_call_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def padded(cache: Any, rows: Any, slots: Any) -> Any:
-        written = cache_write.__wrapped__(cache, rows, slots)
-        return jax.tree.map(lambda part: part.at[0, 0, 0].set(part[0, 1, 0]), written)
+    """A pool that is written once more, inside of the op."""
 
-    padded.__name__ = "cache_write"
-    program = wrong_step(monkeypatch, jax.jit(padded))
+    def padded(*operands: Any, **settings: Any) -> Any:
+        written = compressor_op.__wrapped__(*operands, **settings)
+        touch = lambda x: x.at[0, 0, 0].set(x[0, 1, 0])  # noqa: E731
+        return [new._replace(pool=jax.tree.map(touch, new.pool)) for new in written]
+
+    padded.__name__ = "compressor"
+    program = wrong_step(monkeypatch, compress=jax.jit(padded, static_argnames=STATIC))
     assert wrong_calls(program, expected_calls("nvfp4")) == []
     assert wrong_contracts(program) == []
     assert heavy_remains(program)

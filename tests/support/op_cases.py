@@ -15,7 +15,7 @@ import numpy as np
 
 from dsv4_jax.ops.attention import attention
 from dsv4_jax.ops.cache_write import cache_write
-from dsv4_jax.ops.compressor import compressor
+from dsv4_jax.ops.compressor import CompressorJob, compressor
 from dsv4_jax.ops.dense_linear import dense_linear, dense_linears
 from dsv4_jax.ops.fp8_linear import fp8_linear
 from dsv4_jax.ops.hadamard import hadamard
@@ -201,27 +201,39 @@ def _moe(linear: Any, shared: bool = False) -> OpCase:
     )
 
 
-def _compressor(ratio: int) -> OpCase:
-    halves = 2 if ratio == 4 else 1
-    t, ring, width = ratio + 3, halves * ratio, halves * 16
+def _compressor(ratio: int, dtype: Any = jnp.bfloat16) -> OpCase:
+    """CSA's two jobs, HCA's one; every row has states and pools of its own."""
+    halves, rotary = 2 if ratio == 4 else 1, 32
+    t, ring, slots = ratio + 3, halves * ratio, 8
     count = np.random.default_rng(5).integers(0, t + 1, MAX_ROWS)
     start = np.random.default_rng(6).integers(0, 3 * ratio, MAX_ROWS)
+    frequencies = (10000.0 ** -(np.arange(rotary // 2) / 16)).astype(np.float32)
+    form = "fp8" if dtype == jnp.bfloat16 else "float32"
+    pools: list[Any] = [kv_quant(normal(4, MAX_ROWS, slots, 96), rotary, form)]
+    if ratio == 4:
+        pools.append(index_quant(normal(5, MAX_ROWS, slots, 64), "mxfp4"))
+    widths = (96, 64)[: len(pools)]
+    constants = [
+        (normal(6, ratio, halves * d), (1 + normal(7, d, scale=0.1)).astype(dtype)) for d in widths
+    ]
+    rows: list[Any] = [jnp.asarray(start, jnp.int32), jnp.asarray(count, jnp.int32)]
+    for seed, d in enumerate(widths):
+        rows += [normal(10 * seed + i, MAX_ROWS, t, halves * d) for i in (20, 21)]
+        rows += [normal(10 * seed + i, MAX_ROWS, ring, halves * d) for i in (22, 23)]
+    parts, structure = jax.tree.flatten(pools)
+    rows += parts
 
-    def fn(*rows: jax.Array) -> Any:
-        entry, window, closed = compressor(*rows, ratio=ratio)
-        return jnp.where(closed[..., None], entry, 0), window, closed
+    def fn(first: jax.Array, *rest: jax.Array) -> Any:
+        # The argument that takes a NaN comes first, as for all ops.
+        start, count, others = rest[0], rest[1], (first, *rest[2:])
+        stores = jax.tree.unflatten(structure, others[4 * len(pools) :])
+        jobs: list[CompressorJob] = []
+        for i, (constant, store) in enumerate(zip(constants, stores, strict=True)):
+            kv, gate, kv_state, gate_state = others[4 * i : 4 * i + 4]
+            jobs.append(CompressorJob(kv, gate, *constant, kv_state, gate_state, store))
+        return compressor(jobs, start, count, frequencies, ratio=ratio, eps=EPS, dtype=dtype)
 
-    return OpCase(
-        fn,
-        (
-            normal(0, MAX_ROWS, t, width),
-            normal(1, MAX_ROWS, t, width),
-            normal(2, MAX_ROWS, ring, width),
-            normal(3, MAX_ROWS, ring, width),
-            jnp.asarray(start, jnp.int32),
-            jnp.asarray(count, jnp.int32),
-        ),
-    )
+    return OpCase(fn, (rows[2], rows[0], rows[1], *rows[3:]))
 
 
 def _index_topk(form: Any) -> OpCase:
@@ -336,6 +348,7 @@ CASES: dict[str, Callable[[], OpCase]] = {
         "moe-nvfp4_w4a16-shared": lambda: _moe("nvfp4_w4a16", True),
         "compressor-4": lambda: _compressor(4),
         "compressor-128": lambda: _compressor(128),
+        "compressor-4-float32": lambda: _compressor(4, jnp.float32),
         "index_topk-mxfp4": lambda: _index_topk("mxfp4"),
         "index_topk-fp8": lambda: _index_topk("fp8"),
         "index_topk-float32": lambda: _index_topk("float32"),
