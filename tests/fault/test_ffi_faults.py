@@ -1681,9 +1681,7 @@ LARGE: list[tuple[Callable[..., Any], tuple[Spec, ...], list[tuple[int, ...]]]] 
 ]
 LARGE_IDS = [
     *("A23-rmsnorm_nvfp4", "A23-router", "A23-moe", "A23-attention", "A23-index_topk"),
-    *("A23-cache_write", "A23-cache_write-packed"),
-    *("A23-rmsnorm_nvfp4", "A23-router", "A23-moe", "A23-attention", "A23-cache_write"),
-    *("A23-cache_write-packed", "A23-compressor"),
+    *("A23-cache_write", "A23-cache_write-packed", "A23-compressor"),
     *("A23-dense_linear", "A23-fp8_linear", "A23-mxfp4_linear", "A23-nvfp4_linear"),
 ]
 
