@@ -133,13 +133,13 @@ __device__ __forceinline__ int OwnerOf(int row, int splits) {
   return (splits * (row + 1) - 1) / kHeads;
 }
 
-// Sums of a cluster's thread block, over the pairs and the weights: rows of FP32 whose pitch
-// spreads the banks.
+// Value channels of a thread block.
 template <int kParts>
 constexpr int kSumColumns = kChannels / kParts;
-template <int kParts>
-constexpr int kSumPitch = kSumColumns<kParts> + 8;
-static_assert(kHeads * kSumPitch<1> * 4 <= kPairs * kPairBytes + 4 * 128 * 16);
+// Sums of all channels are left over the pairs and the weights: the pitch of their rows of FP32
+// spreads the banks.
+constexpr int kSumPitch = kChannels + 8;
+static_assert(kHeads * kSumPitch * 4 <= kPairs * kPairBytes + 4 * 128 * 16);
 static_assert(offsetof(Shared, weights) == offsetof(Shared, pairs) + kPairs * kPairBytes);
 
 // Where the pairs of the count-th block are, and whether they are there an odd or an even time.
