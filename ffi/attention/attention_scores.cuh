@@ -196,8 +196,8 @@ __device__ __forceinline__ void SendParts(const Args& args, Shared& shared, cons
     const int owner = OwnerOf(row, args.splits);
     const OwnRows rows = RowsOf(owner, args.splits);
     const int at = place.rank * (rows.end - rows.first) + row - rows.first;
-    StoreThere2(AddressIn(SharedAddress(shared.parts) + 8 * at, owner), shared.sums[row],
-                AddressIn(SharedAddress(&shared.sums_full), owner));
+    StoreThere(AddressIn(SharedAddress(shared.parts) + 8 * at, owner), shared.sums[row],
+               AddressIn(SharedAddress(&shared.sums_full), owner));
   }
 }
 

@@ -8,6 +8,7 @@
 
 #include "attention/attention.h"
 #include "common/barrier.cuh"
+#include "common/bf16x2.cuh"
 #include "common/bits.h"
 #include "common/weights.cuh"
 #include "common/wgmma.cuh"
@@ -132,13 +133,13 @@ __device__ __forceinline__ int OwnerOf(int row, int splits) {
   return (splits * (row + 1) - 1) / kHeads;
 }
 
-// Sums of a cluster's thread block, over the pairs and the weights: rows of FP32 whose pitch
-// spreads the banks.
+// Value channels of a thread block.
 template <int kParts>
 constexpr int kSumColumns = kChannels / kParts;
-template <int kParts>
-constexpr int kSumPitch = kSumColumns<kParts> + 8;
-static_assert(kHeads * kSumPitch<1> * 4 <= kPairs * kPairBytes + 4 * 128 * 16);
+// Sums of all channels are left over the pairs and the weights: the pitch of their rows of FP32
+// spreads the banks.
+constexpr int kSumPitch = kChannels + 8;
+static_assert(kHeads * kSumPitch * 4 <= kPairs * kPairBytes + 4 * 128 * 16);
 static_assert(offsetof(Shared, weights) == offsetof(Shared, pairs) + kPairs * kPairBytes);
 
 // Where the pairs of the count-th block are, and whether they are there an odd or an even time.
@@ -161,12 +162,19 @@ __device__ __forceinline__ void SyncClusterRelaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
                    : "memory");
 }
-// 16 bytes into another thread block of the cluster, which counts them on its barrier.
+// 16 or 8 bytes into another thread block of the cluster, which counts them on its barrier.
 __device__ __forceinline__ void StoreThere(uint32_t to, const uint4& v, uint32_t barrier) {
   asm volatile(
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
       "[%5];" ::"r"(to),
       "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
+      : "memory");
+}
+__device__ __forceinline__ void StoreThere(uint32_t to, float2 v, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::
+          "r"(to),
+      "f"(v.x), "f"(v.y), "r"(barrier)
       : "memory");
 }
 // Shared memory of another thread block of the cluster, which counts the bytes on its barrier.
@@ -249,23 +257,9 @@ __device__ __forceinline__ float Exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-__device__ __forceinline__ uint32_t PackBf16(float low, float high) {
-  uint32_t pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-
-// As StoreThere.
-__device__ __forceinline__ void StoreThere2(uint32_t to, float2 v, uint32_t barrier) {
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::
-          "r"(to),
-      "f"(v.x), "f"(v.y), "r"(barrier)
-      : "memory");
-}
 
 // A matrix with the 128-byte swizzle: groups of 8 rows 1024 bytes apart, whichever way it is read.
-// This is the low half of its descriptor; the other is kSwizzled.
+// This is the low half of its descriptor; the other is DSV4_SWIZZLED.
 __device__ __forceinline__ uint32_t Matrix(uint32_t address) {
   return (address & 0x3FFFFu) >> 4 | 64u << 16;
 }
@@ -280,33 +274,23 @@ __device__ __forceinline__ uint32_t Opaque(uint32_t x) {
   return x;
 }
 
-#define DSV4_SUMS_32                                                                       \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
-  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
-#define DSV4_SUMS_OF(d)                                                                           \
-  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
-      "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),    \
-      "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),  \
-      "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),  \
-      "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-
 // d (+)= a . b^T, 64 x 64 x 16, rows of a and of b along their channels.
 template <bool kFirst>
 __device__ __forceinline__ void MultiplyQueryKey(float (&d)[32], uint32_t a, uint32_t b) {
   asm volatile("{\n.reg .b64 a, b;\nmov.b64 a, {%32, " DSV4_SWIZZLED
                "};\nmov.b64 b, {%33, " DSV4_SWIZZLED
-               "};\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " DSV4_SUMS_32
-               ", a, b, %34, 1, 1, 0, 0;\n}"
-               : DSV4_SUMS_OF(d)
+               "};\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" DSV4_SUMS_32
+               "}, a, b, %34, 1, 1, 0, 0;\n}"
+               : DSV4_SUMS_OF_32(d)
                : "r"(a), "r"(b), "n"(kFirst ? 0 : 1));
 }
 
 // d += a . b, 64 x 64 x 16: b's rows are keys, along their channels.
 __device__ __forceinline__ void MultiplyWeightValue(float (&d)[32], const uint4& a, uint32_t b) {
   asm volatile("{\n.reg .b64 b;\nmov.b64 b, {%36, " DSV4_SWIZZLED
-               "};\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " DSV4_SUMS_32
-               ", {%32, %33, %34, %35}, b, 1, 1, 1, 1;\n}"
-               : DSV4_SUMS_OF(d)
+               "};\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" DSV4_SUMS_32
+               "}, {%32, %33, %34, %35}, b, 1, 1, 1, 1;\n}"
+               : DSV4_SUMS_OF_32(d)
                : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b));
 }
 

@@ -68,16 +68,14 @@ __device__ __forceinline__ void Write(const Args& args, const Shared& shared, in
 }
 
 // Leaves a warpgroup's sums as rows of FP32 where the keys were.
-template <int kParts>
-__device__ __forceinline__ void Leave(Shared& shared, int half,
-                                      const float (&o)[kSteps / kParts][32]) {
+__device__ __forceinline__ void Leave(Shared& shared, int half, const float (&o)[kSteps][32]) {
   const int c = threadIdx.x % 4, row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
   float* const sums = reinterpret_cast<float*>(shared.pairs);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float* to = sums + (row + 8 * r) * kSumPitch<kParts> + half * (kSumColumns<kParts> / 2);
+    float* to = sums + (row + 8 * r) * kSumPitch + half * (kChannels / 2);
 #pragma unroll
-    for (int i = 0; i < kSteps / kParts; ++i) {
+    for (int i = 0; i < kSteps; ++i) {
 #pragma unroll
       for (int m = 0; m < 8; ++m) {
         *reinterpret_cast<float2*>(to + i * kChunk + 8 * m + 2 * c) =
@@ -88,14 +86,14 @@ __device__ __forceinline__ void Leave(Shared& shared, int half,
 }
 
 // Adds the sums of a cluster's thread blocks, for this one's share of the rows: a warp a row.
-template <int kParts>
 __device__ __forceinline__ void Combine(const Args& args, Shared& shared, const Place& place,
                                         int token, int tile) {
-  constexpr int kWarps = 8, kAtOnce = kParts == 1 ? 3 : kParts == 2 ? 5 : 9;
+  constexpr int kWarps = 8, kAtOnce = 3;
   const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;  // of Sum's
   const int splits = args.splits;
   const int heads = min(static_cast<int>(args.p.h) - tile * kHeads, kHeads);
-  const int end = min(kHeads * (place.rank + 1) / splits, heads);
+  const OwnRows rows = RowsOf(place.rank, splits);
+  const int end = min(rows.end, heads);
   const uint32_t sums = SharedAddress(shared.pairs), parts = SharedAddress(shared.sums);
   // Ranks are counted from this one on: each starts at another, for one thread block's memory alone
   // would serve them all.
@@ -105,16 +103,16 @@ __device__ __forceinline__ void Combine(const Args& args, Shared& shared, const 
   };
   const uint32_t busy = (1u << splits) - 1;
 #pragma unroll 1
-  for (int row = kHeads * place.rank / splits + warp; row < end; row += kWarps) {
+  for (int row = rows.first + warp; row < end; row += kWarps) {
     const int head = tile * kHeads + row;
     // Lane r weighs rank r.
     float2 part = make_float2(-INFINITY, 0.0f);
     if (lane < splits) part = LoadCluster2(AddressIn(parts + row * 8, lane));
-    float4 total[4 / kParts];
+    float4 total[4];
 #pragma unroll
-    for (int k = 0; k < 4 / kParts; ++k) total[k] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    const uint32_t from = sums + row * kSumPitch<kParts> * 4 + lane * 16;
-    float4 v[kAtOnce][4 / kParts];
+    for (int k = 0; k < 4; ++k) total[k] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    const uint32_t from = sums + row * kSumPitch * 4 + lane * 16;
+    float4 v[kAtOnce][4];
     int ranks[kAtOnce];
     uint32_t left = busy;
     const auto ask = [&] {
@@ -126,11 +124,9 @@ __device__ __forceinline__ void Combine(const Args& args, Shared& shared, const 
         left &= left - 1;
         const uint32_t there = AddressIn(from, rank);
 #pragma unroll
-        for (int k = 0; k < 4 / kParts; ++k) v[i][k] = LoadCluster4(there + 512 * k);
+        for (int k = 0; k < 4; ++k) v[i][k] = LoadCluster4(there + 512 * k);
       }
     };
-    // Where registers hold them, sums are on their way before their weights are known.
-    if (kParts > 1 && busy != 0) ask();
     float largest = part.x;
 #pragma unroll
     for (int i = 8; i > 0; i /= 2) {
@@ -139,17 +135,16 @@ __device__ __forceinline__ void Combine(const Args& args, Shared& shared, const 
     largest = __shfl_sync(0xFFFFFFFFu, largest, 0);
     const float weight = lane < splits ? Exp2(__fsub_rn(part.x, largest)) : 0.0f;
     float sum = Exp2(__fsub_rn(shared.sinks[row], largest));
-    bool asked = kParts > 1;
 #pragma unroll 1
-    for (bool more = busy != 0; more; asked = false) {
-      if (!asked) ask();
+    for (bool more = busy != 0; more;) {
+      ask();
       more = left != 0;
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const float w = __shfl_sync(0xFFFFFFFFu, weight, ranks[i]);
         sum = __fmaf_rn(w, __shfl_sync(0xFFFFFFFFu, part.y, ranks[i]), sum);
 #pragma unroll
-        for (int k = 0; k < 4 / kParts; ++k) {
+        for (int k = 0; k < 4; ++k) {
           total[k].x = __fmaf_rn(w, v[i][k].x, total[k].x);
           total[k].y = __fmaf_rn(w, v[i][k].y, total[k].y);
           total[k].z = __fmaf_rn(w, v[i][k].z, total[k].z);
@@ -158,11 +153,9 @@ __device__ __forceinline__ void Combine(const Args& args, Shared& shared, const 
       }
     }
     const float f = sum > 0.0f ? __fdividef(1.0f, sum) : sum == 0.0f ? 0.0f : sum;
-    constexpr int kHalf = kSumColumns<kParts> / 2;
 #pragma unroll
-    for (int k = 0; k < 4 / kParts; ++k) {
-      const int column = 4 * lane + 128 * k;
-      const int channel = column / kHalf * (kChannels / 2) + place.part * kHalf + column % kHalf;
+    for (int k = 0; k < 4; ++k) {
+      const int channel = 4 * lane + 128 * k;
       const float a = __fmul_rn(total[k].x, f), b = __fmul_rn(total[k].y, f);
       const float c = __fmul_rn(total[k].z, f), d = __fmul_rn(total[k].w, f);
       uint2 pairs = make_uint2(PackBf16(a, b), PackBf16(c, d));
@@ -173,7 +166,7 @@ __device__ __forceinline__ void Combine(const Args& args, Shared& shared, const 
       *reinterpret_cast<uint2*>(args.p.o + token * args.p.stride_o +
                                 static_cast<int64_t>(head) * kChannels + channel) = pairs;
     }
-    if (args.p.lse != nullptr && place.part == 0 && lane == 0) {
+    if (args.p.lse != nullptr && lane == 0) {
       args.p.lse[static_cast<int64_t>(token) * args.p.h + head] =
           __fmul_rn(__fadd_rn(largest, log2f(sum)), kLn2);
     }
@@ -388,9 +381,9 @@ __device__ __forceinline__ void Sum(const Args& args, Shared& shared, const Plac
     } else if constexpr (kMode == Mode::kSplit) {
       Arrive(base + offsetof(Shared, products_done));
       Wait(base + offsetof(Shared, products_done), 0);
-      Leave<kParts>(shared, half, o);
+      Leave(shared, half, o);
       SyncCluster();
-      Combine<kParts>(args, shared, place, token, tile);
+      Combine(args, shared, place, token, tile);
       return;
     } else {
       Write(args, shared, token, tile, half, o,

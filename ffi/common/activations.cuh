@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "common/bf16x2.cuh"
 #include "common/bits.h"
 #include "common/linear.h"
 #include "common/nvfp4.h"
@@ -16,11 +17,6 @@ namespace dsv4 {
 
 constexpr int kChunk = 8;  // inputs a lane takes at a time
 constexpr int kBatch = 4;  // chunks of a lane on their way at a time
-
-__device__ __forceinline__ uint32_t PackBf16(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
-}
 
 // Largest magnitude among `kLanes` neighbouring lanes, as bits: NaN above all.
 template <int kLanes>

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "common/bf16x2.cuh"
 #include "common/linear.h"
 
 namespace dsv4 {
@@ -23,12 +24,6 @@ struct Position {
   int step;  // MMA step inside the piece
   int at;    // 0..15: lane c holds positions 2c, 2c + 1, 2c + 8, 2c + 9
 };
-
-__device__ __forceinline__ uint32_t MulBf16x2(uint32_t a, uint32_t b) {
-  uint32_t product;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
-  return product;
-}
 
 __device__ __forceinline__ uint32_t BothHalves(uint32_t low) { return __byte_perm(low, 0, 0x1010); }
 

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 
+#include "common/bf16x2.cuh"
 #include "common/bits.h"
 #include "common/nvfp4.h"
 #include "rmsnorm_nvfp4/rmsnorm_nvfp4.h"
@@ -27,13 +28,6 @@ constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 // The two BF16 of a word, exactly.
 __device__ __forceinline__ float Low(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float High(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
-
-// Nearest-even BF16 pair; NaN becomes 0x7FFF.
-__device__ __forceinline__ uint32_t PackBf16(float low, float high) {
-  uint32_t pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
 
 // Larger magnitudes of two pairs, NaN above all; the signs are of no meaning.
 __device__ __forceinline__ uint32_t MaxMagnitudes(uint32_t a, uint32_t b) {
