@@ -508,10 +508,13 @@ __global__ void __launch_bounds__(kWholeThreads, 2)
     WaitForCluster();  // all of its thread blocks have begun, and made their barriers
     if (threadIdx.x < 32) {
       const float sum = TileSquares(x);
-      if (threadIdx.x < params.tiles) StoreIn(&tile_sum[tile], barrier, threadIdx.x, sum);
-      Wait(barrier, 0);
-      float squares = 0;
-      for (int i = 0; i < (job.d + kSumChannels - 1) / kSumChannels; ++i) squares += tile_sum[i];
+      float squares = sum;
+      if (params.tiles > 1) {
+        if (threadIdx.x < params.tiles) StoreIn(&tile_sum[tile], barrier, threadIdx.x, sum);
+        Wait(barrier, 0);
+        squares = 0;
+        for (int i = 0; i < (job.d + kSumChannels - 1) / kSumChannels; ++i) squares += tile_sum[i];
+      }
       const bool stored = mine && threadIdx.x < kTileThreads;
       if (stored) NormAndRope(p, job, weights, window, first, squares, x);
       StoreKey(p, job, b * job.slots + window, first, stored, x);
