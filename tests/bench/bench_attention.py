@@ -21,11 +21,11 @@ from jax import lax
 
 from dsv4_jax.ops._attention_jax import attention_jax
 from dsv4_jax.ops.attention import attention
-from dsv4_jax.quant import bits
 from dsv4_jax.quant.kv import KvRows
 from dsv4_jax.typing import E4M3, UE8M0
 from tests.bench import linears, timing
-from tests.support.numerics import assert_near, f64
+from tests.support.numerics import assert_near
+from tests.support.stored import exact_attention
 
 pytestmark = [pytest.mark.bench, pytest.mark.gpu]
 
@@ -246,45 +246,15 @@ def _baseline(zero: jax.Array, operands: tuple[Any, ...]) -> jax.Array:
     return o
 
 
-@jax.jit
-def _taken(rows: KvRows, b: int, ids: jax.Array) -> list[jax.Array]:
-    return [bits.byte_view(part)[b, ids] for part in rows if part is not None]
-
-
-def _values(rows: KvRows, b: int, ids: np.ndarray) -> np.ndarray:
-    """Some keys of a row in FP64."""
-    parts = [np.asarray(part) for part in _taken(rows, b, jnp.asarray(ids))]
-    code, scale = parts[0].view(np.dtype(E4M3)), parts[1].astype(int) - 127
-    nope = f64(code) * np.repeat(np.ldexp(1.0, scale), 64, axis=-1)
-    return np.concatenate([nope, f64(parts[2].view(np.dtype(jnp.bfloat16)))], axis=-1)
-
-
 def check(case: Case, operands: tuple[Any, ...], o: jax.Array) -> None:
     """A few tokens against FP64."""
-    q, ring, positions, sink, chunk, start, pool, n, idx = operands
     b, t = case.shape
     for token in np.unique(np.linspace(0, b * t - 1, CHECKED_TOKENS).astype(int)):
-        i, j = divmod(int(token), t)
-        u = np.arange(int(positions[i, j]) - WINDOW + 1, int(positions[i, j]) + 1)
-        first = int(start[i])
-        entries = np.arange(int(n[i, j])) if idx is None else np.asarray(idx[i, j])
-        found = (
-            _values(ring, i, u % WINDOW)[u < first],
-            _values(chunk, i, np.clip(u - first, 0, t - 1))[u >= first],
-            _values(pool, i, entries),
-        )
-        k = np.concatenate(found)
-        a = f64(q[i, j]) @ k.T * DIM**-0.5
-        top = np.maximum(a.max(axis=-1), f64(sink))[:, None]
-        e = np.exp(a - top)
-        want = e @ k / (e.sum(axis=-1, keepdims=True) + np.exp(f64(sink)[:, None] - top))
-        angle = f64(np.float32(positions[i, j]) * FREQUENCIES)
-        even, odd = want[:, NOPE::2].copy(), want[:, NOPE + 1 :: 2].copy()
-        want[:, NOPE::2] = even * np.cos(angle) + odd * np.sin(angle)
-        want[:, NOPE + 1 :: 2] = odd * np.cos(angle) - even * np.sin(angle)
+        at = divmod(int(token), t)
+        want = exact_attention(operands, at, WINDOW, FREQUENCIES)
         # The rotary channels are rounded once more before they are turned.
         bound = CHECK_ABS + 2.0**-8 * np.abs(want)
-        assert_near(np.asarray(o[i, j]), want, bound, f"{case.name}, token {token}")
+        assert_near(np.asarray(o[at]), want, bound, f"{case.name}, token {token}")
 
 
 def measure(case: Case, **settings: Any) -> timing.Result:

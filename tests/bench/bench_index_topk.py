@@ -26,6 +26,7 @@ from dsv4_jax.quant.kv import IndexRows, index_dequant
 from dsv4_jax.typing import E4M3, UE8M0
 from tests.bench import linears, timing
 from tests.support.numerics import f64
+from tests.support.stored import assert_best, exact_scores
 
 pytestmark = [pytest.mark.bench, pytest.mark.gpu]
 
@@ -35,8 +36,6 @@ KEY_BYTES = {"mxfp4": DIM // 2 + DIM // 32, "fp8": DIM + 1}
 PREFILL = 1024
 """From here on tokens are a chunk of one row, below a batch of rows."""
 CHECKED_TOKENS = 2
-CHECKED_KEYS = 1 << 15
-"""At a time, on the host."""
 CHECK_REL = 2e-4
 """Of sum_h |weight_h| |q_h| |key|: FP8 tensor cores."""
 
@@ -178,52 +177,23 @@ def _baseline(case: Case, zero: jax.Array, operands: tuple[Any, ...]) -> jax.Arr
     return jnp.sort(lax.top_k(scores, case.picks)[1].astype(jnp.int32), axis=-1)
 
 
-def _values(rows: IndexRows, at: Any) -> np.ndarray:
-    """Some rows of a store in FP64."""
-    code, scale = bits.byte_view(rows.key), rows.scale
-    assert scale is not None
-    taken = np.asarray(jax.jit(lambda x: x[at])(code))
-    byte = np.asarray(jax.jit(lambda x: bits.byte_view(x)[at])(scale)).astype(int)
-    if rows.key.dtype == E4M3:
-        wide = f64(taken.view(np.dtype(E4M3)))
-    else:
-        nibbles = np.stack([taken & 15, taken >> 4], axis=-1).reshape(*taken.shape[:-1], -1)
-        wide = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])[nibbles & 7] * np.where(nibbles & 8, -1, 1)
-    return wide * np.repeat(np.ldexp(1.0, byte - 127), wide.shape[-1] // byte.shape[-1], axis=-1)
-
-
-def _scores(case: Case, operands: tuple[Any, ...], i: int, j: int) -> tuple[np.ndarray, np.ndarray]:
+def _scores(case: Case, operands: tuple[Any, ...], at: tuple[int, int]) -> Any:
     """Of one query, in FP64, and how far each may be off."""
     if case.form == "xla_topk":
-        scores = f64(operands[0][i, j])
+        scores = f64(operands[0][at])
         return scores, np.zeros_like(scores)
     q, weight, keys, _ = operands
-    query, factor = _values(q, (i, j)), f64(weight[i, j])
-    size = np.sum(np.abs(factor) * np.linalg.norm(query, axis=-1))
-    scores, bound = [], []
-    for at in range(0, case.row.slots, CHECKED_KEYS):
-        some = _values(keys, (i, slice(at, min(at + CHECKED_KEYS, case.row.slots))))
-        scores.append(factor @ np.maximum(query @ some.T, 0))
-        bound.append(CHECK_REL * size * np.linalg.norm(some, axis=-1))
-    return np.concatenate(scores), np.concatenate(bound)
+    scores, sizes = exact_scores(q, weight, keys, at, case.row.slots)
+    return scores, CHECK_REL * sizes
 
 
 def check(case: Case, operands: tuple[Any, ...], idx: jax.Array) -> None:
-    """A few queries against FP64: who is clearly among the best is chosen, who is not is not."""
+    """A few queries against FP64."""
     b, t = case.shape
     for token in np.unique(np.linspace(0, b * t - 1, CHECKED_TOKENS).astype(int)):
-        i, j = divmod(int(token), t)
-        scores, bound = _scores(case, operands, i, j)
-        ids, what = np.asarray(idx[i, j]), f"{case.name}, token {token}"
-        assert (np.diff(ids) > 0).all() and ids[0] >= 0, f"{what}: ids do not ascend"
-        assert ids[-1] < case.row.slots, f"{what}: ids beyond the entries"
-        kth = np.sort(scores)[-case.picks]
-        chosen = np.zeros(case.row.slots, bool)
-        chosen[ids] = True
-        missing = ~chosen & (scores > kth + 2 * bound)
-        wrong = chosen & (scores < kth - 2 * bound)
-        assert not missing.any(), f"{what}: {missing.sum()} of the best are missing"
-        assert not wrong.any(), f"{what}: {wrong.sum()} are not among the best"
+        at = divmod(int(token), t)
+        what = f"{case.name}, token {token}"
+        assert_best(idx[at], *_scores(case, operands, at), case.picks, what)
 
 
 def measure(case: Case, **settings: Any) -> timing.Result:

@@ -25,7 +25,7 @@ from tests.bench import (
     timing,
 )
 from tests.bench.test_timing import GOOD, TINY
-from tests.support import products
+from tests.support import products, stored
 from tests.support.numerics import assert_same_bits
 
 LINEARS: dict[str, Any] = {
@@ -120,7 +120,7 @@ def test_index_topk_bench_at_tiny_size(form: str, t: int, monkeypatch: pytest.Mo
     monkeypatch.setitem(bench_index_topk.PICKS, "pro", 20)
     monkeypatch.setattr(bench_index_topk, "HEADS", 2)
     monkeypatch.setattr(bench_index_topk, "PREFILL", 4)
-    monkeypatch.setattr(bench_index_topk, "CHECKED_KEYS", 128)
+    monkeypatch.setattr(stored, "STRETCH", 128)
     case = bench_index_topk.Case(bench_index_topk.Row("pro", 300), form, t)
     bench_index_topk.measure(case, evict_bytes=0.0, **TINY)
     if form.startswith("xla_"):

@@ -11,13 +11,13 @@ import pytest
 
 from dsv4_jax.ops._compressor_jax import compressor_jax
 from dsv4_jax.ops.compressor import Compressed, CompressorJob, compressor
-from dsv4_jax.ops.hadamard import hadamard
 from dsv4_jax.quant import bits
 from dsv4_jax.quant.kv import IndexRows, KvRows, index_quant, kv_dequant, kv_quant
 from dsv4_jax.typing import E2M1
 from reference.compressor import compressor as reference_compressor
 from tests.support.numerics import assert_near, assert_same_tree, f64, raw
 from tests.support.op_cases import normal
+from tests.support.stored import stored_entry
 
 EPS = 1e-6
 ROTARY = 64
@@ -125,14 +125,6 @@ def in_bytes(pool: Any) -> Iterator[np.ndarray]:
         yield np.asarray(bits.e2m1_to_bytes(x)) if x.dtype == E2M1 else raw(x)
 
 
-def stored(entry: jax.Array, like: KvRows | IndexRows) -> Any:
-    """One entry of the reference in the pool's format."""
-    y = entry.astype(jnp.bfloat16)[None, None]
-    if isinstance(like, KvRows):
-        return kv_quant(y, ROTARY, "fp8")
-    return index_quant(hadamard(y), "mxfp4" if like.key.dtype == E2M1 else "fp8")
-
-
 def check(jobs: Sequence[CompressorJob], got: Any, start: Any, count: Any, ratio: int) -> int:
     """States bitwise; entries too but for counted ties; whatever else is in a pool is untouched."""
     want = reference_compressor(jobs, start, count, FREQUENCIES, ratio=ratio, eps=EPS)
@@ -145,7 +137,8 @@ def check(jobs: Sequence[CompressorJob], got: Any, start: Any, count: Any, ratio
             if w >= SLOTS:
                 continue
             others[i, w] = False
-            for mine, theirs in zip(now, in_bytes(stored(entry, job.pool)), strict=True):
+            fresh = in_bytes(stored_entry(entry, job.pool, ROTARY))
+            for mine, theirs in zip(now, fresh, strict=True):
                 turned += int((mine[i, w] != theirs[0, 0]).sum())
                 total += mine[i, w].size
         for mine, old in zip(now, before, strict=True):
