@@ -25,7 +25,7 @@ from dsv4_jax.quant.kv import KvRows
 from dsv4_jax.typing import E4M3, UE8M0
 from tests.bench import linears, timing
 from tests.support.numerics import assert_near
-from tests.support.stored import exact_attention
+from tests.support.stored import any_leaf, exact_attention
 
 pytestmark = [pytest.mark.bench, pytest.mark.gpu]
 
@@ -167,24 +167,27 @@ CASES = [case for case in EVERY if case.max_us is not None]
 BASELINES = _cases([row for row in ROWS if row.name != "csa160"], (1, 128), "xla_fp8")
 
 
-@functools.partial(jax.jit, static_argnames=("b", "s"))
-def store(key: jax.Array, b: int, s: int) -> KvRows:
-    """Finite keys of size about 1, made on the device."""
-    nope, scale, rope = jax.random.split(key, 3)
-    code = jax.random.bits(nope, (b, s, NOPE), jnp.uint8)
+def store(seed: jax.Array, b: int, s: int) -> KvRows:
+    """Finite keys of size about 1, codes of any bits."""
+    code = any_leaf(seed, (b, s, NOPE), jnp.uint8)
     code = jnp.where(code & 0x7F == 0x7F, code - 16, code)  # NaN
-    exponent = jax.random.randint(scale, (b, s, NOPE // 64), 119, 121).astype(jnp.uint8)
+    exponent = 119 + (any_leaf(seed + 1, (b, s, NOPE // 64), jnp.uint8) & 1)
     return KvRows(
         lax.bitcast_convert_type(code, E4M3),
         lax.bitcast_convert_type(exponent, UE8M0),
-        jax.random.normal(rope, (b, s, ROTARY)).astype(jnp.bfloat16),
+        any_leaf(seed + 2, (b, s, ROTARY), jnp.bfloat16),
     )
 
 
-@functools.partial(jax.jit, static_argnames="shape")
-def queries(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal."""
-    return jax.random.normal(key, shape).astype(jnp.bfloat16)
+@functools.partial(jax.jit, static_argnums=0)
+def _values(case: Case, seed: int) -> tuple[Any, ...]:
+    """Queries, sinks, ring, chunk and pool, made on the device."""
+    (b, t), at = case.shape, 11 * seed
+    return (
+        any_leaf(at, (b, t, case.heads, DIM), jnp.bfloat16),
+        any_leaf(at + 1, (case.heads,), jnp.float32),
+        *(store(at + 2 + 3 * i, b, s) for i, s in enumerate((WINDOW, t, case.slots))),
+    )
 
 
 def inputs(case: Case, seed: int) -> tuple[Any, ...]:
@@ -192,7 +195,6 @@ def inputs(case: Case, seed: int) -> tuple[Any, ...]:
     b, t = case.shape
     rng = np.random.default_rng(seed)
     positions, visible = case.positions, case.visible
-    keys = jax.random.split(jax.random.key(seed), 4)
     idx = None
     if case.row.chosen:
         # Any distinct ones: a random start and an odd step through a power of two.
@@ -200,17 +202,9 @@ def inputs(case: Case, seed: int) -> tuple[Any, ...]:
         first, step = (rng.integers(0, power, (b, t, 1)) for _ in range(2))
         idx = (first + (2 * step + 1) * np.arange(case.row.far)) % power
         idx = jnp.asarray(idx, jnp.int32)
-    return (
-        queries(keys[0], (b, t, case.heads, DIM)),
-        store(keys[1], b, WINDOW),
-        jnp.asarray(positions),
-        jnp.asarray(rng.standard_normal(case.heads), jnp.float32),
-        store(keys[2], b, t),
-        jnp.asarray(positions[:, 0]),
-        store(keys[3], b, case.slots),
-        jnp.asarray(visible),
-        idx,
-    )
+    q, sink, ring, chunk, pool = _values(case, seed)
+    n, start = jnp.asarray(visible), jnp.asarray(positions[:, 0])
+    return q, ring, jnp.asarray(positions), sink, chunk, start, pool, n, idx
 
 
 def call(operands: tuple[Any, ...], **settings: Any) -> jax.Array:

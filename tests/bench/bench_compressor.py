@@ -20,6 +20,7 @@ from dsv4_jax.quant.kv import IndexRows, KvRows
 from dsv4_jax.typing import E2M1, E4M3, UE8M0
 from tests.bench import timing
 from tests.support.numerics import assert_same_bits, raw
+from tests.support.stored import any_leaf
 
 pytestmark = [pytest.mark.bench, pytest.mark.gpu]
 
@@ -104,12 +105,6 @@ CASES = [
 ]
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def normal(seed: int, shape: tuple[int, ...], deviation: float = 1.0) -> jax.Array:
-    """Made on the device."""
-    return jax.random.normal(jax.random.key(seed), shape) * deviation
-
-
 def pool(case: Case, d: int) -> KvRows | IndexRows:
     """Shapes."""
     lead = case.b, max((case.start + case.t) // case.ratio + 1, 64)
@@ -125,22 +120,24 @@ def pool(case: Case, d: int) -> KvRows | IndexRows:
     )
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def make_set(case: Case, seed: int) -> tuple[list[Compressed], tuple[Any, ...]]:
-    """What is written, and the rest; a launch with its own results has them again."""
+    """What is written, and the rest; a launch with its own results has them again.
+
+    One program on the device: of its parts a dozen would be compiled.
+    """
     written: list[Compressed] = []
     rest: list[tuple[jax.Array, ...]] = []
     for i, d in enumerate(case.widths):
-        at, columns = 10 * (2 * seed + i), case.halves * d
-        state = case.b, case.ring, columns
-        chunk = case.b, case.t, columns
-        written.append(
-            Compressed(
-                normal(at, state, 1.0), normal(at + 1, state, 2.0), timing.poisoned(pool(case, d))
-            )
+        columns = case.halves * d
+        state, chunk, ape = (
+            (*lead, columns) for lead in ((case.b, case.ring), (case.b, case.t), (case.ratio,))
         )
-        norm = (1 + normal(at + 5, (d,), 0.1)).astype(jnp.bfloat16)
-        ape = normal(at + 4, (case.ratio, columns), 0.5)
-        rest.append((normal(at + 2, chunk, 1.0), normal(at + 3, chunk, 2.0), ape, norm))
+        shapes = state, state, chunk, chunk, ape, (d,)
+        values = [any_leaf(10 * (2 * seed + i) + j, x, jnp.float32) for j, x in enumerate(shapes)]
+        written.append(Compressed(*values[:2], timing.poisoned(pool(case, d))))
+        norm = (1 + values[5] / 8).astype(jnp.bfloat16)
+        rest.append((values[2], values[3], values[4], norm))
     start = jnp.full(case.b, case.start, jnp.int32)
     return written, (rest, start, jnp.full(case.b, case.t, jnp.int32))
 

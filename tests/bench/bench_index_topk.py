@@ -26,7 +26,7 @@ from dsv4_jax.quant.kv import IndexRows, index_dequant
 from dsv4_jax.typing import E4M3, UE8M0
 from tests.bench import linears, timing
 from tests.support.numerics import f64
-from tests.support.stored import assert_best, exact_scores
+from tests.support.stored import any_leaf, assert_best, exact_scores
 
 pytestmark = [pytest.mark.bench, pytest.mark.gpu]
 
@@ -124,13 +124,11 @@ BASELINES = _cases(PRO, ("xla_topk",), (1, 8, 32)) + _cases(PRO, ("xla_mxfp4",),
 BASELINES += _cases([row for row in PRO if row.name == "n8192"], ("xla_topk",), (4096,))
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "form"))
-def store(key: jax.Array, shape: tuple[int, ...], form: str) -> IndexRows:
-    """Finite random codes with scales around 1, made on the device."""
-    codes, scales = jax.random.split(key)
+def store(seed: int, shape: tuple[int, ...], form: str) -> IndexRows:
+    """Finite codes of any bits with scales around 1."""
     per_byte, blocks = (2, DIM // 32) if form == "mxfp4" else (1, 1)
-    code = jax.random.bits(codes, (*shape, DIM // per_byte), jnp.uint8)
-    exponent = jax.random.randint(scales, (*shape, blocks), 125, 129).astype(jnp.uint8)
+    code = any_leaf(seed, (*shape, DIM // per_byte), jnp.uint8)
+    exponent = 125 + (any_leaf(seed + 1, (*shape, blocks), jnp.uint8) & 3)
     scale = lax.bitcast_convert_type(exponent, UE8M0)
     if form == "mxfp4":
         return IndexRows(bits.bytes_to_e2m1(code), scale)
@@ -138,23 +136,18 @@ def store(key: jax.Array, shape: tuple[int, ...], form: str) -> IndexRows:
     return IndexRows(lax.bitcast_convert_type(code, E4M3), scale)
 
 
-@functools.partial(jax.jit, static_argnames="shape")
-def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jax.random.normal(key, shape)
-
-
+@functools.partial(jax.jit, static_argnums=0)
 def inputs(case: Case, seed: int) -> tuple[Any, ...]:
     """Operands of one launch: ``q, weight, keys, n_visible``, or scores for ``xla_topk``."""
-    b, t = case.shape
-    keys = jax.random.split(jax.random.key(seed), 3)
+    (b, t), slots = case.shape, case.row.slots
     if case.form == "xla_topk":
-        return (_normal(keys[0], (b, t, case.row.slots)),)
+        return (any_leaf(seed, (b, t, slots), jnp.float32),)
     form = case.form.removeprefix("xla_")
     return (
-        store(keys[0], (b, t, HEADS), form),
-        _normal(keys[1], (b, t, HEADS)),
-        store(keys[2], (b, case.row.slots), form),
-        jnp.full((b, t), case.row.slots, jnp.int32),
+        store(5 * seed, (b, t, HEADS), form),
+        any_leaf(5 * seed + 2, (b, t, HEADS), jnp.float32),
+        store(5 * seed + 3, (b, slots), form),
+        jnp.full((b, t), slots, jnp.int32),
     )
 
 
