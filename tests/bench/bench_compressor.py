@@ -135,7 +135,7 @@ def make_set(case: Case, seed: int) -> tuple[list[Compressed], tuple[Any, ...]]:
         )
         shapes = state, state, chunk, chunk, ape, (d,)
         values = [any_leaf(10 * (2 * seed + i) + j, x, jnp.float32) for j, x in enumerate(shapes)]
-        written.append(Compressed(*values[:2], timing.poisoned(pool(case, d))))
+        written.append(Compressed(values[0], values[1], timing.poisoned(pool(case, d))))
         norm = (1 + values[5] / 8).astype(jnp.bfloat16)
         rest.append((values[2], values[3], values[4], norm))
     start = jnp.full(case.b, case.start, jnp.int32)

@@ -185,8 +185,8 @@ def check(case: Case, operands: tuple[Any, ...], idx: jax.Array) -> None:
     b, t = case.shape
     for token in np.unique(np.linspace(0, b * t - 1, CHECKED_TOKENS).astype(int)):
         at = divmod(int(token), t)
-        what = f"{case.name}, token {token}"
-        assert_best(idx[at], *_scores(case, operands, at), case.picks, what)
+        scores, bound = _scores(case, operands, at)
+        assert_best(idx[at], scores, bound, case.picks, f"{case.name}, token {token}")
 
 
 def measure(case: Case, **settings: Any) -> timing.Result:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv4_jax.config import LayerKind
 from dsv4_jax.precision import act_format, weight_format
 from dsv4_jax.quant import fp8, nvfp4
 from tests.bench import (
@@ -17,6 +18,7 @@ from tests.bench import (
     bench_dense_linear,
     bench_fp8_linear,
     bench_index_topk,
+    bench_long_context,
     bench_moe,
     bench_mxfp4_linear,
     bench_nvfp4_linear,
@@ -24,7 +26,9 @@ from tests.bench import (
     linears,
     timing,
 )
+from tests.bench.bench_step import cut
 from tests.bench.test_timing import GOOD, TINY
+from tests.model.test_long_context import SMALL
 from tests.support import products, stored
 from tests.support.numerics import assert_same_bits
 
@@ -156,6 +160,27 @@ def test_compressor_bench_at_tiny_size(layer: str, t: int, start: int) -> None:
                 [new._replace(pool=old.pool) for new, old in zip(got, written, strict=True)],
                 0,
             )
+
+
+@pytest.mark.parametrize("kind", [LayerKind.CSA, LayerKind.HCA])
+def test_long_context_bench_at_tiny_size(
+    kind: LayerKind, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The cache goes round in place."""
+    case = bench_long_context.Case(bench_long_context.Row("flash", kind, 4095), "official", 2)
+    tiny = cut(SMALL, SMALL.compress_ratios.index(kind.value))
+    result = bench_long_context.measure(case, tiny, steps=3, max_len=4096, replays=2)
+    assert result.launches == 3 and result.gb_s > 0
+    printed = capsys.readouterr().out
+    assert "MB a step: weights" in printed and ("index keys" in printed) == (kind is LayerKind.CSA)
+
+
+def test_bytes_of_a_long_context() -> None:
+    """The last position of a million: every index key, 512 entries; all of HCA's."""
+    last = {case.name: case.cache_bytes for case in bench_long_context.CASES[3::4]}
+    csa, hca = last["flash official csa-1048575 b=1"], last["flash official hca-1048575 b=1"]
+    assert (csa["index keys"], csa["entries"]) == (262144 * 68, 512 * 583)
+    assert (hca["index keys"], hca["entries"]) == (0, 8192 * 583)
 
 
 def test_steps_between_tokens() -> None:

@@ -9,7 +9,7 @@ change. `tests/bench/bench_long_context.py` has time and bytes.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 from unittest import mock
 
@@ -23,13 +23,13 @@ from dsv4_jax.cache import LayerCache
 from dsv4_jax.checkpoint.names import expected_tree
 from dsv4_jax.config import LayerKind
 from dsv4_jax.model import attention, indexer
-from dsv4_jax.ops.compressor import CompressorJob
 from dsv4_jax.ops.rope import rope_frequencies
 from dsv4_jax.quant import bits
 from reference.compressor import compressor as reference_compressor
 from tests.support.numerics import assert_near, assert_same_bits, raw
 from tests.support.stored import (
     any_leaf,
+    any_leaves,
     assert_best,
     exact_attention,
     exact_scores,
@@ -76,23 +76,18 @@ MOST_TURNED = 3
 def filled(model: DeepseekV4, lengths: np.ndarray) -> Cache:
     """A cache of random bytes whose rows are as long as that."""
     cache = jax.eval_shape(lambda: model.init_cache(len(lengths), MAX_LEN))
-    flags = jnp.zeros(len(lengths), bool)
-    lengths = jnp.asarray(lengths, jnp.int32)
-    return dataclasses.replace(cache, layers=arrays(cache.layers), lengths=lengths, overflow=flags)
+    return dataclasses.replace(
+        cache,
+        layers=any_leaves(cache.layers),
+        lengths=jnp.asarray(lengths, jnp.int32),
+        overflow=jnp.zeros(len(lengths), bool),
+    )
 
 
 def seeds(tree: Any) -> Any:
-    """A number of its own for each leaf."""
+    """Of each leaf."""
     leaves, structure = jax.tree.flatten(tree)
     return jax.tree.unflatten(structure, list(range(1, len(leaves) + 1)))
-
-
-def arrays(tree: Any) -> Any:
-    """Random leaves, by one program."""
-    numbers = seeds(tree)
-    return jax.jit(
-        lambda: jax.tree.map(lambda x, i: any_leaf(i, x.shape, x.dtype), tree, numbers)
-    )()
 
 
 @jax.jit
@@ -103,7 +98,7 @@ def changed(part: jax.Array, seed: int) -> jax.Array:
 
 
 @contextlib.contextmanager
-def seen_calls() -> Iterator[dict[str, tuple[Any, ...]]]:
+def seen_calls() -> Generator[dict[str, tuple[Any, ...]]]:
     """Operands, settings and results of the ops that read or make entries."""
     calls: dict[str, tuple[Any, ...]] = {}
 
@@ -132,7 +127,7 @@ def step(
     """One token of every row through one layer; and what its ops saw besides the pools."""
     with seen_calls() as calls:
         variables = {"params": params}
-        streams, cache = model.apply(variables, streams, ids, cache, layer=layer, method="layer")
+        new: Any = model.apply(variables, streams, ids, cache, layer=layer, method="layer")
     (q, ring, positions, sink), near, o = calls["attention"]
     seen: dict[str, Any] = {
         "attention": (q, ring, positions, sink, near["chunk"], near["start"]),
@@ -145,7 +140,7 @@ def step(
     if "index_topk" in calls:
         (q, weight, _, n_visible), _, idx = calls["index_topk"]
         seen["index_topk"] = q, weight, n_visible, idx
-    return streams, cache, seen
+    return *new, seen
 
 
 def check_choice(seen: Any, state: LayerCache, row: int, position: int) -> None:
@@ -161,7 +156,12 @@ def check_choice(seen: Any, state: LayerCache, row: int, position: int) -> None:
 
 def check_attention(seen: Any, state: LayerCache, kind: LayerKind, row: int, position: int) -> None:
     """Over the window and the entries, the one that has just closed among them."""
-    operands = (*seen["attention"], state.pool, seen["n_visible"], seen["topk_idx"])
+    operands: tuple[Any, ...] = (
+        *seen["attention"],
+        state.pool,
+        seen["n_visible"],
+        seen["topk_idx"],
+    )
     assert int(operands[2][row, 0]) == position
     assert int(seen["n_visible"][row, 0]) == (position + 1) // kind.value
     frequencies = rope_frequencies(FLASH, kind)
@@ -174,10 +174,8 @@ def check_entries(seen: Any, state: LayerCache, kind: LayerKind, row: int, posit
     """States to the bit; how many bytes of new entries differ."""
     jobs, lengths = seen["compressor"]
     at = slice(row, row + 1)
-    one = [
-        CompressorJob(job.kv[at], job.gate[at], *job[2:4], *(x[at] for x in job[4:6]), None)
-        for job in jobs
-    ]
+    taken = ("kv", "gate", "kv_state", "gate_state")
+    one = [job._replace(**{name: getattr(job, name)[at] for name in taken}) for job in jobs]
     start, count = (np.asarray(x)[at] for x in lengths)
     assert (int(start[0]), int(count[0])) == (position, 1)
     want = reference_compressor(
@@ -239,7 +237,7 @@ def run(config: ModelConfig, batch: int, checked: tuple[int, ...]) -> None:
     numbers = seeds(cache.layers)
     tree = expected_tree(config, PRECISION, False)
     names = [f"layers_{i}" for i in range(len(KINDS))]
-    params = arrays({name: tree[name] for name in names})
+    params = any_leaves({name: tree[name] for name in names})
     pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(cache.layers)]
     ids = jnp.zeros((batch, 1), jnp.int32)
     compiled: dict[int, Any] = {}

@@ -168,14 +168,13 @@ def test_a_row_alone(size: str) -> None:
     chunk = Chunk(t, tuple(rng.integers(0, 3 * ratio, 40)), tuple(rng.integers(0, t + 1, 40)))
     ratio, jobs = jobs_of(size, chunk)
     got = call(jobs, chunk.start, chunk.count, ratio)
+    taken = ("kv", "gate", "kv_state", "gate_state")
     for row in (0, 17, 39):
         at = slice(row, row + 1)
         one = [
-            CompressorJob(
-                *(x[at] for x in job[:2]),
-                *job[2:4],
-                *(x[at] for x in job[4:6]),
-                jax.tree.map(lambda x: filled(POISON, (1, *x.shape[1:]), x.dtype), job.pool),
+            job._replace(
+                pool=jax.tree.map(lambda x: filled(POISON, (1, *x.shape[1:]), x.dtype), job.pool),
+                **{name: getattr(job, name)[at] for name in taken},
             )
             for job in jobs
         ]

@@ -20,6 +20,7 @@ from tests.support.numerics import f64
 
 __all__ = [
     "any_leaf",
+    "any_leaves",
     "assert_best",
     "exact_attention",
     "exact_scores",
@@ -62,6 +63,17 @@ def any_leaf(seed: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     if dtype == UE8M0:
         return lax.bitcast_convert_type(126 + (byte & 1), UE8M0)
     return ((byte.astype(jnp.float32) - 127.5) / 64).astype(dtype)
+
+
+def any_leaves(tree: Any) -> Any:
+    """Arrays of a tree of shapes, by one program; leaf ``i`` is `any_leaf` of ``i + 1``."""
+    leaves, structure = jax.tree.flatten(tree)
+
+    def make() -> Any:
+        made = [any_leaf(i, x.shape, x.dtype) for i, x in enumerate(leaves, 1)]
+        return jax.tree.unflatten(structure, made)
+
+    return jax.jit(make)()
 
 
 @functools.partial(jax.jit, static_argnames="count")
