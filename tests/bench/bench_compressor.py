@@ -1,5 +1,6 @@
-"""compressor of whole layers: CSA's two jobs and HCA's one; run with ``-m bench``.
+"""compressor of whole layers: CSA's two jobs and HCA's one; run with ``-m bench``, or as a program.
 
+``python -m tests.bench.bench_compressor --rows csa --forms open closing --tokens 1``.
 The sizes are those of Flash and Pro alike. A decoded token either only goes to the states or closes
 its window, of which the slots are read and an entry is written; a prefill closes every window of
 its chunk.
@@ -7,7 +8,8 @@ its chunk.
 
 import dataclasses
 import functools
-from typing import Any
+import sys
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from dsv4_jax.ops.compressor import Compressed, CompressorJob, compressor
 from dsv4_jax.quant import bits
 from dsv4_jax.quant.kv import IndexRows, KvRows
 from dsv4_jax.typing import E2M1, E4M3, UE8M0
-from tests.bench import timing
+from tests.bench import linears, timing
 from tests.support.numerics import assert_same_bits, raw
 from tests.support.stored import any_leaf
 
@@ -37,6 +39,13 @@ MOST_TURNED = 1e-4
 """Of an entry's bytes: sine and cosine of CPU and GPU differ in their last bit."""
 
 
+class Row(NamedTuple):
+    """A kind of layer and a batch, for the command line."""
+
+    model: str
+    name: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """``b`` rows that hold ``start`` tokens and take ``t``."""
@@ -49,8 +58,17 @@ class Case:
     @property
     def name(self) -> str:
         """What the line is called."""
-        kind = "" if self.t > 1 else " closing" if self.windows else " open"
+        kind = "" if self.t > 1 else f" {self.form}"
         return f"{self.layer} b={self.b} t={self.t}{kind}"
+
+    @property
+    def row(self) -> Row:
+        return Row("v4", self.layer if self.b == 1 else f"{self.layer}-b{self.b}")
+
+    @property
+    def form(self) -> str:
+        """Whether a decoded token closes its window."""
+        return "chunk" if self.t > 1 else "closing" if self.windows else "open"
 
     @property
     def ratio(self) -> int:
@@ -187,3 +205,7 @@ def test_time(case: Case) -> None:
     result = measure(case)
     result.append(timing.default_path())
     result.require()
+
+
+if __name__ == "__main__":
+    sys.exit(linears.program(CASES, CASES, measure))

@@ -119,9 +119,9 @@ def _cases(rows: Iterable[Row], forms: Iterable[str], tokens: Iterable[int]) -> 
 EVERY = _cases(ROWS, ("mxfp4", "fp8"), (1, 2, 4, 8, 16, 32, 64, 128, 256, 4096))
 EVERY = [case for case in EVERY if case.t * case.row.slots <= 1 << 27]
 CASES = [case for case in EVERY if case.max_us is not None]
-PRO = [row for row in ROWS if row.model == "pro"]
-BASELINES = _cases(PRO, ("xla_topk",), (1, 8, 32)) + _cases(PRO, ("xla_mxfp4",), (1,))
-BASELINES += _cases([row for row in PRO if row.name == "n8192"], ("xla_topk",), (4096,))
+BARRED = dict.fromkeys((case.row, case.t) for case in CASES)
+BASELINES = [Case(row, "xla_topk", t) for row, t in BARRED]
+BASELINES += [Case(row, "xla_mxfp4", t) for row, t in BARRED if t == 1]
 
 
 def store(seed: int, shape: tuple[int, ...], form: str) -> IndexRows:

@@ -210,7 +210,9 @@ def test_bars_of_the_table() -> None:
     best = {case.name: case.max_us for case in bench_index_topk.CASES}
     assert best["pro mxfp4 n262144 t=32"] == 300 and best["flash fp8 n8192 t=4096"] == 570
     assert "flash mxfp4 n8192 t=1" not in best
+    assert len(best) == 28 and len(bench_index_topk.BASELINES) == 14 + 4
     entries = {case.name: case for case in bench_compressor.CASES}
+    assert entries["csa b=128 t=1 closing"].bars == (None, None)
     assert entries["csa b=1 t=1 closing"].bars == entries["hca b=1 t=1 open"].bars == (4.0, None)
     assert entries["hca b=1 t=4096"].bars == (None, 0.55)
     prefill = 8 * 4096 * 512 + 8 * 128 * 512 + 4 * 128 * 512 + 32 * 583
