@@ -68,6 +68,9 @@ def pooled(
     return rope.rope_tail(c, positions, freqs, rounding=rounding)
 
 
+_pooled = jax.jit(pooled, static_argnames=("eps", "rounding"))
+
+
 def compressor(
     jobs: Sequence[Any],
     start: jax.Array,
@@ -133,15 +136,8 @@ def _chunk(
                     before = (own - ratio) % ring
                     z = np.concatenate([kv_state[i, before, :width], z])
                     g = np.concatenate([gate_state[i, before, :width], g])
-            entry = pooled(
-                jnp.asarray(z)[None],
-                jnp.asarray(g)[None],
-                job.norm,
-                jnp.array([p + 1 - ratio]),
-                freqs,
-                eps,
-                rounding,
-            )
+            at = np.array([p + 1 - ratio])
+            entry = _pooled(z[None], g[None], job.norm, at, freqs, eps, rounding)
             closed[i, p // ratio] = entry[0]
     return jnp.asarray(kv_state), jnp.asarray(gate_state), closed
 

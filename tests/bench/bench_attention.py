@@ -21,11 +21,11 @@ from jax import lax
 
 from dsv4_jax.ops._attention_jax import attention_jax
 from dsv4_jax.ops.attention import attention
-from dsv4_jax.quant import bits
 from dsv4_jax.quant.kv import KvRows
 from dsv4_jax.typing import E4M3, UE8M0
 from tests.bench import linears, timing
-from tests.support.numerics import assert_near, f64
+from tests.support.numerics import assert_near
+from tests.support.stored import any_leaf, exact_attention
 
 pytestmark = [pytest.mark.bench, pytest.mark.gpu]
 
@@ -167,24 +167,27 @@ CASES = [case for case in EVERY if case.max_us is not None]
 BASELINES = _cases([row for row in ROWS if row.name != "csa160"], (1, 128), "xla_fp8")
 
 
-@functools.partial(jax.jit, static_argnames=("b", "s"))
-def store(key: jax.Array, b: int, s: int) -> KvRows:
-    """Finite keys of size about 1, made on the device."""
-    nope, scale, rope = jax.random.split(key, 3)
-    code = jax.random.bits(nope, (b, s, NOPE), jnp.uint8)
+def store(seed: jax.Array, b: int, s: int) -> KvRows:
+    """Finite keys of size about 1, codes of any bits."""
+    code = any_leaf(seed, (b, s, NOPE), jnp.uint8)
     code = jnp.where(code & 0x7F == 0x7F, code - 16, code)  # NaN
-    exponent = jax.random.randint(scale, (b, s, NOPE // 64), 119, 121).astype(jnp.uint8)
+    exponent = 119 + (any_leaf(seed + 1, (b, s, NOPE // 64), jnp.uint8) & 1)
     return KvRows(
         lax.bitcast_convert_type(code, E4M3),
         lax.bitcast_convert_type(exponent, UE8M0),
-        jax.random.normal(rope, (b, s, ROTARY)).astype(jnp.bfloat16),
+        any_leaf(seed + 2, (b, s, ROTARY), jnp.bfloat16),
     )
 
 
-@functools.partial(jax.jit, static_argnames="shape")
-def queries(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal."""
-    return jax.random.normal(key, shape).astype(jnp.bfloat16)
+@functools.partial(jax.jit, static_argnums=0)
+def _values(case: Case, seed: int) -> tuple[Any, ...]:
+    """Queries, sinks, ring, chunk and pool, made on the device."""
+    (b, t), at = case.shape, 11 * seed
+    return (
+        any_leaf(at, (b, t, case.heads, DIM), jnp.bfloat16),
+        any_leaf(at + 1, (case.heads,), jnp.float32),
+        *(store(at + 2 + 3 * i, b, s) for i, s in enumerate((WINDOW, t, case.slots))),
+    )
 
 
 def inputs(case: Case, seed: int) -> tuple[Any, ...]:
@@ -192,7 +195,6 @@ def inputs(case: Case, seed: int) -> tuple[Any, ...]:
     b, t = case.shape
     rng = np.random.default_rng(seed)
     positions, visible = case.positions, case.visible
-    keys = jax.random.split(jax.random.key(seed), 4)
     idx = None
     if case.row.chosen:
         # Any distinct ones: a random start and an odd step through a power of two.
@@ -200,17 +202,9 @@ def inputs(case: Case, seed: int) -> tuple[Any, ...]:
         first, step = (rng.integers(0, power, (b, t, 1)) for _ in range(2))
         idx = (first + (2 * step + 1) * np.arange(case.row.far)) % power
         idx = jnp.asarray(idx, jnp.int32)
-    return (
-        queries(keys[0], (b, t, case.heads, DIM)),
-        store(keys[1], b, WINDOW),
-        jnp.asarray(positions),
-        jnp.asarray(rng.standard_normal(case.heads), jnp.float32),
-        store(keys[2], b, t),
-        jnp.asarray(positions[:, 0]),
-        store(keys[3], b, case.slots),
-        jnp.asarray(visible),
-        idx,
-    )
+    q, sink, ring, chunk, pool = _values(case, seed)
+    n, start = jnp.asarray(visible), jnp.asarray(positions[:, 0])
+    return q, ring, jnp.asarray(positions), sink, chunk, start, pool, n, idx
 
 
 def call(operands: tuple[Any, ...], **settings: Any) -> jax.Array:
@@ -246,45 +240,15 @@ def _baseline(zero: jax.Array, operands: tuple[Any, ...]) -> jax.Array:
     return o
 
 
-@jax.jit
-def _taken(rows: KvRows, b: int, ids: jax.Array) -> list[jax.Array]:
-    return [bits.byte_view(part)[b, ids] for part in rows if part is not None]
-
-
-def _values(rows: KvRows, b: int, ids: np.ndarray) -> np.ndarray:
-    """Some keys of a row in FP64."""
-    parts = [np.asarray(part) for part in _taken(rows, b, jnp.asarray(ids))]
-    code, scale = parts[0].view(np.dtype(E4M3)), parts[1].astype(int) - 127
-    nope = f64(code) * np.repeat(np.ldexp(1.0, scale), 64, axis=-1)
-    return np.concatenate([nope, f64(parts[2].view(np.dtype(jnp.bfloat16)))], axis=-1)
-
-
 def check(case: Case, operands: tuple[Any, ...], o: jax.Array) -> None:
     """A few tokens against FP64."""
-    q, ring, positions, sink, chunk, start, pool, n, idx = operands
     b, t = case.shape
     for token in np.unique(np.linspace(0, b * t - 1, CHECKED_TOKENS).astype(int)):
-        i, j = divmod(int(token), t)
-        u = np.arange(int(positions[i, j]) - WINDOW + 1, int(positions[i, j]) + 1)
-        first = int(start[i])
-        entries = np.arange(int(n[i, j])) if idx is None else np.asarray(idx[i, j])
-        found = (
-            _values(ring, i, u % WINDOW)[u < first],
-            _values(chunk, i, np.clip(u - first, 0, t - 1))[u >= first],
-            _values(pool, i, entries),
-        )
-        k = np.concatenate(found)
-        a = f64(q[i, j]) @ k.T * DIM**-0.5
-        top = np.maximum(a.max(axis=-1), f64(sink))[:, None]
-        e = np.exp(a - top)
-        want = e @ k / (e.sum(axis=-1, keepdims=True) + np.exp(f64(sink)[:, None] - top))
-        angle = f64(np.float32(positions[i, j]) * FREQUENCIES)
-        even, odd = want[:, NOPE::2].copy(), want[:, NOPE + 1 :: 2].copy()
-        want[:, NOPE::2] = even * np.cos(angle) + odd * np.sin(angle)
-        want[:, NOPE + 1 :: 2] = odd * np.cos(angle) - even * np.sin(angle)
+        at = divmod(int(token), t)
+        want = exact_attention(operands, at, WINDOW, FREQUENCIES)
         # The rotary channels are rounded once more before they are turned.
         bound = CHECK_ABS + 2.0**-8 * np.abs(want)
-        assert_near(np.asarray(o[i, j]), want, bound, f"{case.name}, token {token}")
+        assert_near(np.asarray(o[at]), want, bound, f"{case.name}, token {token}")
 
 
 def measure(case: Case, **settings: Any) -> timing.Result:

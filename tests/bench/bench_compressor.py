@@ -1,5 +1,6 @@
-"""compressor of whole layers: CSA's two jobs and HCA's one; run with ``-m bench``.
+"""compressor of whole layers: CSA's two jobs and HCA's one; run with ``-m bench``, or as a program.
 
+``python -m tests.bench.bench_compressor --rows csa --forms open closing --tokens 1``.
 The sizes are those of Flash and Pro alike. A decoded token either only goes to the states or closes
 its window, of which the slots are read and an entry is written; a prefill closes every window of
 its chunk.
@@ -7,7 +8,8 @@ its chunk.
 
 import dataclasses
 import functools
-from typing import Any
+import sys
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +20,9 @@ from dsv4_jax.ops.compressor import Compressed, CompressorJob, compressor
 from dsv4_jax.quant import bits
 from dsv4_jax.quant.kv import IndexRows, KvRows
 from dsv4_jax.typing import E2M1, E4M3, UE8M0
-from tests.bench import timing
+from tests.bench import linears, timing
 from tests.support.numerics import assert_same_bits, raw
+from tests.support.stored import any_leaf
 
 pytestmark = [pytest.mark.bench, pytest.mark.gpu]
 
@@ -36,6 +39,13 @@ MOST_TURNED = 1e-4
 """Of an entry's bytes: sine and cosine of CPU and GPU differ in their last bit."""
 
 
+class Row(NamedTuple):
+    """A kind of layer and a batch, for the command line."""
+
+    model: str
+    name: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """``b`` rows that hold ``start`` tokens and take ``t``."""
@@ -48,8 +58,17 @@ class Case:
     @property
     def name(self) -> str:
         """What the line is called."""
-        kind = "" if self.t > 1 else " closing" if self.windows else " open"
+        kind = "" if self.t > 1 else f" {self.form}"
         return f"{self.layer} b={self.b} t={self.t}{kind}"
+
+    @property
+    def row(self) -> Row:
+        return Row("v4", self.layer if self.b == 1 else f"{self.layer}-b{self.b}")
+
+    @property
+    def form(self) -> str:
+        """Whether a decoded token closes its window."""
+        return "chunk" if self.t > 1 else "closing" if self.windows else "open"
 
     @property
     def ratio(self) -> int:
@@ -104,12 +123,6 @@ CASES = [
 ]
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def normal(seed: int, shape: tuple[int, ...], deviation: float = 1.0) -> jax.Array:
-    """Made on the device."""
-    return jax.random.normal(jax.random.key(seed), shape) * deviation
-
-
 def pool(case: Case, d: int) -> KvRows | IndexRows:
     """Shapes."""
     lead = case.b, max((case.start + case.t) // case.ratio + 1, 64)
@@ -125,22 +138,24 @@ def pool(case: Case, d: int) -> KvRows | IndexRows:
     )
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def make_set(case: Case, seed: int) -> tuple[list[Compressed], tuple[Any, ...]]:
-    """What is written, and the rest; a launch with its own results has them again."""
+    """What is written, and the rest; a launch with its own results has them again.
+
+    One program on the device: of its parts a dozen would be compiled.
+    """
     written: list[Compressed] = []
     rest: list[tuple[jax.Array, ...]] = []
     for i, d in enumerate(case.widths):
-        at, columns = 10 * (2 * seed + i), case.halves * d
-        state = case.b, case.ring, columns
-        chunk = case.b, case.t, columns
-        written.append(
-            Compressed(
-                normal(at, state, 1.0), normal(at + 1, state, 2.0), timing.poisoned(pool(case, d))
-            )
+        columns = case.halves * d
+        state, chunk, ape = (
+            (*lead, columns) for lead in ((case.b, case.ring), (case.b, case.t), (case.ratio,))
         )
-        norm = (1 + normal(at + 5, (d,), 0.1)).astype(jnp.bfloat16)
-        ape = normal(at + 4, (case.ratio, columns), 0.5)
-        rest.append((normal(at + 2, chunk, 1.0), normal(at + 3, chunk, 2.0), ape, norm))
+        shapes = state, state, chunk, chunk, ape, (d,)
+        values = [any_leaf(10 * (2 * seed + i) + j, x, jnp.float32) for j, x in enumerate(shapes)]
+        written.append(Compressed(values[0], values[1], timing.poisoned(pool(case, d))))
+        norm = (1 + values[5] / 8).astype(jnp.bfloat16)
+        rest.append((values[2], values[3], values[4], norm))
     start = jnp.full(case.b, case.start, jnp.int32)
     return written, (rest, start, jnp.full(case.b, case.t, jnp.int32))
 
@@ -190,3 +205,7 @@ def test_time(case: Case) -> None:
     result = measure(case)
     result.append(timing.default_path())
     result.require()
+
+
+if __name__ == "__main__":
+    sys.exit(linears.program(CASES, CASES, measure))

@@ -26,6 +26,7 @@ from dsv4_jax.quant.kv import IndexRows, index_dequant
 from dsv4_jax.typing import E4M3, UE8M0
 from tests.bench import linears, timing
 from tests.support.numerics import f64
+from tests.support.stored import any_leaf, assert_best, exact_scores
 
 pytestmark = [pytest.mark.bench, pytest.mark.gpu]
 
@@ -35,8 +36,6 @@ KEY_BYTES = {"mxfp4": DIM // 2 + DIM // 32, "fp8": DIM + 1}
 PREFILL = 1024
 """From here on tokens are a chunk of one row, below a batch of rows."""
 CHECKED_TOKENS = 2
-CHECKED_KEYS = 1 << 15
-"""At a time, on the host."""
 CHECK_REL = 2e-4
 """Of sum_h |weight_h| |q_h| |key|: FP8 tensor cores."""
 
@@ -120,18 +119,16 @@ def _cases(rows: Iterable[Row], forms: Iterable[str], tokens: Iterable[int]) -> 
 EVERY = _cases(ROWS, ("mxfp4", "fp8"), (1, 2, 4, 8, 16, 32, 64, 128, 256, 4096))
 EVERY = [case for case in EVERY if case.t * case.row.slots <= 1 << 27]
 CASES = [case for case in EVERY if case.max_us is not None]
-PRO = [row for row in ROWS if row.model == "pro"]
-BASELINES = _cases(PRO, ("xla_topk",), (1, 8, 32)) + _cases(PRO, ("xla_mxfp4",), (1,))
-BASELINES += _cases([row for row in PRO if row.name == "n8192"], ("xla_topk",), (4096,))
+BARRED = dict.fromkeys((case.row, case.t) for case in CASES)
+BASELINES = [Case(row, "xla_topk", t) for row, t in BARRED]
+BASELINES += [Case(row, "xla_mxfp4", t) for row, t in BARRED if t == 1]
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "form"))
-def store(key: jax.Array, shape: tuple[int, ...], form: str) -> IndexRows:
-    """Finite random codes with scales around 1, made on the device."""
-    codes, scales = jax.random.split(key)
+def store(seed: int, shape: tuple[int, ...], form: str) -> IndexRows:
+    """Finite codes of any bits with scales around 1."""
     per_byte, blocks = (2, DIM // 32) if form == "mxfp4" else (1, 1)
-    code = jax.random.bits(codes, (*shape, DIM // per_byte), jnp.uint8)
-    exponent = jax.random.randint(scales, (*shape, blocks), 125, 129).astype(jnp.uint8)
+    code = any_leaf(seed, (*shape, DIM // per_byte), jnp.uint8)
+    exponent = 125 + (any_leaf(seed + 1, (*shape, blocks), jnp.uint8) & 3)
     scale = lax.bitcast_convert_type(exponent, UE8M0)
     if form == "mxfp4":
         return IndexRows(bits.bytes_to_e2m1(code), scale)
@@ -139,23 +136,18 @@ def store(key: jax.Array, shape: tuple[int, ...], form: str) -> IndexRows:
     return IndexRows(lax.bitcast_convert_type(code, E4M3), scale)
 
 
-@functools.partial(jax.jit, static_argnames="shape")
-def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jax.random.normal(key, shape)
-
-
+@functools.partial(jax.jit, static_argnums=0)
 def inputs(case: Case, seed: int) -> tuple[Any, ...]:
     """Operands of one launch: ``q, weight, keys, n_visible``, or scores for ``xla_topk``."""
-    b, t = case.shape
-    keys = jax.random.split(jax.random.key(seed), 3)
+    (b, t), slots = case.shape, case.row.slots
     if case.form == "xla_topk":
-        return (_normal(keys[0], (b, t, case.row.slots)),)
+        return (any_leaf(seed, (b, t, slots), jnp.float32),)
     form = case.form.removeprefix("xla_")
     return (
-        store(keys[0], (b, t, HEADS), form),
-        _normal(keys[1], (b, t, HEADS)),
-        store(keys[2], (b, case.row.slots), form),
-        jnp.full((b, t), case.row.slots, jnp.int32),
+        store(5 * seed, (b, t, HEADS), form),
+        any_leaf(5 * seed + 2, (b, t, HEADS), jnp.float32),
+        store(5 * seed + 3, (b, slots), form),
+        jnp.full((b, t), slots, jnp.int32),
     )
 
 
@@ -178,52 +170,23 @@ def _baseline(case: Case, zero: jax.Array, operands: tuple[Any, ...]) -> jax.Arr
     return jnp.sort(lax.top_k(scores, case.picks)[1].astype(jnp.int32), axis=-1)
 
 
-def _values(rows: IndexRows, at: Any) -> np.ndarray:
-    """Some rows of a store in FP64."""
-    code, scale = bits.byte_view(rows.key), rows.scale
-    assert scale is not None
-    taken = np.asarray(jax.jit(lambda x: x[at])(code))
-    byte = np.asarray(jax.jit(lambda x: bits.byte_view(x)[at])(scale)).astype(int)
-    if rows.key.dtype == E4M3:
-        wide = f64(taken.view(np.dtype(E4M3)))
-    else:
-        nibbles = np.stack([taken & 15, taken >> 4], axis=-1).reshape(*taken.shape[:-1], -1)
-        wide = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])[nibbles & 7] * np.where(nibbles & 8, -1, 1)
-    return wide * np.repeat(np.ldexp(1.0, byte - 127), wide.shape[-1] // byte.shape[-1], axis=-1)
-
-
-def _scores(case: Case, operands: tuple[Any, ...], i: int, j: int) -> tuple[np.ndarray, np.ndarray]:
+def _scores(case: Case, operands: tuple[Any, ...], at: tuple[int, int]) -> Any:
     """Of one query, in FP64, and how far each may be off."""
     if case.form == "xla_topk":
-        scores = f64(operands[0][i, j])
+        scores = f64(operands[0][at])
         return scores, np.zeros_like(scores)
     q, weight, keys, _ = operands
-    query, factor = _values(q, (i, j)), f64(weight[i, j])
-    size = np.sum(np.abs(factor) * np.linalg.norm(query, axis=-1))
-    scores, bound = [], []
-    for at in range(0, case.row.slots, CHECKED_KEYS):
-        some = _values(keys, (i, slice(at, min(at + CHECKED_KEYS, case.row.slots))))
-        scores.append(factor @ np.maximum(query @ some.T, 0))
-        bound.append(CHECK_REL * size * np.linalg.norm(some, axis=-1))
-    return np.concatenate(scores), np.concatenate(bound)
+    scores, sizes = exact_scores(q, weight, keys, at, case.row.slots)
+    return scores, CHECK_REL * sizes
 
 
 def check(case: Case, operands: tuple[Any, ...], idx: jax.Array) -> None:
-    """A few queries against FP64: who is clearly among the best is chosen, who is not is not."""
+    """A few queries against FP64."""
     b, t = case.shape
     for token in np.unique(np.linspace(0, b * t - 1, CHECKED_TOKENS).astype(int)):
-        i, j = divmod(int(token), t)
-        scores, bound = _scores(case, operands, i, j)
-        ids, what = np.asarray(idx[i, j]), f"{case.name}, token {token}"
-        assert (np.diff(ids) > 0).all() and ids[0] >= 0, f"{what}: ids do not ascend"
-        assert ids[-1] < case.row.slots, f"{what}: ids beyond the entries"
-        kth = np.sort(scores)[-case.picks]
-        chosen = np.zeros(case.row.slots, bool)
-        chosen[ids] = True
-        missing = ~chosen & (scores > kth + 2 * bound)
-        wrong = chosen & (scores < kth - 2 * bound)
-        assert not missing.any(), f"{what}: {missing.sum()} of the best are missing"
-        assert not wrong.any(), f"{what}: {wrong.sum()} are not among the best"
+        at = divmod(int(token), t)
+        scores, bound = _scores(case, operands, at)
+        assert_best(idx[at], scores, bound, case.picks, f"{case.name}, token {token}")
 
 
 def measure(case: Case, **settings: Any) -> timing.Result:

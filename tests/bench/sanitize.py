@@ -104,7 +104,7 @@ def _attention() -> Iterator[Any]:
 
 
 def _index_topk() -> Iterator[Any]:
-    """The model's sizes and others; any bytes, any counts; ends inside blocks of keys."""
+    """Every kernel; the model's sizes and others; any bytes, any counts; ends inside blocks."""
     rng = np.random.default_rng(0)
     wild = np.array([-1, -(2**31), 2**31 - 1, 0, 5], np.int32)
 
@@ -125,6 +125,18 @@ def _index_topk() -> Iterator[Any]:
         for n in (np.full((b, t), slots, np.int32), n_visible, np.resize(wild, (b, t))):
             yield index_topk(q, weight, keys, n, topk=topk)
         yield index_topk(q, weight, keys, n_visible, topk=topk, return_scores=True)
+    # Two queries that share keys; choices by one thread block with bounds, by clusters of small and
+    # of large ones, by large ones in turn, and of everything.
+    for form, t, slots, topk in (
+        *(("mxfp4", 3, 400, 100), ("fp8", 2, 400, 100), ("mxfp4", 133, 100, 16)),
+        *(("mxfp4", 1, 8400, 512), ("mxfp4", 1, 65600, 512), ("mxfp4", 67, 8208, 512)),
+        ("mxfp4", 2, 256, 512),
+    ):
+        q, keys = store(0, (1, t, 64), 128, form), store(2, (1, slots), 128, form)
+        weight = jnp.asarray(rng.standard_normal((1, t, 64)), jnp.float32)
+        n_visible = rng.integers(0, slots + 1, (1, t)).astype(np.int32)
+        n_visible[0, 0] = slots
+        yield index_topk(q, weight, keys, n_visible, topk=topk)
 
 
 def _compressor() -> Iterator[Any]:

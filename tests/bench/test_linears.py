@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv4_jax.config import LayerKind
 from dsv4_jax.precision import act_format, weight_format
 from dsv4_jax.quant import fp8, nvfp4
 from tests.bench import (
@@ -17,6 +18,7 @@ from tests.bench import (
     bench_dense_linear,
     bench_fp8_linear,
     bench_index_topk,
+    bench_long_context,
     bench_moe,
     bench_mxfp4_linear,
     bench_nvfp4_linear,
@@ -24,8 +26,10 @@ from tests.bench import (
     linears,
     timing,
 )
+from tests.bench.bench_step import cut
 from tests.bench.test_timing import GOOD, TINY
-from tests.support import products
+from tests.model.test_long_context import SMALL
+from tests.support import products, stored
 from tests.support.numerics import assert_same_bits
 
 LINEARS: dict[str, Any] = {
@@ -120,7 +124,7 @@ def test_index_topk_bench_at_tiny_size(form: str, t: int, monkeypatch: pytest.Mo
     monkeypatch.setitem(bench_index_topk.PICKS, "pro", 20)
     monkeypatch.setattr(bench_index_topk, "HEADS", 2)
     monkeypatch.setattr(bench_index_topk, "PREFILL", 4)
-    monkeypatch.setattr(bench_index_topk, "CHECKED_KEYS", 128)
+    monkeypatch.setattr(stored, "STRETCH", 128)
     case = bench_index_topk.Case(bench_index_topk.Row("pro", 300), form, t)
     bench_index_topk.measure(case, evict_bytes=0.0, **TINY)
     if form.startswith("xla_"):
@@ -158,6 +162,27 @@ def test_compressor_bench_at_tiny_size(layer: str, t: int, start: int) -> None:
             )
 
 
+@pytest.mark.parametrize("kind", [LayerKind.CSA, LayerKind.HCA])
+def test_long_context_bench_at_tiny_size(
+    kind: LayerKind, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The cache goes round in place."""
+    case = bench_long_context.Case(bench_long_context.Row("flash", kind, 4095), "official", 2)
+    tiny = cut(SMALL, SMALL.compress_ratios.index(kind.value))
+    result = bench_long_context.measure(case, tiny, steps=3, max_len=4096, replays=2)
+    assert result.launches == 3 and result.gb_s > 0
+    printed = capsys.readouterr().out
+    assert "MB a step: weights" in printed and ("index keys" in printed) == (kind is LayerKind.CSA)
+
+
+def test_bytes_of_a_long_context() -> None:
+    """The last position of a million: every index key, 512 entries; all of HCA's."""
+    last = {case.name: case.cache_bytes for case in bench_long_context.CASES[3::4]}
+    csa, hca = last["flash official csa-1048575 b=1"], last["flash official hca-1048575 b=1"]
+    assert (csa["index keys"], csa["entries"]) == (262144 * 68, 512 * 583)
+    assert (hca["index keys"], hca["entries"]) == (0, 8192 * 583)
+
+
 def test_steps_between_tokens() -> None:
     """A number of tokens that costs more than half as much again as one beside it."""
     cases = [bench_moe.Case(bench_moe.UNIFORM[0], "mxfp4_w4a8", t) for t in (1, 2, 8)]
@@ -185,7 +210,9 @@ def test_bars_of_the_table() -> None:
     best = {case.name: case.max_us for case in bench_index_topk.CASES}
     assert best["pro mxfp4 n262144 t=32"] == 300 and best["flash fp8 n8192 t=4096"] == 570
     assert "flash mxfp4 n8192 t=1" not in best
+    assert len(best) == 28 and len(bench_index_topk.BASELINES) == 14 + 4
     entries = {case.name: case for case in bench_compressor.CASES}
+    assert entries["csa b=128 t=1 closing"].bars == (None, None)
     assert entries["csa b=1 t=1 closing"].bars == entries["hca b=1 t=1 open"].bars == (4.0, None)
     assert entries["hca b=1 t=4096"].bars == (None, 0.55)
     prefill = 8 * 4096 * 512 + 8 * 128 * 512 + 4 * 128 * 512 + 32 * 583

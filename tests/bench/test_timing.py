@@ -157,6 +157,7 @@ def test_eviction_is_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
 def scanned(step: Any, **settings: Any) -> timing.Result:
     """`timing.measure_scan` of twelve small writes."""
     given: dict[str, Any] = {"length": 12, "unroll": 4, "replays": 4, **settings}
+    given.setdefault("launches", {"cache_write": 1})
     return timing.measure_scan(
         "scan",
         "tiny",
@@ -164,13 +165,12 @@ def scanned(step: Any, **settings: Any) -> timing.Result:
         empty,
         rows(3.0),
         lambda carry: check(3, carry),
-        launches={"cache_write": 1},
         **given,
     )
 
 
 def test_scan() -> None:
-    assert scanned(cache_write).launches == 12
+    assert scanned(cache_write).launches == scanned(cache_write, launches={}).launches == 12
     with pytest.raises(AssertionError, match="Arrays are not equal"):
         scanned(WRONG["value"])
     with pytest.raises(ValueError, match="unroll"):

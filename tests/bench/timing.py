@@ -552,6 +552,7 @@ def measure_scan(
     length: int,
     unroll: int,
     launch_bytes: float = 0.0,
+    bytes_at: Rate = "copy",
     max_us: float | None = None,
     max_temporaries: float = 1e6,
     replays: int = REPLAYS,
@@ -563,7 +564,8 @@ def measure_scan(
     Args:
         make_carry: a new carry, the same each time.
         check: raises when the carry is wrong after ``length`` steps.
-        launches: launches of each op in one step.
+        launches: launches of each op in one step; with none named the time is that of a step, and
+            nothing is asked about graphs.
         length, unroll: steps, and steps per iteration of the compiled loop.
         max_temporaries: bytes XLA may set aside; a cache that it copies shows here.
 
@@ -590,16 +592,16 @@ def measure_scan(
     if temporaries > max_temporaries:
         raise AssertionError(f"{case}: {temporaries} bytes of temporaries")
     pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(carry)]
-    replayed = _Replays(lambda carry: run(carry, inputs), carry)
+    replayed = _Replays(lambda carry: compiled(carry, inputs), carry)
     # A capture holds the launches of one iteration of the compiled loop, or of all of them.
     replayed.run({op: n * unroll for op, n in launches.items()}, replays)
     after = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(replayed.state)]
     if after != pointers:
         raise AssertionError(f"{case}: buffers of the carry moved from {pointers} to {after}")
-    check(run(make_carry(), inputs))
-    count = length * sum(launches.values())
+    check(compiled(make_carry(), inputs))
+    count = length * (sum(launches.values()) or 1)
     us = replayed.us() / count
-    floor_us = ceilings().us(launch_bytes, "copy")
+    floor_us = ceilings().us(launch_bytes, bytes_at)
     return _result(
         bench,
         case,
@@ -608,7 +610,7 @@ def measure_scan(
         count,
         launch_bytes,
         floor_us,
-        H200.us(launch_bytes, "copy"),
+        H200.us(launch_bytes, bytes_at),
         max_us,
         None,
     )

@@ -11,13 +11,11 @@ import pytest
 
 from dsv4_jax.ops._compressor_jax import compressor_jax
 from dsv4_jax.ops.compressor import Compressed, CompressorJob, compressor
-from dsv4_jax.ops.hadamard import hadamard
-from dsv4_jax.quant import bits
-from dsv4_jax.quant.kv import IndexRows, KvRows, index_quant, kv_dequant, kv_quant
-from dsv4_jax.typing import E2M1
+from dsv4_jax.quant.kv import IndexRows, KvRows, kv_dequant
+from dsv4_jax.typing import E2M1, E4M3, UE8M0
 from reference.compressor import compressor as reference_compressor
 from tests.support.numerics import assert_near, assert_same_tree, f64, raw
-from tests.support.op_cases import normal
+from tests.support.stored import stored_entry
 
 EPS = 1e-6
 ROTARY = 64
@@ -58,33 +56,39 @@ def halves(ratio: int) -> int:
     return 2 if ratio == 4 else 1
 
 
-def poisoned(form: str, b: int, d: int) -> KvRows | IndexRows:
-    """A pool of one byte over and over."""
+def values(seed: int, *shape: int, scale: float = 1.0) -> np.ndarray:
+    """Standard normal."""
+    return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(np.float32)
+
+
+def poisoned(form: str, b: int, d: int, rotary: int = ROTARY) -> Any:
+    """A pool of one byte over and over, in numpy: of JAX each shape would be compiled."""
+
+    def full(n: int, dtype: Any) -> np.ndarray:
+        byte = np.full((b, SLOTS, n * np.dtype(dtype).itemsize), POISON, np.uint8)
+        return (byte & 0xF if dtype == E2M1 else byte).view(dtype)
+
     if form == "kv":
-        pool: Any = kv_quant(jnp.zeros((b, SLOTS, d), jnp.float32), ROTARY, "fp8")
-    else:
-        pool = index_quant(jnp.zeros((b, SLOTS, d), jnp.float32), form)  # type: ignore[arg-type]
-
-    def fill(part: jax.Array) -> jax.Array:
-        view = bits.byte_view(part)
-        byte = POISON * 0x101 if view.dtype == jnp.uint16 else POISON
-        return bits.from_byte_view(jnp.full_like(view, byte), part.dtype)
-
-    return jax.tree.map(fill, pool)
+        nope = d - rotary
+        return KvRows(full(nope, E4M3), full(-(-nope // 64), UE8M0), full(rotary, jnp.bfloat16))
+    dtype, blocks = (E2M1, d // 32) if form == "mxfp4" else (E4M3, 1)
+    return IndexRows(full(d, dtype), full(blocks, UE8M0))
 
 
-def whole(form: str, ratio: int, b: int, t: int, seed: int, d: int | None = None) -> CompressorJob:
+def whole(
+    form: str, ratio: int, b: int, t: int, seed: int, d: int | None = None, **settings: Any
+) -> CompressorJob:
     """Rows of ``t`` tokens from their beginning on, over NaN states and a poisoned pool."""
     d = WIDTH[form] if d is None else d
     columns, ring = halves(ratio) * d, halves(ratio) * ratio
-    state = jnp.full((b, ring, columns), jnp.nan, jnp.float32)
+    state = np.full((b, ring, columns), np.nan, np.float32)
     return CompressorJob(
-        normal(seed, b, t, columns),
-        normal(seed + 1, b, t, columns, scale=3),
-        normal(seed + 2, ratio, columns, scale=0.5),
-        (1 + normal(seed + 3, d, scale=0.2)).astype(jnp.bfloat16),
-        *(state, jnp.copy(state)),
-        poisoned(form, b, d),
+        values(seed, b, t, columns),
+        values(seed + 1, b, t, columns, scale=3),
+        values(seed + 2, ratio, columns, scale=0.5),
+        (1 + values(seed + 3, d, scale=0.2)).astype(jnp.bfloat16),
+        *(state, state.copy()),
+        poisoned(form, b, d, **settings),
     )
 
 
@@ -120,17 +124,8 @@ def in_chunks(
 
 
 def in_bytes(pool: Any) -> Iterator[np.ndarray]:
-    """Bytes of every part, ``[b, s, n]``."""
-    for x in jax.tree.leaves(pool):
-        yield np.asarray(bits.e2m1_to_bytes(x)) if x.dtype == E2M1 else raw(x)
-
-
-def stored(entry: jax.Array, like: KvRows | IndexRows) -> Any:
-    """One entry of the reference in the pool's format."""
-    y = entry.astype(jnp.bfloat16)[None, None]
-    if isinstance(like, KvRows):
-        return kv_quant(y, ROTARY, "fp8")
-    return index_quant(hadamard(y), "mxfp4" if like.key.dtype == E2M1 else "fp8")
+    """Codes of every part, ``[b, s, n]``."""
+    return map(raw, jax.tree.leaves(pool))
 
 
 def check(jobs: Sequence[CompressorJob], got: Any, start: Any, count: Any, ratio: int) -> int:
@@ -145,7 +140,8 @@ def check(jobs: Sequence[CompressorJob], got: Any, start: Any, count: Any, ratio
             if w >= SLOTS:
                 continue
             others[i, w] = False
-            for mine, theirs in zip(now, in_bytes(stored(entry, job.pool)), strict=True):
+            fresh = in_bytes(stored_entry(entry, job.pool, ROTARY))
+            for mine, theirs in zip(now, fresh, strict=True):
                 turned += int((mine[i, w] != theirs[0, 0]).sum())
                 total += mine[i, w].size
         for mine, old in zip(now, before, strict=True):
@@ -161,7 +157,7 @@ def test_against_reference(layer: str) -> None:
     ratio, jobs = jobs_of(layer, 8, t)
     start = np.array([0, 3, 2 * ratio - 1, 2 * ratio, -1, -(2**31), 2**31 - 400, 5 * ratio + 2])
     count = np.array([t, t - 3, 1, 0, t, t, t, 2**31 - 1])
-    rings = [normal(50 + i, *job.kv_state.shape) for i, job in enumerate(jobs)]
+    rings = [values(50 + i, *job.kv_state.shape) for i, job in enumerate(jobs)]
     jobs = [
         job._replace(kv_state=ring, gate_state=ring[:, ::-1])
         for job, ring in zip(jobs, rings, strict=True)
@@ -200,8 +196,8 @@ def test_rings_with_room_for_drafts(layer: str, spare: int) -> None:
     want = run(jobs, [0, 0], [total] * 2, ratio=ratio)
     longer = [
         job._replace(
-            kv_state=jnp.pad(job.kv_state, ((0, 0), (0, spare), (0, 0)), constant_values=jnp.nan),
-            gate_state=jnp.pad(job.gate_state, ((0, 0), (0, spare), (0, 0))),
+            kv_state=np.pad(job.kv_state, ((0, 0), (0, spare), (0, 0)), constant_values=np.nan),
+            gate_state=np.pad(job.gate_state, ((0, 0), (0, spare), (0, 0))),
         )
         for job in jobs
     ]
@@ -224,9 +220,7 @@ def test_a_rejected_draft_is_overwritten(layer: str) -> None:
         job = whole(form, ratio, 1, total, 10 * i)
         pad = ((0, 0), (0, 1), (0, 0))
         jobs.append(
-            job._replace(
-                kv_state=jnp.pad(job.kv_state, pad), gate_state=jnp.pad(job.gate_state, pad)
-            )
+            job._replace(kv_state=np.pad(job.kv_state, pad), gate_state=np.pad(job.gate_state, pad))
         )
     want = run(jobs, [0], [total], ratio=ratio)
     drafts = [job._replace(kv=-job.kv, gate=-job.gate) for job in jobs]
@@ -243,8 +237,9 @@ def test_padding_writes_nothing(layer: str) -> None:
     ratio, jobs = jobs_of(layer, 3, 2 * ratio_of(layer) + 1)
     count = np.array([0, ratio + 1, 2 * ratio])
     real = np.arange(2 * ratio + 1)[None, :, None] < count[:, None, None]
+    nan = np.float32(np.nan)
     bad = [
-        job._replace(kv=jnp.where(real, job.kv, jnp.nan), gate=jnp.where(real, job.gate, jnp.nan))
+        job._replace(kv=np.where(real, job.kv, nan), gate=np.where(real, job.gate, nan))
         for job in jobs
     ]
     got = run(bad, [0, 0, 0], count, ratio=ratio)
@@ -264,9 +259,7 @@ def test_a_full_pool(layer: str) -> None:
     ratio, jobs = jobs_of(layer, 2, 2 * ratio_of(layer))
     start = [(SLOTS - 1) * ratio, 2**31 - 1 - 2 * ratio]
     zero = [
-        job._replace(
-            kv_state=jnp.zeros_like(job.kv_state), gate_state=jnp.zeros_like(job.gate_state)
-        )
+        job._replace(kv_state=np.zeros_like(job.kv_state), gate_state=np.zeros_like(job.gate_state))
         for job in jobs
     ]
     got = run(zero, start, [2 * ratio] * 2, ratio=ratio)
@@ -325,8 +318,8 @@ def test_rows_do_not_meet(layer: str) -> None:
     for i in range(4):
         rows = slice(i, i + 1)
 
-        def row(x: jax.Array, rows: slice = rows) -> jax.Array:
-            return bits.from_byte_view(bits.byte_view(x)[rows], x.dtype)
+        def row(x: Any, rows: slice = rows) -> np.ndarray:
+            return np.asarray(x)[rows]
 
         alone = [
             after(job._replace(kv=row(job.kv), gate=row(job.gate)), jax.tree.map(row, written))
@@ -353,10 +346,7 @@ def test_rows_do_not_meet(layer: str) -> None:
 def test_other_sizes(form: str, ratio: int, d: int, rotary: int) -> None:
     """What the call serves besides the model's: as `jax.numpy` has it, but for counted ties."""
     total = 5 * ratio if ratio < 128 else 300
-    job = whole(form, ratio, 2, total, 0, d)
-    if form == "kv":
-        zeros = jnp.zeros((2, SLOTS, d), jnp.float32)
-        job = job._replace(pool=kv_quant(zeros, rotary, "fp8"))
+    job = whole(form, ratio, 2, total, 0, d, rotary=rotary)
     start, count = (jnp.asarray(x, jnp.int32) for x in ([0, 0], [total, total - 1]))
     frequencies = jnp.asarray(FREQUENCIES[:1]) * 0.9 ** jnp.arange(rotary // 2)
     settings: dict[str, Any] = {"ratio": ratio, "eps": EPS}
@@ -364,9 +354,8 @@ def test_other_sizes(form: str, ratio: int, d: int, rotary: int) -> None:
     call = functools.partial(compressor, **settings)
     assert "dsv4.compressor" in str(jax.make_jaxpr(call)(*operands))
     (got,) = call(*operands)
-    states, pool = compressor_jax(
-        *job[:4], job[4:6], job.pool, *operands[1:], **settings, dtype=jnp.bfloat16
-    )
+    in_jax = jax.jit(functools.partial(compressor_jax, **settings, dtype=jnp.bfloat16))
+    states, pool = in_jax(*job[:4], job[4:6], job.pool, *operands[1:])
     assert_same_tree((got.kv_state, got.gate_state), states)
     pairs = list(zip(in_bytes(got.pool), in_bytes(pool), strict=True))
     turned = sum(int((a != b).sum()) for a, b in pairs)
@@ -435,21 +424,21 @@ def test_rounded_against_exact(ratio: int) -> None:
 
 
 def _no_ape(job: CompressorJob) -> CompressorJob:
-    return job._replace(ape=jnp.zeros_like(job.ape))
+    return job._replace(ape=np.zeros_like(job.ape))
 
 
 def _halves_swapped(job: CompressorJob) -> CompressorJob:
     d = job.norm.shape[0]
-    swap = lambda x: jnp.concatenate([x[..., d:], x[..., :d]], axis=-1)  # noqa: E731
+    swap = lambda x: np.concatenate([x[..., d:], x[..., :d]], axis=-1)  # noqa: E731
     return job._replace(kv=swap(job.kv), gate=swap(job.gate), ape=swap(job.ape))
 
 
 def _no_norm_weight(job: CompressorJob) -> CompressorJob:
-    return job._replace(norm=jnp.ones_like(job.norm))
+    return job._replace(norm=np.ones_like(job.norm))
 
 
 def _ape_one_late(job: CompressorJob) -> CompressorJob:
-    return job._replace(ape=jnp.roll(job.ape, 1, axis=0))
+    return job._replace(ape=np.roll(job.ape, 1, axis=0))
 
 
 @pytest.mark.parametrize("wrong", [_no_ape, _halves_swapped, _no_norm_weight, _ape_one_late])
@@ -479,7 +468,8 @@ def test_large_gates_and_values() -> None:
     large = job._replace(gate=job.gate * 1e4, kv=job.kv * 1e30)
     (got,) = run([large], [0, 0], [12, 12], ratio=ratio)
     assert np.isfinite(f64(kv_dequant(got.pool, jnp.float32))[:, :3]).all()
-    broken = job._replace(kv=job.kv.at[0, 5, 600].set(jnp.inf))
+    broken = job._replace(kv=job.kv.copy())
+    broken.kv[0, 5, 600] = np.inf
     (bad,), (good,) = (run([j], [0, 0], [12, 12], ratio=ratio) for j in (broken, job))
     nan = np.isnan(f64(kv_dequant(bad.pool, jnp.float32))[:, :3]).any(axis=-1)
     np.testing.assert_array_equal(nan, [[False, True, False], [False, False, False]])
@@ -490,7 +480,7 @@ def test_large_gates_and_values() -> None:
 def test_zero_entries() -> None:
     """A15: a window of zeros has zero codes and the smallest scale."""
     ratio, jobs = jobs_of("csa", 1, 4)
-    zero = [job._replace(kv=jnp.zeros_like(job.kv)) for job in jobs]
+    zero = [job._replace(kv=np.zeros_like(job.kv)) for job in jobs]
     keys, index = run(zero, [0], [4], ratio=ratio)
     assert not raw(keys.pool.nope)[0, 0].any() and not raw(keys.pool.rope)[0, 0].any()
     assert (raw(keys.pool.scale)[0, 0] == 127 - 22).all()

@@ -209,9 +209,10 @@ def _compressor(ratio: int, dtype: Any = jnp.bfloat16) -> OpCase:
     start = np.random.default_rng(6).integers(0, 3 * ratio, MAX_ROWS)
     frequencies = (10000.0 ** -(np.arange(rotary // 2) / 16)).astype(np.float32)
     form = "fp8" if dtype == jnp.bfloat16 else "float32"
-    pools: list[Any] = [kv_quant(normal(4, MAX_ROWS, slots, 96), rotary, form)]
+    keys, index = normal(4, MAX_ROWS, slots, 96), normal(5, MAX_ROWS, slots, 64)
+    pools: list[Any] = [jax.jit(lambda x: kv_quant(x, rotary, form))(keys)]
     if ratio == 4:
-        pools.append(index_quant(normal(5, MAX_ROWS, slots, 64), "mxfp4"))
+        pools.append(jax.jit(lambda x: index_quant(x, "mxfp4"))(index))
     widths = (96, 64)[: len(pools)]
     constants = [
         (normal(6, ratio, halves * d), (1 + normal(7, d, scale=0.1)).astype(dtype)) for d in widths
