@@ -34,7 +34,8 @@ constexpr int kQueryWeights = 4 * kWeightPitch;
 // one fewer.
 struct ScoreArgs {
   IndexTopkParams p;
-  uint32_t* order;  // [tokens, slots]: scores as ScoreOrder has them, NaN as kNanOrder
+  uint32_t* order;    // [tokens, slots]: scores as ScoreOrder has them, NaN as kNanOrder
+  uint32_t* largest;  // [tokens, IndexTopkGroups(slots)]: of the orders of a group, or nullptr
   int64_t first_token, first_group;
   uint32_t tokens;
   int groups, groups_per_batch;
@@ -323,19 +324,51 @@ __device__ __forceinline__ uint32_t FastOrder(float score) {
   return x != x ? kNanOrder : bits ^ (sign | 0x80000000u);
 }
 
-// Where a lane's scores go: of one key, of every second query.
+// Where a lane's scores go: of one key, of every second query. Their orders, 0 of what is not
+// stored.
 struct Store {
   uint32_t* order;
   int64_t two_rows;
   float scale;
   int queries;  // left, two for each call
 
-  __device__ __forceinline__ void operator()(float sum) {
-    if (queries > 0) *order = FastOrder(__fmul_rn(sum, scale));
+  __device__ __forceinline__ uint32_t operator()(float sum) {
+    const uint32_t stored = queries > 0 ? FastOrder(__fmul_rn(sum, scale)) : 0;
+    if (queries > 0) *order = stored;
     order += two_rows;
     queries -= 2;
+    return stored;
   }
 };
+
+__device__ __forceinline__ uint32_t LargestOf(uint32_t order, int lanes) {
+  return max(order, __shfl_xor_sync(~0u, order, lanes));
+}
+// Lanes trade as sums do.
+__device__ __forceinline__ uint32_t LargestOf(uint32_t first, uint32_t second, int lanes,
+                                              int lane) {
+  const bool upper = (lane & lanes) != 0;
+  return max(upper ? second : first, __shfl_xor_sync(~0u, upper ? first : second, lanes));
+}
+
+// Of the 16 keys of a warp, orders of every second query: the largest of query 2 pair + c / 2,
+// where there are four pairs in lanes / 4 % 4, else in all.
+template <int kQueries, int kPairs>
+__device__ __forceinline__ uint32_t LargestOf(const uint32_t (&order)[kPairs], int lane) {
+  static_assert(kQueries == 1 || kQueries == 2 || kQueries == 8);
+  if constexpr (kQueries == 1) {
+    return __reduce_max_sync(~0u, order[0]);  // 0 of lanes that have no query
+  } else {
+    uint32_t largest;
+    if constexpr (kQueries == 8) {
+      largest = LargestOf(LargestOf(order[0], order[1], 4, lane),
+                          LargestOf(order[2], order[3], 4, lane), 8, lane);
+    } else {
+      largest = LargestOf(LargestOf(order[0], 4), 8);
+    }
+    return LargestOf(LargestOf(largest, 16), 1);
+  }
+}
 
 template <IndexForm kForm, int kQueries, typename Shared>
 __device__ __forceinline__ void Copy(const ScoreArgs& args, Shared& shared,
@@ -368,9 +401,9 @@ __device__ __forceinline__ void Copy(const ScoreArgs& args, Shared& shared,
 
 // Two queries of a group: sums of the first are being made. kMore: begins those of a third.
 template <bool kMore>
-__device__ __forceinline__ void TwoQueries(float (&first)[32], float (&second)[32],
-                                           const uint32_t (&a)[4][4], uint32_t q,
-                                           const float* weights, int c, Store& store) {
+__device__ __forceinline__ uint32_t TwoQueries(float (&first)[32], float (&second)[32],
+                                               const uint32_t (&a)[4][4], uint32_t q,
+                                               const float* weights, int c, Store& store) {
   Multiply(second, a, q + kQueryRows);
   WgmmaWait<1>();
   Settle(first);
@@ -383,14 +416,14 @@ __device__ __forceinline__ void TwoQueries(float (&first)[32], float (&second)[3
   }
   Settle(second);
   const float2 y = WeightedSum(second, weights + kQueryWeights);
-  store(Trade<2>(Trade<1>(x.x, x.y, c), Trade<1>(y.x, y.y, c), c));
+  return store(Trade<2>(Trade<1>(x.x, x.y, c), Trade<1>(y.x, y.y, c), c));
 }
 
 template <IndexForm kForm, int kQueries, typename Shared>
 __device__ __forceinline__ void Score(const ScoreArgs& args, Shared& shared,
                                       const Stretch& stretch) {
   using Size = Sizes<kForm, kQueries>;
-  constexpr int kCodes = KeyBytes<kForm>::kCodes;
+  constexpr int kCodes = KeyBytes<kForm>::kCodes, kPairs = (kQueries + 1) / 2;
   const int lane = Keep(static_cast<int>(threadIdx.x) % 32), c = Keep(lane % 4);
   const int row = static_cast<int>(threadIdx.x) % 128 / 32 * 16 + lane / 4;  // and row + 8
   const int codes_at = Keep(row * kCodes + c * (kCodes / 4));
@@ -398,6 +431,11 @@ __device__ __forceinline__ void Score(const ScoreArgs& args, Shared& shared,
   const int stored_at = Keep(row + 8 * (c & 1));
   const float* const weights = shared.weights[0] + Keep(c * kWeightPitch);
   const uint32_t q = RowsLower(SharedAddress(shared.q));
+  // The largest of a group: lanes 4 pair + c, c even, store those of their queries.
+  const int pair = kPairs == 4 ? lane / 4 : 0, query = 2 * pair + c / 2;
+  const int group_key = static_cast<int>(threadIdx.x) % 128 / 32 * kIndexTopkGroup;
+  const bool stores_largest = args.largest != nullptr && lane < 4 * kPairs && (lane & 1) == 0;
+  const int64_t key_groups = IndexTopkGroups(args.p.slots);
   int slot = static_cast<int>(threadIdx.x) / 128, mine = stretch.first + slot;
   uint32_t phase = 0;
   for (int g = stretch.group, position = stretch.first; position < stretch.end; ++g) {
@@ -410,6 +448,8 @@ __device__ __forceinline__ void Score(const ScoreArgs& args, Shared& shared,
     SyncConsumers<Size::kConsumers>();
     uint32_t* const order =
         args.order + (group.token + c / 2 - args.first_token) * args.p.slots + stored_at;
+    uint32_t* const largest = args.largest + (group.token + query - args.first_token) * key_groups +
+                              group_key / kIndexTopkGroup;
     position = end;
     for (; mine < end; mine += Size::kWarpgroups) {
       const Slot<kForm>& tile = shared.slots[slot];
@@ -431,6 +471,7 @@ __device__ __forceinline__ void Score(const ScoreArgs& args, Shared& shared,
       store.two_rows = 2 * args.p.slots;
       store.scale = ScaleOf<kForm>(c & 1 ? scale[1] : scale[0]);
       store.queries = key + stored_at < entries ? group.queries - c / 2 : 0;
+      uint32_t stored[kPairs];
       float first[32];
       Multiply(first, a, q);
       __syncwarp();
@@ -440,16 +481,22 @@ __device__ __forceinline__ void Score(const ScoreArgs& args, Shared& shared,
         Settle(first);
         const float2 x = WeightedSum(first, weights);
         const float sum = Trade<1>(x.x, x.y, c);
-        store(__fadd_rn(sum, __shfl_xor_sync(~0u, sum, 2)));
+        stored[0] = store(__fadd_rn(sum, __shfl_xor_sync(~0u, sum, 2)));
       } else {
         float second[32];
 #pragma unroll
         for (int i = 0; i + 2 < kQueries; i += 2) {
-          TwoQueries<true>(first, second, a, q + i * kQueryRows, weights + i * kQueryWeights, c,
-                           store);
+          stored[i / 2] = TwoQueries<true>(first, second, a, q + i * kQueryRows,
+                                           weights + i * kQueryWeights, c, store);
         }
-        TwoQueries<false>(first, second, a, q + (kQueries - 2) * kQueryRows,
-                          weights + (kQueries - 2) * kQueryWeights, c, store);
+        stored[kPairs - 1] = TwoQueries<false>(first, second, a, q + (kQueries - 2) * kQueryRows,
+                                               weights + (kQueries - 2) * kQueryWeights, c, store);
+      }
+      if (args.largest != nullptr) {
+        const uint32_t of_group = LargestOf<kQueries>(stored, lane);
+        if (stores_largest && query < group.queries && key + group_key < entries) {
+          largest[key / kIndexTopkGroup] = of_group;
+        }
       }
       slot += Size::kWarpgroups;
       if (slot >= Size::kSlots) {

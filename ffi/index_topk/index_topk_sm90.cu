@@ -13,12 +13,10 @@ namespace {
 
 using namespace index_topk;
 
-constexpr int64_t kScratchBudget = int64_t{1} << 26;
-constexpr int kSmallThreads = 512, kSmallVectors = 4;   // of a choice: 8,192 entries
-constexpr int kLargeThreads = 1024, kLargeVectors = 8;  // 32,768 entries
-constexpr int64_t kSmallEntries = 4 * kSmallThreads * kSmallVectors;
-constexpr int64_t kLargeEntries = 4 * kLargeThreads * kLargeVectors;
-constexpr int64_t kMaxSlots = kMaxCluster * kLargeEntries;
+// Many queries at once, and few.
+using ManySelecting = Selecting<256, 2, 512, 2048, 5>;
+using FewSelecting = Selecting<1024, 8, 512, 4096, 1>;
+constexpr int64_t kMaxSlots = int64_t{FewSelecting::kGroups} * kIndexTopkGroup;
 
 int Multiprocessors() {
   static const int count = [] {
@@ -50,48 +48,22 @@ cudaError_t LaunchScores(const ScoreArgs& args, cudaStream_t stream) {
                                           : LaunchScores<IndexForm::kFp8, kQueries>(args, stream);
 }
 
-int PowerOfTwoAtLeast(int64_t n) {
-  int power = 1;
-  while (power < n) power *= 2;
-  return power;
-}
-
-template <int kThreads, int kVectors>
-cudaError_t LaunchSelect(const SelectArgs& args, cudaStream_t stream) {
-  const auto kernel = IndexSelectSm90Kernel<kThreads, kVectors>;
-  if (args.cluster > 8) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error != cudaSuccess) return error;
-  }
-  return LaunchDependent(kernel, dim3(static_cast<unsigned>(args.rows * args.cluster)), kThreads, 0,
-                         stream, args, args.cluster);
-}
-
-cudaError_t LaunchSelectNext(const SelectArgs& args, cudaStream_t stream) {
-  const auto kernel = IndexSelectNextSm90Kernel<kLargeThreads, kLargeVectors>;
-  constexpr int kBytes = 4 * kLargeEntries;
+template <typename Size>
+cudaError_t LaunchSelect(const SelectArgs& args, int64_t rows, cudaStream_t stream) {
+  const auto kernel = IndexSelectSm90Kernel<Size>;
+  constexpr int kSharedBytes = sizeof(SelectShared<Size>);
   const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>(args.rows, Multiprocessors()));
-  return LaunchDependent(kernel, dim3(blocks), kLargeThreads, kBytes, stream, args);
+  return LaunchDependent(kernel, dim3(static_cast<unsigned>(rows)), Size::kThreads, kSharedBytes,
+                         stream, args);
 }
 
-cudaError_t LaunchSelect(SelectArgs args, int64_t rows, cudaStream_t stream) {
-  args.rows = rows;
-  const int64_t slots = args.p.slots;
-  const int small = PowerOfTwoAtLeast((slots + kSmallEntries - 1) / kSmallEntries);
-  // Few queries: more thread blocks, of fewer entries.
-  if (small == 1 || (small <= 8 && small * rows <= Multiprocessors())) {
-    args.cluster = small;
-    args.bounded = small == 1 && rows > Multiprocessors();
-    return LaunchSelect<kSmallThreads, kSmallVectors>(args, stream);
-  }
-  args.cluster = PowerOfTwoAtLeast((slots + kLargeEntries - 1) / kLargeEntries);
-  if (args.cluster > 1) return LaunchSelect<kLargeThreads, kLargeVectors>(args, stream);
-  args.bounded = true;
-  return LaunchSelectNext(args, stream);
+cudaError_t LaunchSelect(const SelectArgs& args, int64_t rows, cudaStream_t stream) {
+  const bool many =
+      rows > Multiprocessors() && IndexTopkGroups(args.p.slots) <= ManySelecting::kGroups;
+  return many ? LaunchSelect<ManySelecting>(args, rows, stream)
+              : LaunchSelect<FewSelecting>(args, rows, stream);
 }
 
 // Queries that share decoded keys; `rows` scores of all slots are in scratch.
@@ -107,15 +79,13 @@ bool IndexTopkSm90Takes(const IndexTopkParams& params) {
   const int64_t whole = params.form == IndexForm::kMxfp4 ? 4 : 16;  // slots of 16 scale bytes
   return params.h == kHeads && params.d == kChannels && params.topk >= 1 &&
          params.topk <= kMaxTopk && params.slots >= 1 && params.slots <= kMaxSlots &&
-         params.slots % whole == 0 && params.b * params.t <= INT32_MAX / kMaxCluster &&
-         aligned(params.q) && aligned(params.key) && aligned(params.key_scale) &&
-         aligned(params.scratch);
+         params.slots % whole == 0 && params.b * params.t <= INT32_MAX && aligned(params.q) &&
+         aligned(params.key) && aligned(params.key_scale) && aligned(params.scratch);
 }
 
 int64_t IndexTopkSm90ScratchBytes(const IndexTopkParams& params) {
   if (params.scores == nullptr && params.slots <= params.topk) return 0;
-  const int64_t row = 4 * params.slots;
-  return row * std::min(params.b * params.t, std::max<int64_t>(kScratchBudget / row, 1));
+  return IndexTopkScratchBytes(params.b * params.t, params.slots);
 }
 
 cudaError_t IndexTopkSm90(const IndexTopkParams& params, cudaStream_t stream) {
@@ -123,17 +93,20 @@ cudaError_t IndexTopkSm90(const IndexTopkParams& params, cudaStream_t stream) {
   if (tokens == 0) return cudaSuccess;
   SelectArgs select = {};
   select.p = params;
-  select.order = static_cast<const uint32_t*>(params.scratch);
   if (IndexTopkSm90ScratchBytes(params) == 0) return LaunchSelect(select, tokens, stream);
-  const int64_t rows = params.scratch_bytes / (4 * params.slots);
+  const int64_t rows = std::min(params.scratch_bytes / IndexTopkRowBytes(params.slots), tokens);
   if (rows == 0) return cudaErrorInvalidValue;
   const int queries = QueriesOf(params, rows);
   ScoreArgs scores = {};
   scores.p = params;
-  scores.order = static_cast<uint32_t*>(params.scratch);
+  select.order = scores.order = static_cast<uint32_t*>(params.scratch);
+  if (params.slots > kShortRow) {
+    select.largest = scores.largest = scores.order + rows * params.slots;
+  }
   scores.groups_per_batch = static_cast<int>((params.t + queries - 1) / queries);
   const int64_t groups = params.b * scores.groups_per_batch;
-  const int64_t most = std::min<int64_t>(rows / queries, kMaxGroups);
+  const int64_t room = std::min<int64_t>(rows / queries, kMaxGroups);
+  const int64_t chunks = (groups + room - 1) / room, most = (groups + chunks - 1) / chunks;
   const auto token_of = [&](int64_t group) {
     const int64_t batch = group / scores.groups_per_batch;
     return batch * params.t + (group - batch * scores.groups_per_batch) * queries;
