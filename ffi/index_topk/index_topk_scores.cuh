@@ -88,12 +88,14 @@ struct Group {
 
 template <int kQueries>
 __device__ __forceinline__ Group GroupAt(const ScoreArgs& args, int index) {
-  const int64_t at = args.first_group + index;
+  const auto at = static_cast<uint32_t>(args.first_group) + static_cast<uint32_t>(index);
+  const auto per_batch = static_cast<uint32_t>(args.groups_per_batch);
+  const auto batch = at / per_batch, in_row = (at - batch * per_batch) * kQueries;
   Group group;
-  group.batch = at / args.groups_per_batch;
-  const int64_t in_row = (at - group.batch * args.groups_per_batch) * kQueries;
-  group.token = group.batch * args.p.t + in_row;
-  group.queries = static_cast<int>(args.p.t - in_row < kQueries ? args.p.t - in_row : kQueries);
+  group.batch = batch;
+  group.token = batch * args.p.t + in_row;
+  const auto left = static_cast<uint32_t>(args.p.t) - in_row;
+  group.queries = static_cast<int>(left < kQueries ? left : kQueries);
   return group;
 }
 
@@ -105,18 +107,27 @@ struct Stretch {
 
 template <int kQueries, typename Shared>
 __device__ __forceinline__ Stretch FindStretch(const ScoreArgs& args, Shared& shared) {
-  for (int i = static_cast<int>(threadIdx.x); i < args.groups; i += static_cast<int>(blockDim.x)) {
-    shared.entries[i] = 0;
+  const auto first = static_cast<uint32_t>(args.first_token), t = static_cast<uint32_t>(args.p.t);
+  if (kQueries > 1) {
+    for (int i = static_cast<int>(threadIdx.x); i < args.groups;
+         i += static_cast<int>(blockDim.x)) {
+      shared.entries[i] = 0;
+    }
+    __syncthreads();
   }
-  __syncthreads();
-  const uint32_t first = static_cast<uint32_t>(args.first_token),
-                 t = static_cast<uint32_t>(args.p.t);
   for (uint32_t i = threadIdx.x; i < args.tokens; i += blockDim.x) {
-    const uint32_t token = first + i, batch = token / t;
-    if (!NeedsScores(args.p, token)) continue;
-    const uint32_t group = batch * static_cast<uint32_t>(args.groups_per_batch) +
-                           (token - batch * t) / kQueries - static_cast<uint32_t>(args.first_group);
-    atomicMax(&shared.entries[group], static_cast<int>(VisibleEntries(args.p, token)));
+    const uint32_t token = first + i;
+    const int entries =
+        NeedsScores(args.p, token) ? static_cast<int>(VisibleEntries(args.p, token)) : 0;
+    if (kQueries == 1) {
+      shared.entries[i] = entries;
+    } else {
+      const uint32_t batch = token / t;
+      const uint32_t group = batch * static_cast<uint32_t>(args.groups_per_batch) +
+                             (token - batch * t) / kQueries -
+                             static_cast<uint32_t>(args.first_group);
+      atomicMax(&shared.entries[group], entries);
+    }
   }
   __syncthreads();
   if (threadIdx.x < 32) {
@@ -136,8 +147,8 @@ __device__ __forceinline__ Stretch FindStretch(const ScoreArgs& args, Shared& sh
     if (lane == 0) shared.first_tile[0] = 0;
   }
   __syncthreads();
-  const int64_t tiles = shared.first_tile[args.groups];
-  Stretch stretch;
+  const auto tiles = static_cast<uint32_t>(shared.first_tile[args.groups]);
+  Stretch stretch;  // kMaxGroups rows of kMaxSlots are 2^23 tiles
   stretch.first = static_cast<int>(tiles * blockIdx.x / gridDim.x);
   stretch.end = static_cast<int>(tiles * (blockIdx.x + 1) / gridDim.x);
   int low = 0, high = args.groups;  // the last group that begins at or before the first tile
@@ -523,8 +534,8 @@ __global__ void __launch_bounds__(Sizes<kForm, kQueries>::kThreads, 1)
     const int d = static_cast<int>(threadIdx.x) - (Size::kThreads - kDepths);
     shared.tables[d] = make_uint2(CodeTable(d, 0), CodeTable(d, 1));
   }
-  LetNextBegin();
   WaitForPrevious();
+  LetNextBegin();                                               // which then finds counts there
   const Stretch stretch = FindStretch<kQueries>(args, shared);  // and a barrier for all
   if (threadIdx.x >= Size::kConsumers) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");

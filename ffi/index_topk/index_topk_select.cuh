@@ -438,9 +438,11 @@ __global__ void __launch_bounds__(Size::kThreads, Size::kBlocks)
     reinterpret_cast<uint4*>(shared.bins)[i] = make_uint4(0, 0, 0, 0);
   }
   LetNextBegin();
-  WaitForPrevious();
+  // Scores let this begin when what is ahead of them has ended: counts are there.
+  if (args.order == nullptr) WaitForPrevious();
   const int64_t row = blockIdx.x, token = args.first_token + row;
   const int n = static_cast<int>(VisibleEntries(args.p, token));
+  WaitForPrevious();
   const uint32_t* from = args.order + row * args.p.slots;
   if (WriteAll<Size::kThreads>(args, token, n, from)) return;
   __syncthreads();  // bins are zero

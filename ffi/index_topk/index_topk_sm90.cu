@@ -37,7 +37,9 @@ cudaError_t LaunchScores(const ScoreArgs& args, cudaStream_t stream) {
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
   const int64_t tiles = args.groups * ((args.p.slots + kTileKeys - 1) / kTileKeys);
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>(tiles, Multiprocessors()));
+  // As few as take no longer: the choice may begin on the others.
+  const int64_t each = (tiles + Multiprocessors() - 1) / Multiprocessors();
+  const auto blocks = static_cast<unsigned>((tiles + each - 1) / each);
   return LaunchDependent(kernel, dim3(blocks), Sizes<kForm, kQueries>::kThreads, kSharedBytes,
                          stream, args);
 }
