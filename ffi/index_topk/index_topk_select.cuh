@@ -43,9 +43,10 @@ struct Selecting {
   static constexpr int kThreads = kThreads_, kWarps = kThreads / 32;
   static constexpr int kVectors = kVectors_;  // of four groups, a thread's
   static constexpr int kGroups = 4 * kThreads * kVectors;
-  static constexpr int kRoom = kRoom_;      // entries that a warp can keep
-  static constexpr int kListed = kListed_;  // groups that reach the bound, at most
-  static constexpr int kBlocks = kBlocks_;  // of a multiprocessor
+  static constexpr int kRoom = kRoom_;             // entries that a warp can keep
+  static constexpr int kRow = 2 * kWarps * kRoom;  // entries that are kept whole, at most
+  static constexpr int kListed = kListed_;         // groups that reach the bound, at most
+  static constexpr int kBlocks = kBlocks_;         // of a multiprocessor
 };
 
 struct Found {
@@ -62,10 +63,10 @@ struct SelectShared {
     struct {
       alignas(16) uint32_t order[Size::kWarps][Size::kRoom];
       int32_t id[Size::kWarps][Size::kRoom];
+      uint16_t listed[Size::kListed];
     } kept;
-    uint32_t row[2 * Size::kWarps * Size::kRoom];
+    uint32_t row[Size::kRow / 8 * 9];  // 36 words for 32 entries: spreads the banks
   };
-  uint16_t listed[Size::kListed];
 };
 
 // What a warp chooses from, ascending ids.
@@ -73,10 +74,17 @@ struct Entries {
   const uint32_t* order;
   const int32_t* id;  // nullptr: first, first + 1, ..
   int first, count;
+  int spread;  // kSpread if as `row` is, or 0
+
+  static constexpr int kSpread = ~3;
+  __device__ __forceinline__ const uint4* At(int at) const {
+    return reinterpret_cast<const uint4*>(order + at + (at >> 3 & spread));
+  }
 };
 
 // What is no entry has order 0, below all that are, of which there are enough.
 __device__ __forceinline__ void DropBeyond(uint4& order, int at, int n) {
+  if (at + 4 <= n) return;
   if (at >= n) order.x = 0;
   if (at + 1 >= n) order.y = 0;
   if (at + 2 >= n) order.z = 0;
@@ -95,7 +103,7 @@ __device__ __forceinline__ void ForEach(const Entries& entries, const Use& use) 
     for (int i = 0; i < kAtOnce; ++i) {
       const int at = first + i * 128 + lane * 4;
       order[i] = make_uint4(0, 0, 0, 0);
-      if (at < entries.count) order[i] = *reinterpret_cast<const uint4*>(entries.order + at);
+      if (at < entries.count) order[i] = *entries.At(at);
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
@@ -245,27 +253,33 @@ __device__ __forceinline__ Before CountBefore(SelectShared<Size>& shared, uint32
   return {__reduce_add_sync(~0u, lane < warp ? chosen : 0), __reduce_add_sync(~0u, chosen)};
 }
 
-// The ids of the set.
+// The ids of the set, a lane's stretch of a warp's.
 template <typename Size>
 __device__ __forceinline__ void WriteIds(SelectShared<Size>& shared, const Entries& entries,
                                          const Bar& bar, int32_t* idx) {
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32, each = (entries.count + 127) / 128 * 4;
+  const int begin = lane * each, end = min(begin + each, entries.count);
+  const auto vector_at = [&](int at) {
+    uint4 order = *entries.At(at);
+    DropBeyond(order, at, entries.count);
+    return order;
+  };
   uint32_t mine = 0;
-  ForEach(entries, [&](int, const uint4& order) { mine += Judge(order, bar); });
-  mine = __reduce_add_sync(~0u, mine);
+#pragma unroll 4
+  for (int at = begin; at < end; at += 4) mine += Judge(vector_at(at), bar);
+  const uint32_t sum = SumOfLanes(mine, lane), all = __shfl_sync(~0u, sum, 31);
   // More ties than can be wanted are as good as those.
-  mine = (mine & 0xFFFF) | min(mine >> 16, uint32_t{kMaxTopk}) << 16;
-  const uint32_t before = CountBefore(shared, mine).mine;
-  uint32_t certain = before & 0xFFFF, ties = before >> 16;
-  ForEach(entries, [&](int at, const uint4& order) {
-    const uint32_t here = Judge(order, bar);
-    if (!__any_sync(~0u, here != 0)) return;
-    const uint32_t sum = SumOfLanes(here, lane), all = __shfl_sync(~0u, sum, 31);
-    uint32_t over = certain + (sum - here & 0xFFFF), same = ties + (sum - here >> 16);
-    const uint32_t each[4] = {order.x, order.y, order.z, order.w};
+  const uint32_t before =
+      CountBefore(shared, (all & 0xFFFF) | min(all >> 16, uint32_t{kMaxTopk}) << 16).mine;
+  uint32_t over = (before & 0xFFFF) + ((sum - mine) & 0xFFFF);
+  uint32_t same = (before >> 16) + ((sum - mine) >> 16);
+#pragma unroll 2
+  for (int at = begin; at < end; at += 4) {
+    const uint4 order = vector_at(at);
+    const uint32_t each_order[4] = {order.x, order.y, order.z, order.w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const bool is_over = each[j] >= bar.certain, is_same = each[j] == bar.tie;
+      const bool is_over = each_order[j] >= bar.certain, is_same = each_order[j] == bar.tie;
       if (is_over || (is_same && same < bar.ties)) {
         idx[over + min(same, bar.ties)] =
             entries.id == nullptr ? entries.first + at + j : entries.id[at + j];
@@ -273,9 +287,7 @@ __device__ __forceinline__ void WriteIds(SelectShared<Size>& shared, const Entri
       over += is_over;
       same += is_same;
     }
-    certain += all & 0xFFFF;
-    ties += all >> 16;
-  });
+  }
 }
 
 // What needs no choice: scores that are wanted, and the ids where all entries are in the set.
@@ -372,7 +384,7 @@ __device__ __forceinline__ Listed ListGroups(SelectShared<Size>& shared, const u
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       if (four[j] >= bar) {
-        shared.listed[at++] = static_cast<uint16_t>(begin + i * 128 + lane * 4 + j);
+        shared.kept.listed[at++] = static_cast<uint16_t>(begin + i * 128 + lane * 4 + j);
       }
     }
   }
@@ -393,7 +405,8 @@ __device__ __forceinline__ int Keep(SelectShared<Size>& shared, const uint32_t* 
   uint32_t* const orders = shared.kept.order[warp];
   int32_t* const ids = shared.kept.id[warp];
   const auto id_of = [&](int v) {
-    return v < vectors ? shared.listed[begin + v / kParts] * kIndexTopkGroup + v % kParts * 4 : n;
+    return v < vectors ? shared.kept.listed[begin + v / kParts] * kIndexTopkGroup + v % kParts * 4
+                       : n;
   };
   int count = 0;
 #pragma unroll 1
@@ -449,7 +462,7 @@ __global__ void __launch_bounds__(Size::kThreads, Size::kBlocks)
   const auto k = static_cast<uint32_t>(args.p.topk);
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int each = ShareOfWarp(n, Size::kWarps), first = warp * each;
-  Entries entries = {from + first, nullptr, first, min(n - first, each)};
+  Entries entries = {from + first, nullptr, first, min(n - first, each), 0};
   uint32_t least = 0;
   // The fewer groups, the more reaches their bound.
   const int whole = n / kIndexTopkGroup, topk = static_cast<int>(args.p.topk);
@@ -459,16 +472,18 @@ __global__ void __launch_bounds__(Size::kThreads, Size::kBlocks)
     int kept = Size::kRoom + 1;
     if (listed.groups <= Size::kListed) kept = Keep(shared, from, n, listed);
     if (!__syncthreads_or(kept > Size::kRoom)) {
-      entries = {shared.kept.order[warp], shared.kept.id[warp], 0, kept};
+      entries = {shared.kept.order[warp], shared.kept.id[warp], 0, kept, 0};
       least = listed.least;
     }
-  } else if (n <= static_cast<int>(sizeof(shared.row) / sizeof(uint32_t))) {
-    uint32_t* const to = shared.row + first;
+  } else if (n <= Size::kRow) {
+    Entries row = entries;
+    row.order = shared.row + first / 8 * 9;
+    row.spread = Entries::kSpread;
     ForEach(entries, [&](int at, const uint4& order) {
-      if (at < entries.count) *reinterpret_cast<uint4*>(to + at) = order;
+      if (at < entries.count) *const_cast<uint4*>(row.At(at)) = order;
     });
     __syncwarp();
-    entries.order = to;
+    entries = row;
   }
   const Bar bar = FindBar(shared, entries, k, least);
   WriteIds(shared, entries, bar, args.p.idx + token * args.p.topk);
