@@ -425,8 +425,6 @@ __device__ __forceinline__ void Score(const ScoreArgs& args, Shared& shared,
 #pragma unroll
       for (int i = 0; i < 16; ++i) a[i / 4][i % 4] = words[i % 2][i / 4 * 2 + i % 4 / 2];
       Settle(a);
-      __syncwarp();
-      if (lane == 0) Arrive(SharedAddress(shared.empty + slot));
 
       const int key = (mine - begin) * kTileKeys;
       Store store;
@@ -436,6 +434,9 @@ __device__ __forceinline__ void Score(const ScoreArgs& args, Shared& shared,
       store.queries = key + stored_at < entries ? group.queries - c / 2 : 0;
       float first[32];
       Multiply(first, a, q);
+      // Not sooner: what is loaded is there when products of it begin.
+      __syncwarp();
+      if (lane == 0) Arrive(SharedAddress(shared.empty + slot));
       if constexpr (kQueries == 1) {
         WgmmaWait<0>();
         Settle(first);
