@@ -40,14 +40,26 @@ cudaError_t LaunchScores(const ScoreArgs& args, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   const int64_t tiles = args.groups * ((args.p.slots + kTileKeys - 1) / kTileKeys);
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(tiles, Multiprocessors()));
-  return LaunchDependent(kernel, dim3(blocks), Sizes<kForm, kQueries>::kThreads, kSharedBytes,
-                         stream, args);
+  return LaunchDependent(kernel, dim3(blocks), kThreads, kSharedBytes, stream, args);
 }
 
-template <int kQueries>
-cudaError_t LaunchScores(const ScoreArgs& args, cudaStream_t stream) {
-  return args.p.form == IndexForm::kMxfp4 ? LaunchScores<IndexForm::kMxfp4, kQueries>(args, stream)
-                                          : LaunchScores<IndexForm::kFp8, kQueries>(args, stream);
+template <IndexForm kForm>
+cudaError_t LaunchScores(const ScoreArgs& args, int queries, cudaStream_t stream) {
+  switch (queries) {
+    case 1:
+      return LaunchScores<kForm, 1>(args, stream);
+    case 2:
+      return LaunchScores<kForm, 2>(args, stream);
+    case 8:
+      return LaunchScores<kForm, 8>(args, stream);
+    default:
+      return LaunchScores<IndexForm::kMxfp4, 16>(args, stream);
+  }
+}
+
+cudaError_t LaunchScores(const ScoreArgs& args, int queries, cudaStream_t stream) {
+  return args.p.form == IndexForm::kMxfp4 ? LaunchScores<IndexForm::kMxfp4>(args, queries, stream)
+                                          : LaunchScores<IndexForm::kFp8>(args, queries, stream);
 }
 
 int PowerOfTwoAtLeast(int64_t n) {
@@ -96,7 +108,8 @@ cudaError_t LaunchSelect(SelectArgs args, int64_t rows, cudaStream_t stream) {
 
 // Queries that share decoded keys; `rows` scores of all slots are in scratch.
 int QueriesOf(const IndexTopkParams& params, int64_t rows) {
-  const int queries = params.t >= 6 ? 8 : params.t >= 2 ? 2 : 1;
+  const bool decoded = params.form == IndexForm::kMxfp4;  // what sharing saves most of
+  const int queries = params.t >= 32 && decoded ? 16 : params.t >= 6 ? 8 : params.t >= 2 ? 2 : 1;
   return rows >= queries ? queries : 1;
 }
 
@@ -144,9 +157,7 @@ cudaError_t IndexTopkSm90(const IndexTopkParams& params, cudaStream_t stream) {
     scores.first_token = select.first_token = token_of(group);
     const int64_t count = token_of(group + scores.groups) - scores.first_token;
     scores.tokens = static_cast<uint32_t>(count);
-    cudaError_t error = queries == 8   ? LaunchScores<8>(scores, stream)
-                        : queries == 2 ? LaunchScores<2>(scores, stream)
-                                       : LaunchScores<1>(scores, stream);
+    cudaError_t error = LaunchScores(scores, queries, stream);
     if (error == cudaSuccess) error = LaunchSelect(select, count, stream);
     if (error != cudaSuccess) return error;
   }
