@@ -318,19 +318,48 @@ __device__ __forceinline__ uint32_t CountFrom(const uint4& order, uint32_t bar) 
          (order.w >= bar ? 1u : 0u);
 }
 
-// The groups of a row of n > topk entries that may have some of the set are listed. Of fewer than
-// all there is a lower bound, a multiple of 1,024.
+// A lower bound of the k-th best, a multiple of 1,024: what at least k groups reach.
+template <typename Size, int kVectors>
+__device__ __forceinline__ uint32_t FindLeast(SelectShared<Size>& shared,
+                                              const uint4 (&largest)[kVectors], int vectors,
+                                              uint32_t k) {
+  const uint32_t bins = SharedAddress(shared.bins);
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    if (i >= vectors) break;
+    const uint32_t four[4] = {largest[i].x, largest[i].y, largest[i].z, largest[i].w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) Count(bins, four[j] >> 21, four[j] > 0);
+  }
+  Found found = FindBin(shared, k);
+  const uint32_t bin = found.bin;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    if (i >= vectors) break;
+    const uint32_t four[4] = {largest[i].x, largest[i].y, largest[i].z, largest[i].w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      Count(bins, four[j] >> 10 & 2047, four[j] >> 21 == bin && four[j] > 0);
+    }
+  }
+  found = FindBin(shared, found.left);
+  return (bin << 11 | found.bin) << 10;
+}
+
+// How many groups of a row may have some of the set, and a lower bound of what they have of it, a
+// multiple of 1,024.
 struct Listed {
   int groups;
   uint32_t least;
 };
 
+// Lists them, if there is room. `whole` groups are visible entirely, another one in part if `part`:
+// its largest may be of what is not visible, so it is always listed.
 template <typename Size>
 __device__ __forceinline__ Listed ListGroups(SelectShared<Size>& shared, const uint32_t* from,
                                              int whole, bool part, uint32_t k) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int each = ShareOfWarp(whole + part, Size::kWarps), begin = warp * each;
-  const uint32_t bins = SharedAddress(shared.bins);
   uint4 largest[Size::kVectors];
 #pragma unroll
   for (int i = 0; i < Size::kVectors; ++i) {
@@ -343,28 +372,13 @@ __device__ __forceinline__ Listed ListGroups(SelectShared<Size>& shared, const u
   for (int i = 0; i < Size::kVectors; ++i) {
     if (i * 128 >= each) break;
     DropBeyond(largest[i], begin + i * 128 + lane * 4, whole);
-    const uint32_t four[4] = {largest[i].x, largest[i].y, largest[i].z, largest[i].w};
-#pragma unroll
-    for (int j = 0; j < 4; ++j) Count(bins, four[j] >> 21, true);
   }
-  Found found = FindBin(shared, k);
-  const uint32_t bin = found.bin;
-#pragma unroll
-  for (int i = 0; i < Size::kVectors; ++i) {
-    if (i * 128 >= each) break;
-    const uint32_t four[4] = {largest[i].x, largest[i].y, largest[i].z, largest[i].w};
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      Count(bins, four[j] >> 10 & 2047, four[j] >> 21 == bin && four[j] > 0);
-    }
-  }
-  found = FindBin(shared, found.left);
-  const uint32_t least = (bin << 11 | found.bin) << 10, bar = max(least, 1u);
+  const uint32_t least = FindLeast(shared, largest, each / 128, k), bar = max(least, 1u);
   uint32_t mine = 0;
 #pragma unroll
   for (int i = 0; i < Size::kVectors; ++i) {
     if (i * 128 >= each) break;
-    const int at = whole - (begin + i * 128 + lane * 4);  // of what is partly there, always listed
+    const int at = whole - (begin + i * 128 + lane * 4);
     if (part && at == 0) largest[i].x = ~0u;
     if (part && at == 1) largest[i].y = ~0u;
     if (part && at == 2) largest[i].z = ~0u;
@@ -392,18 +406,73 @@ __device__ __forceinline__ Listed ListGroups(SelectShared<Size>& shared, const u
   return {static_cast<int>(before.all), least};
 }
 
-// Of the groups listed: what is not below the bound. The warp's number
-// of them, more than there is room for if they do not fit.
+// A vector of each lane, of ascending ids: what reaches the bar, after `count` that a warp has
+// kept. How many it has then, more than there is room for if they do not fit.
 template <typename Size>
-__device__ __forceinline__ int Keep(SelectShared<Size>& shared, const uint32_t* from, int n,
-                                    const Listed& listed) {
+__device__ __forceinline__ int Append(SelectShared<Size>& shared, const uint4& order, int id,
+                                      uint32_t bar, int count) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const uint32_t four[4] = {order.x, order.y, order.z, order.w};
+  const uint32_t here = CountFrom(order, bar), sum = SumOfLanes(here, lane);
+  uint32_t at = static_cast<uint32_t>(count) + sum - here;
+  count += static_cast<int>(__shfl_sync(~0u, sum, 31));
+  if (count > Size::kRoom) return count;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    if (four[j] >= bar) {
+      shared.kept.order[warp][at] = four[j];
+      shared.kept.id[warp][at++] = id + j;
+    }
+  }
+  return count;
+}
+
+// Of a row of at most kShortRow entries: what is not below a bound, from the largest of vectors. As
+// KeepListed does, and the bound.
+template <typename Size>
+__device__ __forceinline__ int KeepOfShort(SelectShared<Size>& shared, const uint32_t* from, int n,
+                                           uint32_t k, uint32_t& least) {
+  constexpr int kVectors = kShortRow / 4 / Size::kThreads;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int each = ShareOfWarp(n, Size::kWarps), begin = warp * each;
+  const int end = min(n, begin + each);
+  uint4 order[kVectors], largest[(kVectors + 3) / 4] = {};
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int id = begin + i * 128 + lane * 4;
+    order[i] = make_uint4(0, 0, 0, 0);
+    if (id < end) order[i] = __ldcg(reinterpret_cast<const uint4*>(from + id));
+  }
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    DropBeyond(order[i], begin + i * 128 + lane * 4, n);
+    uint4& four = largest[i / 4];
+    (i % 4 == 0   ? four.x
+     : i % 4 == 1 ? four.y
+     : i % 4 == 2 ? four.z
+                  : four.w) = max(max(order[i].x, order[i].y), max(order[i].z, order[i].w));
+  }
+  least = FindLeast(shared, largest, (kVectors + 3) / 4, k);
+  int count = 0;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    if (count > Size::kRoom) break;
+    count = Append(shared, order[i], begin + i * 128 + lane * 4, max(least, 1u), count);
+  }
+  __syncwarp();
+  return count;
+}
+
+// Of the groups listed: what is not below the bound. How much of it the warp has; more than there
+// is room for if it does not fit.
+template <typename Size>
+__device__ __forceinline__ int KeepListed(SelectShared<Size>& shared, const uint32_t* from, int n,
+                                          const Listed& listed) {
   constexpr int kAtOnce = 4, kParts = kIndexTopkGroup / 4;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int begin = listed.groups * warp / Size::kWarps;
   const int vectors = (listed.groups * (warp + 1) / Size::kWarps - begin) * kParts;
   const uint32_t bar = max(listed.least, 1u);
-  uint32_t* const orders = shared.kept.order[warp];
-  int32_t* const ids = shared.kept.id[warp];
   const auto id_of = [&](int v) {
     return v < vectors ? shared.kept.listed[begin + v / kParts] * kIndexTopkGroup + v % kParts * 4
                        : n;
@@ -423,18 +492,8 @@ __device__ __forceinline__ int Keep(SelectShared<Size>& shared, const uint32_t* 
       if (first + i * 32 >= vectors) break;
       const int id = id_of(first + i * 32 + lane);
       DropBeyond(order[i], id, n);
-      const uint32_t four[4] = {order[i].x, order[i].y, order[i].z, order[i].w};
-      const uint32_t here = CountFrom(order[i], bar), sum = SumOfLanes(here, lane);
-      uint32_t at = static_cast<uint32_t>(count) + sum - here;
-      count += static_cast<int>(__shfl_sync(~0u, sum, 31));
+      count = Append(shared, order[i], id, bar, count);
       if (count > Size::kRoom) break;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (four[j] >= bar) {
-          orders[at] = four[j];
-          ids[at++] = id + j;
-        }
-      }
     }
   }
   __syncwarp();
@@ -465,17 +524,21 @@ __global__ void __launch_bounds__(Size::kThreads, Size::kBlocks)
   Entries entries = {from + first, nullptr, first, min(n - first, each), 0};
   uint32_t least = 0;
   // The fewer groups, the more reaches their bound.
-  const int whole = n / kIndexTopkGroup, topk = static_cast<int>(args.p.topk);
-  if (args.largest != nullptr && n > kShortRow && 8 * whole >= 9 * topk) {
+  const auto bounds = [&](int groups) { return 8 * groups >= 9 * static_cast<int>(args.p.topk); };
+  const int whole = n / kIndexTopkGroup;
+  int kept = Size::kRoom + 1;
+  if (args.largest != nullptr && n > kShortRow && bounds(whole)) {
     const Listed listed = ListGroups(shared, args.largest + row * IndexTopkGroups(args.p.slots),
                                      whole, n % kIndexTopkGroup != 0, k);
-    int kept = Size::kRoom + 1;
-    if (listed.groups <= Size::kListed) kept = Keep(shared, from, n, listed);
-    if (!__syncthreads_or(kept > Size::kRoom)) {
-      entries = {shared.kept.order[warp], shared.kept.id[warp], 0, kept, 0};
-      least = listed.least;
-    }
+    least = listed.least;
+    if (listed.groups <= Size::kListed) kept = KeepListed(shared, from, n, listed);
+  } else if (n <= kShortRow && bounds(n / 4)) {
+    kept = KeepOfShort(shared, from, n, k, least);
+  }
+  if (!__syncthreads_or(kept > Size::kRoom)) {
+    entries = {shared.kept.order[warp], shared.kept.id[warp], 0, kept, 0};
   } else if (n <= Size::kRow) {
+    least = 0;
     Entries row = entries;
     row.order = shared.row + first / 8 * 9;
     row.spread = Entries::kSpread;
@@ -484,6 +547,8 @@ __global__ void __launch_bounds__(Size::kThreads, Size::kBlocks)
     });
     __syncwarp();
     entries = row;
+  } else {
+    least = 0;
   }
   const Bar bar = FindBar(shared, entries, k, least);
   WriteIds(shared, entries, bar, args.p.idx + token * args.p.topk);

@@ -14,7 +14,13 @@ namespace {
 using namespace index_topk;
 
 // Many queries at once, and few.
-using ManySelecting = Selecting<256, 2, 512, 2048, 5>;
+#ifndef MB
+#define MB 4
+#endif
+#ifndef MT
+#define MT 256
+#endif
+using ManySelecting = Selecting<MT, 512 / MT, 131072 / MT, 2048, MB>;
 using FewSelecting = Selecting<1024, 8, 512, 4096, 1>;
 constexpr int64_t kMaxSlots = int64_t{FewSelecting::kGroups} * kIndexTopkGroup;
 
@@ -30,7 +36,8 @@ int Multiprocessors() {
 
 template <IndexForm kForm, int kQueries>
 cudaError_t LaunchScores(const ScoreArgs& args, cudaStream_t stream) {
-  const auto kernel = IndexScoresSm90Kernel<kForm, kQueries>;
+  const auto kernel = args.largest != nullptr ? IndexScoresSm90Kernel<kForm, kQueries, true>
+                                              : IndexScoresSm90Kernel<kForm, kQueries, false>;
   constexpr int kSharedBytes = sizeof(ScoreShared<kForm, kQueries>);
   static_assert(kSharedBytes <= 232448);
   const cudaError_t error =
@@ -40,14 +47,26 @@ cudaError_t LaunchScores(const ScoreArgs& args, cudaStream_t stream) {
   // As few as take no longer: the choice may begin on the others.
   const int64_t each = (tiles + Multiprocessors() - 1) / Multiprocessors();
   const auto blocks = static_cast<unsigned>((tiles + each - 1) / each);
-  return LaunchDependent(kernel, dim3(blocks), Sizes<kForm, kQueries>::kThreads, kSharedBytes,
-                         stream, args);
+  return LaunchDependent(kernel, dim3(blocks), kThreads, kSharedBytes, stream, args);
 }
 
-template <int kQueries>
-cudaError_t LaunchScores(const ScoreArgs& args, cudaStream_t stream) {
-  return args.p.form == IndexForm::kMxfp4 ? LaunchScores<IndexForm::kMxfp4, kQueries>(args, stream)
-                                          : LaunchScores<IndexForm::kFp8, kQueries>(args, stream);
+template <IndexForm kForm>
+cudaError_t LaunchScores(const ScoreArgs& args, int queries, cudaStream_t stream) {
+  switch (queries) {
+    case 1:
+      return LaunchScores<kForm, 1>(args, stream);
+    case 2:
+      return LaunchScores<kForm, 2>(args, stream);
+    case 8:
+      return LaunchScores<kForm, 8>(args, stream);
+    default:
+      return LaunchScores<IndexForm::kMxfp4, 16>(args, stream);
+  }
+}
+
+cudaError_t LaunchScores(const ScoreArgs& args, int queries, cudaStream_t stream) {
+  return args.p.form == IndexForm::kMxfp4 ? LaunchScores<IndexForm::kMxfp4>(args, queries, stream)
+                                          : LaunchScores<IndexForm::kFp8>(args, queries, stream);
 }
 
 template <typename Size>
@@ -70,7 +89,8 @@ cudaError_t LaunchSelect(const SelectArgs& args, int64_t rows, cudaStream_t stre
 
 // Queries that share decoded keys; `rows` scores of all slots are in scratch.
 int QueriesOf(const IndexTopkParams& params, int64_t rows) {
-  const int queries = params.t >= 6 ? 8 : params.t >= 2 ? 2 : 1;
+  const bool decoded = params.form == IndexForm::kMxfp4;  // what sharing saves most of
+  const int queries = params.t >= 32 && decoded ? 16 : params.t >= 6 ? 8 : params.t >= 2 ? 2 : 1;
   return rows >= queries ? queries : 1;
 }
 
@@ -119,9 +139,7 @@ cudaError_t IndexTopkSm90(const IndexTopkParams& params, cudaStream_t stream) {
     scores.first_token = select.first_token = token_of(group);
     const int64_t count = token_of(group + scores.groups) - scores.first_token;
     scores.tokens = static_cast<uint32_t>(count);
-    cudaError_t error = queries == 8   ? LaunchScores<8>(scores, stream)
-                        : queries == 2 ? LaunchScores<2>(scores, stream)
-                                       : LaunchScores<1>(scores, stream);
+    cudaError_t error = LaunchScores(scores, queries, stream);
     if (error == cudaSuccess) error = LaunchSelect(select, count, stream);
     if (error != cudaSuccess) return error;
   }
