@@ -38,7 +38,7 @@ DSV4_HOST_DEVICE inline float ScoreOf(uint32_t order) {
   return FloatFromBits(order >> 31 ? order & 0x7FFFFFFFu : ~order);
 }
 
-template <int kThreads_, int kVectors_, int kRoom_, int kListed_, int kBlocks_>
+template <int kThreads_, int kVectors_, int kRoom_, int kListed_, int kBlocks_, bool kShort_>
 struct Selecting {
   static constexpr int kThreads = kThreads_, kWarps = kThreads / 32;
   static constexpr int kVectors = kVectors_;  // of four groups, a thread's
@@ -47,18 +47,24 @@ struct Selecting {
   static constexpr int kRow = 2 * kWarps * kRoom;  // entries that are kept whole, at most
   static constexpr int kListed = kListed_;         // groups that reach the bound, at most
   static constexpr int kBlocks = kBlocks_;         // of a multiprocessor
+  static constexpr bool kShort = kShort_;          // short rows have a bound of their own
 };
 
 struct Found {
   uint32_t bin, left, count;  // where the k-th best is, which of the bin's it is, how many it has
 };
 
-template <typename Size>
-struct SelectShared {
+template <int kThreads_>
+struct Counts {
+  static constexpr int kThreads = kThreads_, kWarps = kThreads / 32;
   alignas(16) uint32_t bins[kBins];
   uint32_t totals[32];  // of warps
   uint32_t chosen[32];  // of a warp's entries: certain ones, and ties above 16 bits
   Found found;
+};
+
+template <typename Size>
+struct SelectShared : Counts<Size::kThreads> {
   union {
     struct {
       alignas(16) uint32_t order[Size::kWarps][Size::kRoom];
@@ -115,6 +121,19 @@ __device__ __forceinline__ void ForEach(const Entries& entries, const Use& use) 
   }
 }
 
+// The same of registers: entries from `begin` on, 128 consecutive ones a vector.
+template <int kVectors>
+struct Held {
+  uint4 order[kVectors];
+  int begin;
+};
+
+template <int kVectors, typename Use>
+__device__ __forceinline__ void ForEach(const Held<kVectors>& held, const Use& use) {
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) use(0, held.order[i]);
+}
+
 // One more in the bin at `bins` + 4 `bin` where `counts`.
 __device__ __forceinline__ void Count(uint32_t bins, uint32_t bin, bool counts) {
   asm volatile(
@@ -136,9 +155,9 @@ __device__ __forceinline__ uint32_t SumOfLanes(uint32_t x, int lane) {
 
 // Of counts that all threads have made: the bin that holds the k-th from the top. Bins are zero
 // then.
-template <typename Size>
-__device__ __forceinline__ Found FindBin(SelectShared<Size>& shared, uint32_t k) {
-  constexpr int kMine = kBins / Size::kThreads;
+template <int kThreads>
+__device__ __forceinline__ Found FindBin(Counts<kThreads>& shared, uint32_t k) {
+  constexpr int kMine = kBins / kThreads;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int lowest = kBins - kMine * (static_cast<int>(threadIdx.x) + 1);
   __syncthreads();
@@ -176,8 +195,8 @@ struct Bar {
 };
 
 // Counts bits `shift` .. of entries whose bits from `above` are `prefix`.
-template <int kShift, int kAbove, typename Size>
-__device__ __forceinline__ Found FindPart(SelectShared<Size>& shared, const Entries& entries,
+template <int kShift, int kAbove, int kThreads, typename Entries>
+__device__ __forceinline__ Found FindPart(Counts<kThreads>& shared, const Entries& entries,
                                           uint32_t prefix, uint32_t k) {
   const uint32_t bins = SharedAddress(shared.bins);
   ForEach(entries, [&](int, const uint4& order) {
@@ -197,9 +216,9 @@ __device__ __forceinline__ Found FindPart(SelectShared<Size>& shared, const Entr
 
 // The order of the k-th best. Nothing is below `least`, a multiple of 1,024; the k-th best is not
 // far above it, as a rule, if it is not 0.
-template <typename Size>
-__device__ __forceinline__ Bar FindBar(SelectShared<Size>& shared, const Entries& entries,
-                                       uint32_t k, uint32_t least) {
+template <int kThreads, typename Entries>
+__device__ __forceinline__ Bar FindBar(Counts<kThreads>& shared, const Entries& entries, uint32_t k,
+                                       uint32_t least) {
   const uint32_t bins = SharedAddress(shared.bins);
   Found found = {kBins - 1, 0, 0};
   uint32_t prefix = 0;
@@ -244,18 +263,18 @@ struct Before {
   uint32_t mine, all;
 };
 
-template <typename Size>
-__device__ __forceinline__ Before CountBefore(SelectShared<Size>& shared, uint32_t count) {
+template <int kThreads>
+__device__ __forceinline__ Before CountBefore(Counts<kThreads>& shared, uint32_t count) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   if (lane == 0) shared.chosen[warp] = count;
   __syncthreads();
-  const uint32_t chosen = lane < Size::kWarps ? shared.chosen[lane] : 0;
+  const uint32_t chosen = lane < kThreads / 32 ? shared.chosen[lane] : 0;
   return {__reduce_add_sync(~0u, lane < warp ? chosen : 0), __reduce_add_sync(~0u, chosen)};
 }
 
 // The ids of the set, a lane's stretch of a warp's.
-template <typename Size>
-__device__ __forceinline__ void WriteIds(SelectShared<Size>& shared, const Entries& entries,
+template <int kThreads>
+__device__ __forceinline__ void WriteIds(Counts<kThreads>& shared, const Entries& entries,
                                          const Bar& bar, int32_t* idx) {
   const int lane = threadIdx.x % 32, each = (entries.count + 127) / 128 * 4;
   const int begin = lane * each, end = min(begin + each, entries.count);
@@ -290,6 +309,35 @@ __device__ __forceinline__ void WriteIds(SelectShared<Size>& shared, const Entri
   }
 }
 
+template <int kThreads, int kVectors>
+__device__ __forceinline__ void WriteIds(Counts<kThreads>& shared, const Held<kVectors>& held,
+                                         const Bar& bar, int32_t* idx) {
+  const int lane = threadIdx.x % 32;
+  uint32_t here[kVectors], sum[kVectors], mine = 0;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    here[i] = Judge(held.order[i], bar);
+    sum[i] = SumOfLanes(here[i], lane);
+    mine += __shfl_sync(~0u, sum[i], 31);
+  }
+  uint32_t before = CountBefore(shared, mine).mine;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    uint32_t over = (before + sum[i] - here[i]) & 0xFFFF, same = before + sum[i] - here[i] >> 16;
+    const uint32_t four[4] = {held.order[i].x, held.order[i].y, held.order[i].z, held.order[i].w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const bool is_over = four[j] >= bar.certain, is_same = four[j] == bar.tie;
+      if (is_over || (is_same && same < bar.ties)) {
+        idx[over + min(same, bar.ties)] = held.begin + i * 128 + lane * 4 + j;
+      }
+      over += is_over;
+      same += is_same;
+    }
+    before += __shfl_sync(~0u, sum[i], 31);
+  }
+}
+
 // What needs no choice: scores that are wanted, and the ids where all entries are in the set.
 // Whether they are.
 template <int kThreads>
@@ -319,8 +367,8 @@ __device__ __forceinline__ uint32_t CountFrom(const uint4& order, uint32_t bar) 
 }
 
 // A lower bound of the k-th best, a multiple of 1,024: what at least k groups reach.
-template <typename Size, int kVectors>
-__device__ __forceinline__ uint32_t FindLeast(SelectShared<Size>& shared,
+template <int kThreads, int kVectors>
+__device__ __forceinline__ uint32_t FindLeast(Counts<kThreads>& shared,
                                               const uint4 (&largest)[kVectors], int vectors,
                                               uint32_t k) {
   const uint32_t bins = SharedAddress(shared.bins);
@@ -406,17 +454,12 @@ __device__ __forceinline__ Listed ListGroups(SelectShared<Size>& shared, const u
   return {static_cast<int>(before.all), least};
 }
 
-// A vector of each lane, of ascending ids: what reaches the bar, after `count` that a warp has
-// kept. How many it has then, more than there is room for if they do not fit.
+// What of four entries reaches the bar, as the warp's kept ones `at` and on.
 template <typename Size>
-__device__ __forceinline__ int Append(SelectShared<Size>& shared, const uint4& order, int id,
-                                      uint32_t bar, int count) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+__device__ __forceinline__ void Put(SelectShared<Size>& shared, const uint4& order, int id,
+                                    uint32_t bar, uint32_t at) {
+  const int warp = threadIdx.x / 32;
   const uint32_t four[4] = {order.x, order.y, order.z, order.w};
-  const uint32_t here = CountFrom(order, bar), sum = SumOfLanes(here, lane);
-  uint32_t at = static_cast<uint32_t>(count) + sum - here;
-  count += static_cast<int>(__shfl_sync(~0u, sum, 31));
-  if (count > Size::kRoom) return count;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     if (four[j] >= bar) {
@@ -424,7 +467,26 @@ __device__ __forceinline__ int Append(SelectShared<Size>& shared, const uint4& o
       shared.kept.id[warp][at++] = id + j;
     }
   }
-  return count;
+}
+
+// A row of at most kShortRow entries, shared out to warps.
+template <int kThreads>
+__device__ __forceinline__ Held<kShortRow / 4 / kThreads> Load(const uint32_t* from, int n) {
+  Held<kShortRow / 4 / kThreads> held;
+  const int lane = threadIdx.x % 32, each = ShareOfWarp(n, kThreads / 32);
+  held.begin = static_cast<int>(threadIdx.x) / 32 * each;
+  const int end = min(n, held.begin + each);
+#pragma unroll
+  for (int i = 0; i < kShortRow / 4 / kThreads; ++i) {
+    const int id = held.begin + i * 128 + lane * 4;
+    held.order[i] = make_uint4(0, 0, 0, 0);
+    if (id < end) held.order[i] = __ldcg(reinterpret_cast<const uint4*>(from + id));
+  }
+#pragma unroll
+  for (int i = 0; i < kShortRow / 4 / kThreads; ++i) {
+    DropBeyond(held.order[i], held.begin + i * 128 + lane * 4, n);
+  }
+  return held;
 }
 
 // Of a row of at most kShortRow entries: what is not below a bound, from the largest of vectors. As
@@ -433,34 +495,42 @@ template <typename Size>
 __device__ __forceinline__ int KeepOfShort(SelectShared<Size>& shared, const uint32_t* from, int n,
                                            uint32_t k, uint32_t& least) {
   constexpr int kVectors = kShortRow / 4 / Size::kThreads;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int each = ShareOfWarp(n, Size::kWarps), begin = warp * each;
-  const int end = min(n, begin + each);
-  uint4 order[kVectors], largest[(kVectors + 3) / 4] = {};
+  const int lane = threadIdx.x % 32;
+  const Held<kVectors> held = Load<Size::kThreads>(from, n);
+  uint4 largest[kVectors / 4];
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    const int id = begin + i * 128 + lane * 4;
-    order[i] = make_uint4(0, 0, 0, 0);
-    if (id < end) order[i] = __ldcg(reinterpret_cast<const uint4*>(from + id));
-  }
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    DropBeyond(order[i], begin + i * 128 + lane * 4, n);
+    const uint4& order = held.order[i];
     uint4& four = largest[i / 4];
     (i % 4 == 0   ? four.x
      : i % 4 == 1 ? four.y
      : i % 4 == 2 ? four.z
-                  : four.w) = max(max(order[i].x, order[i].y), max(order[i].z, order[i].w));
+                  : four.w) = max(max(order.x, order.y), max(order.z, order.w));
   }
-  least = FindLeast(shared, largest, (kVectors + 3) / 4, k);
-  int count = 0;
+  least = FindLeast(shared, largest, kVectors / 4, k);
+  const uint32_t bar = max(least, 1u);
+  uint32_t here[kVectors / 4] = {}, before[kVectors / 4], all[kVectors / 4];  // a byte a vector
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) here[i / 4] |= CountFrom(held.order[i], bar) << i % 4 * 8;
+#pragma unroll
+  for (int i = 0; i < kVectors / 4; ++i) {
+    before[i] = SumOfLanes(here[i], lane);
+    all[i] = __shfl_sync(~0u, before[i], 31);
+    before[i] -= here[i];
+  }
+  uint32_t count = 0;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) count += all[i / 4] >> i % 4 * 8 & 0xFF;
+  if (count > Size::kRoom) return static_cast<int>(count);
+  count = 0;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    if (count > Size::kRoom) break;
-    count = Append(shared, order[i], begin + i * 128 + lane * 4, max(least, 1u), count);
+    Put(shared, held.order[i], held.begin + i * 128 + lane * 4, bar,
+        count + (before[i / 4] >> i % 4 * 8 & 0xFF));
+    count += all[i / 4] >> i % 4 * 8 & 0xFF;
   }
   __syncwarp();
-  return count;
+  return static_cast<int>(count);
 }
 
 // Of the groups listed: what is not below the bound. How much of it the warp has; more than there
@@ -492,21 +562,28 @@ __device__ __forceinline__ int KeepListed(SelectShared<Size>& shared, const uint
       if (first + i * 32 >= vectors) break;
       const int id = id_of(first + i * 32 + lane);
       DropBeyond(order[i], id, n);
-      count = Append(shared, order[i], id, bar, count);
+      const uint32_t here = CountFrom(order[i], bar), sum = SumOfLanes(here, lane);
+      const uint32_t before = static_cast<uint32_t>(count) + sum - here;
+      count += static_cast<int>(__shfl_sync(~0u, sum, 31));
       if (count > Size::kRoom) break;
+      Put(shared, order[i], id, bar, before);
     }
   }
   __syncwarp();
   return count;
 }
 
-// A query a thread block.
-template <typename Size>
-__global__ void __launch_bounds__(Size::kThreads, Size::kBlocks)
-    IndexSelectSm90Kernel(const __grid_constant__ SelectArgs args) {
-  extern __shared__ __align__(1024) uint8_t raw[];
-  auto& shared = *reinterpret_cast<SelectShared<Size>*>(raw);
-  for (int i = static_cast<int>(threadIdx.x); i < kBins / 4; i += Size::kThreads) {
+// Begins the choice of the query of a thread block: its entries and their orders; none if nothing
+// is left to choose.
+struct Row {
+  int n;
+  const uint32_t* order;
+  int32_t* idx;
+};
+
+template <int kThreads>
+__device__ __forceinline__ Row Begin(const SelectArgs& args, Counts<kThreads>& shared) {
+  for (int i = static_cast<int>(threadIdx.x); i < kBins / 4; i += kThreads) {
     reinterpret_cast<uint4*>(shared.bins)[i] = make_uint4(0, 0, 0, 0);
   }
   LetNextBegin();
@@ -515,9 +592,34 @@ __global__ void __launch_bounds__(Size::kThreads, Size::kBlocks)
   const int64_t row = blockIdx.x, token = args.first_token + row;
   const int n = static_cast<int>(VisibleEntries(args.p, token));
   WaitForPrevious();
-  const uint32_t* from = args.order + row * args.p.slots;
-  if (WriteAll<Size::kThreads>(args, token, n, from)) return;
+  const uint32_t* order = args.order + row * args.p.slots;
+  const bool written = WriteAll<kThreads>(args, token, n, order);
   __syncthreads();  // bins are zero
+  return {written ? 0 : n, order, args.p.idx + token * args.p.topk};
+}
+
+// Few queries of short rows: scores stay in registers.
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads)
+    IndexSelectShortSm90Kernel(const __grid_constant__ SelectArgs args) {
+  __shared__ Counts<kThreads> shared;
+  const Row row = Begin(args, shared);
+  if (row.n == 0) return;
+  const auto held = Load<kThreads>(row.order, row.n);
+  const Bar bar = FindBar(shared, held, static_cast<uint32_t>(args.p.topk), 0);
+  WriteIds(shared, held, bar, row.idx);
+}
+
+// A query a thread block.
+template <typename Size>
+__global__ void __launch_bounds__(Size::kThreads, Size::kBlocks)
+    IndexSelectSm90Kernel(const __grid_constant__ SelectArgs args) {
+  extern __shared__ __align__(1024) uint8_t raw[];
+  auto& shared = *reinterpret_cast<SelectShared<Size>*>(raw);
+  const Row row = Begin(args, shared);
+  if (row.n == 0) return;
+  const int n = row.n;
+  const uint32_t* const from = row.order;
   const auto k = static_cast<uint32_t>(args.p.topk);
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int each = ShareOfWarp(n, Size::kWarps), first = warp * each;
@@ -528,30 +630,31 @@ __global__ void __launch_bounds__(Size::kThreads, Size::kBlocks)
   const int whole = n / kIndexTopkGroup;
   int kept = Size::kRoom + 1;
   if (args.largest != nullptr && n > kShortRow && bounds(whole)) {
-    const Listed listed = ListGroups(shared, args.largest + row * IndexTopkGroups(args.p.slots),
-                                     whole, n % kIndexTopkGroup != 0, k);
+    const Listed listed =
+        ListGroups(shared, args.largest + blockIdx.x * IndexTopkGroups(args.p.slots), whole,
+                   n % kIndexTopkGroup != 0, k);
     least = listed.least;
     if (listed.groups <= Size::kListed) kept = KeepListed(shared, from, n, listed);
-  } else if (n <= kShortRow && bounds(n / 4)) {
-    kept = KeepOfShort(shared, from, n, k, least);
+  } else if constexpr (Size::kShort) {
+    if (n <= kShortRow && bounds(n / 4)) kept = KeepOfShort(shared, from, n, k, least);
   }
   if (!__syncthreads_or(kept > Size::kRoom)) {
     entries = {shared.kept.order[warp], shared.kept.id[warp], 0, kept, 0};
   } else if (n <= Size::kRow) {
     least = 0;
-    Entries row = entries;
-    row.order = shared.row + first / 8 * 9;
-    row.spread = Entries::kSpread;
+    Entries whole_row = entries;
+    whole_row.order = shared.row + first / 8 * 9;
+    whole_row.spread = Entries::kSpread;
     ForEach(entries, [&](int at, const uint4& order) {
-      if (at < entries.count) *const_cast<uint4*>(row.At(at)) = order;
+      if (at < entries.count) *const_cast<uint4*>(whole_row.At(at)) = order;
     });
     __syncwarp();
-    entries = row;
+    entries = whole_row;
   } else {
     least = 0;
   }
   const Bar bar = FindBar(shared, entries, k, least);
-  WriteIds(shared, entries, bar, args.p.idx + token * args.p.topk);
+  WriteIds(shared, entries, bar, row.idx);
 }
 
 }  // namespace index_topk

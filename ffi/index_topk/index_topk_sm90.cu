@@ -14,14 +14,9 @@ namespace {
 using namespace index_topk;
 
 // Many queries at once, and few.
-#ifndef MB
-#define MB 4
-#endif
-#ifndef MT
-#define MT 256
-#endif
-using ManySelecting = Selecting<MT, 512 / MT, 131072 / MT, 2048, MB>;
-using FewSelecting = Selecting<1024, 8, 512, 4096, 1>;
+using ManySelecting = Selecting<256, 2, 512, 2048, 4, true>;
+using FewSelecting = Selecting<1024, 8, 512, 4096, 1, false>;
+constexpr int kShortThreads = 1024;  // of few queries of short rows
 constexpr int64_t kMaxSlots = int64_t{FewSelecting::kGroups} * kIndexTopkGroup;
 
 int Multiprocessors() {
@@ -83,8 +78,10 @@ cudaError_t LaunchSelect(const SelectArgs& args, int64_t rows, cudaStream_t stre
 cudaError_t LaunchSelect(const SelectArgs& args, int64_t rows, cudaStream_t stream) {
   const bool many =
       rows > Multiprocessors() && IndexTopkGroups(args.p.slots) <= ManySelecting::kGroups;
-  return many ? LaunchSelect<ManySelecting>(args, rows, stream)
-              : LaunchSelect<FewSelecting>(args, rows, stream);
+  if (many) return LaunchSelect<ManySelecting>(args, rows, stream);
+  if (args.p.slots > kShortRow) return LaunchSelect<FewSelecting>(args, rows, stream);
+  return LaunchDependent(IndexSelectShortSm90Kernel<kShortThreads>,
+                         dim3(static_cast<unsigned>(rows)), kShortThreads, 0, stream, args);
 }
 
 // Queries that share decoded keys; `rows` scores of all slots are in scratch.
