@@ -49,7 +49,7 @@ DSV4_HOST_DEVICE constexpr int64_t IndexTopkGroups(int64_t slots) {
 
 // Device bytes of a call: scores of all queries and the largest of their groups, or of as many
 // queries as fit this budget; at least of one.
-constexpr int64_t kIndexTopkScratchBudget = int64_t{1} << 26;
+constexpr int64_t kIndexTopkScratchBudget = int64_t{68} << 20;
 inline int64_t IndexTopkRowBytes(int64_t slots) { return 4 * (slots + IndexTopkGroups(slots)); }
 inline int64_t IndexTopkScratchBytes(int64_t queries, int64_t slots) {
   const int64_t row = IndexTopkRowBytes(slots);

@@ -408,26 +408,26 @@ __device__ __forceinline__ void Copy(const ScoreArgs& args, Shared& shared,
   }
 }
 
-// A query with both halves of a tile: sums of the first are being made. kMore: begins those of the
-// next query. Lanes 0 and 1 of four get scores of the first half, of row and row + 8, 2 and 3 of
-// the second.
+// A query with both halves of a tile: products of both are being made. kMore: begins those of the
+// next query as soon as there is room. Lanes 0 and 1 of four get scores of the first half, of row
+// and row + 8, 2 and 3 of the second.
 template <bool kMore>
 __device__ __forceinline__ float ScoreQuery(float (&first)[32], float (&second)[32],
-                                            const uint32_t (&a)[2][4][4], uint32_t q,
+                                            const uint32_t (&a)[2][4][4], uint32_t next,
                                             const float* weights, int c) {
   const Weights w = LoadWeights(weights);
-  Multiply(second, a[1], q);
   WgmmaWait<1>();
   Settle(first);
   const float2 x = WeightedSum(first, w);
   if constexpr (kMore) {
-    Multiply(first, a[0], q + kQueryRows);
+    Multiply(first, a[0], next);
     WgmmaWait<1>();
   } else {
     WgmmaWait<0>();
   }
   Settle(second);
   const float2 y = WeightedSum(second, w);
+  if constexpr (kMore) Multiply(second, a[1], next);
   return Trade<2>(Trade<1>(x.x, x.y, c), Trade<1>(y.x, y.y, c), c);
 }
 
@@ -490,17 +490,16 @@ __device__ __forceinline__ void Score(const ScoreArgs& args, Shared& shared,
       float first[32], second[32];
       Largest<kQueries> of_groups;
       Multiply(first, a[0], q);
+      Multiply(second, a[1], q);
+      // Not sooner: what is loaded is there when products of it have begun.
+      __syncwarp();
+      if (lane == 0) Arrive(SharedAddress(shared.empty + slot));
 #pragma unroll
       for (int i = 0; i < kQueries; ++i) {
-        const uint32_t rows = q + i * kQueryRows;
+        const uint32_t next = q + (i + 1) * kQueryRows;
         const float* const w = weights + i * kQueryWeights;
-        const float sum = i + 1 < kQueries ? ScoreQuery<true>(first, second, a, rows, w, c)
-                                           : ScoreQuery<false>(first, second, a, rows, w, c);
-        if (i == 0) {
-          // Not sooner: what is loaded is there when products of it have begun.
-          __syncwarp();
-          if (lane == 0) Arrive(SharedAddress(shared.empty + slot));
-        }
+        const float sum = i + 1 < kQueries ? ScoreQuery<true>(first, second, a, next, w, c)
+                                           : ScoreQuery<false>(first, second, a, next, w, c);
         const uint32_t stored = i < queries ? FastOrder(__fmul_rn(sum, by)) : 0;
         if (i < queries) *to = stored;
         if constexpr (kLargest) of_groups.Add(i, stored, lane);
