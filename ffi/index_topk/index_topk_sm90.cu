@@ -16,7 +16,8 @@ using namespace index_topk;
 // Many queries at once, and few.
 using ManySelecting = Selecting<256, 2, 512, 2048, 4, true>;
 using FewSelecting = Selecting<1024, 8, 512, 4096, 1, false>;
-constexpr int kShortThreads = 1024;  // of few queries of short rows
+constexpr int kShortThreads = 1024;      // of few queries of short rows
+constexpr int kAloneBytes = 120 * 1024;  // shared memory that keeps another thread block away
 constexpr int64_t kMaxSlots = int64_t{FewSelecting::kGroups} * kIndexTopkGroup;
 
 int Multiprocessors() {
@@ -64,15 +65,20 @@ cudaError_t LaunchScores(const ScoreArgs& args, int queries, cudaStream_t stream
                                           : LaunchScores<IndexForm::kFp8>(args, queries, stream);
 }
 
+template <typename Kernel>
+cudaError_t LaunchSelect(Kernel kernel, int threads, int shared_bytes, const SelectArgs& args,
+                         int64_t rows, cudaStream_t stream) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error != cudaSuccess) return error;
+  return LaunchDependent(kernel, dim3(static_cast<unsigned>(rows)), threads, shared_bytes, stream,
+                         args);
+}
+
 template <typename Size>
 cudaError_t LaunchSelect(const SelectArgs& args, int64_t rows, cudaStream_t stream) {
-  const auto kernel = IndexSelectSm90Kernel<Size>;
-  constexpr int kSharedBytes = sizeof(SelectShared<Size>);
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (error != cudaSuccess) return error;
-  return LaunchDependent(kernel, dim3(static_cast<unsigned>(rows)), Size::kThreads, kSharedBytes,
-                         stream, args);
+  return LaunchSelect(IndexSelectSm90Kernel<Size>, Size::kThreads, sizeof(SelectShared<Size>), args,
+                      rows, stream);
 }
 
 cudaError_t LaunchSelect(const SelectArgs& args, int64_t rows, cudaStream_t stream) {
@@ -80,8 +86,8 @@ cudaError_t LaunchSelect(const SelectArgs& args, int64_t rows, cudaStream_t stre
       rows > Multiprocessors() && IndexTopkGroups(args.p.slots) <= ManySelecting::kGroups;
   if (many) return LaunchSelect<ManySelecting>(args, rows, stream);
   if (args.p.slots > kShortRow) return LaunchSelect<FewSelecting>(args, rows, stream);
-  return LaunchDependent(IndexSelectShortSm90Kernel<kShortThreads>,
-                         dim3(static_cast<unsigned>(rows)), kShortThreads, 0, stream, args);
+  return LaunchSelect(IndexSelectShortSm90Kernel<kShortThreads>, kShortThreads, kAloneBytes, args,
+                      rows, stream);
 }
 
 // Queries that share decoded keys; `rows` scores of all slots are in scratch.
