@@ -21,6 +21,8 @@ MAX_WIDTH = 1024
 """``kIndexTopkMaxWidth`` of ffi/index_topk/index_topk.h."""
 SCRATCH_BUDGET = 1 << 26
 """``kIndexTopkScratchBudget``: bytes that a call on a GPU keeps scores in, one query's at least."""
+GROUP = 16
+"""``kIndexTopkGroup``: entries whose largest score is kept as well."""
 _INT32 = jnp.iinfo(jnp.int32)
 
 
@@ -110,7 +112,7 @@ def index_topk(
 
 def _scratch_bytes(queries: int, slots: int) -> int:
     """``IndexTopkScratchBytes`` of ffi/index_topk/index_topk.h."""
-    row = 4 * slots
+    row = 4 * (slots + 4 * -(-slots // (4 * GROUP)))
     if not queries or not row:
         return 0
     return row * min(max(SCRATCH_BUDGET // row, 1), queries)

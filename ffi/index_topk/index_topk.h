@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/host_device.h"
 #include "common/parallel.h"
 
 #ifdef DSV4_CUDA
@@ -39,11 +40,19 @@ struct IndexTopkParams {
 // The most channels of a key.
 constexpr int64_t kIndexTopkMaxWidth = 1024;
 
-// Device bytes of a call: the scores of all queries, or of as many as fit this budget; at least of
-// one.
-constexpr int64_t kIndexTopkScratchBudget = int64_t{1} << 26;
+// The largest score of each group of entries helps to choose. Groups of a row are whole vectors of
+// four.
+constexpr int kIndexTopkGroup = 16;
+DSV4_HOST_DEVICE constexpr int64_t IndexTopkGroups(int64_t slots) {
+  return (slots + 4 * kIndexTopkGroup - 1) / (4 * kIndexTopkGroup) * 4;
+}
+
+// Device bytes of a call: scores of all queries and the largest of their groups, or of as many
+// queries as fit this budget; at least of one.
+constexpr int64_t kIndexTopkScratchBudget = int64_t{68} << 20;
+inline int64_t IndexTopkRowBytes(int64_t slots) { return 4 * (slots + IndexTopkGroups(slots)); }
 inline int64_t IndexTopkScratchBytes(int64_t queries, int64_t slots) {
-  const int64_t row = 4 * slots;
+  const int64_t row = IndexTopkRowBytes(slots);
   if (queries == 0 || row == 0) return 0;
   const int64_t rows = kIndexTopkScratchBudget / row;
   return row * (rows < 1 ? 1 : rows < queries ? rows : queries);

@@ -5,7 +5,8 @@
 // exchanges. All (group of queries, tile of 64 keys) pairs that are visible form one line, of which
 // every thread block takes an equal stretch. One thread copies tiles of a stretch into a ring; tile
 // after tile goes to the warpgroups in turn. A warpgroup turns the keys' codes into E4M3 once and
-// multiplies them with each query of the group: one product is summed while the next is made.
+// multiplies them with each query of the group, half a tile at a time: one product is summed while
+// the next is made, and both halves take the query's weights from registers.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,7 +23,11 @@ namespace dsv4 {
 namespace index_topk {
 
 constexpr int kHeads = 64, kChannels = 128;
-constexpr int kTileKeys = 64;
+constexpr int kHalfKeys = 64;  // of a product
+constexpr int kTileKeys = 2 * kHalfKeys;
+constexpr int kWarpgroups = 3;  // that multiply
+constexpr int kConsumers = 128 * kWarpgroups;
+constexpr int kThreads = kConsumers + 128;
 constexpr int kQueryBytes = kHeads * kChannels;    // of E4M3
 constexpr uint32_t kQueryRows = kQueryBytes >> 4;  // as a descriptor counts
 constexpr uint32_t kNanOrder = 1;
@@ -34,7 +39,8 @@ constexpr int kQueryWeights = 4 * kWeightPitch;
 // one fewer.
 struct ScoreArgs {
   IndexTopkParams p;
-  uint32_t* order;  // [tokens, slots]: scores as ScoreOrder has them, NaN as kNanOrder
+  uint32_t* order;    // [tokens, slots]: scores as ScoreOrder has them, NaN as kNanOrder
+  uint32_t* largest;  // [tokens, IndexTopkGroups(slots)]: of the orders of a group, or nullptr
   int64_t first_token, first_group;
   uint32_t tokens;
   int groups, groups_per_batch;
@@ -51,15 +57,11 @@ struct KeyBytes<IndexForm::kFp8> {
   static constexpr int kCodes = kChannels, kScales = 1;
 };
 
+// Tiles under way; one warpgroup's are always the same slots.
 template <IndexForm kForm, int kQueries>
-struct Sizes {
-  static constexpr int kWarpgroups = kQueries == 1 ? 4 : 3;  // that multiply
-  static constexpr int kConsumers = 128 * kWarpgroups;
-  static constexpr int kThreads = kConsumers + 128;
-  static constexpr int kRegisters = kQueries == 1 ? 104 : 152;  // 40 are the others'
-  static constexpr int kSlots =
-      kWarpgroups * (kForm == IndexForm::kFp8 ? (kQueries == 1 ? 4 : 5) : (kQueries == 1 ? 6 : 8));
-};
+constexpr int kSlots = kWarpgroups * (kForm == IndexForm::kFp8 ? 2
+                                      : kQueries == 16         ? 3
+                                                               : 4);
 
 template <IndexForm kForm>
 struct alignas(16) Slot {
@@ -70,12 +72,12 @@ struct alignas(16) Slot {
 template <IndexForm kForm, int kQueries>
 struct ScoreShared {
   uint8_t q[kQueries][kQueryBytes];  // E4M3, swizzled; 1024-byte aligned
-  Slot<kForm> slots[Sizes<kForm, kQueries>::kSlots];
+  Slot<kForm> slots[kSlots<kForm, kQueries>];
   float weights[kQueries][kQueryWeights];  // a lane's 16 together
   uint2 tables[kDepths];
   int32_t entries[kMaxGroups];         // that any query of a group needs scores of
   int32_t first_tile[kMaxGroups + 1];  // of each group on the line of all tiles
-  uint64_t full[Sizes<kForm, kQueries>::kSlots], empty[Sizes<kForm, kQueries>::kSlots];
+  uint64_t full[kSlots<kForm, kQueries>], empty[kSlots<kForm, kQueries>];
 };
 
 // Of a group: its tokens.
@@ -87,12 +89,14 @@ struct Group {
 
 template <int kQueries>
 __device__ __forceinline__ Group GroupAt(const ScoreArgs& args, int index) {
-  const int64_t at = args.first_group + index;
+  const auto at = static_cast<uint32_t>(args.first_group) + static_cast<uint32_t>(index);
+  const auto per_batch = static_cast<uint32_t>(args.groups_per_batch);
+  const auto batch = at / per_batch, in_row = (at - batch * per_batch) * kQueries;
   Group group;
-  group.batch = at / args.groups_per_batch;
-  const int64_t in_row = (at - group.batch * args.groups_per_batch) * kQueries;
-  group.token = group.batch * args.p.t + in_row;
-  group.queries = static_cast<int>(args.p.t - in_row < kQueries ? args.p.t - in_row : kQueries);
+  group.batch = batch;
+  group.token = batch * args.p.t + in_row;
+  const auto left = static_cast<uint32_t>(args.p.t) - in_row;
+  group.queries = static_cast<int>(left < kQueries ? left : kQueries);
   return group;
 }
 
@@ -104,18 +108,27 @@ struct Stretch {
 
 template <int kQueries, typename Shared>
 __device__ __forceinline__ Stretch FindStretch(const ScoreArgs& args, Shared& shared) {
-  for (int i = static_cast<int>(threadIdx.x); i < args.groups; i += static_cast<int>(blockDim.x)) {
-    shared.entries[i] = 0;
+  const auto first = static_cast<uint32_t>(args.first_token), t = static_cast<uint32_t>(args.p.t);
+  if (kQueries > 1) {
+    for (int i = static_cast<int>(threadIdx.x); i < args.groups;
+         i += static_cast<int>(blockDim.x)) {
+      shared.entries[i] = 0;
+    }
+    __syncthreads();
   }
-  __syncthreads();
-  const uint32_t first = static_cast<uint32_t>(args.first_token),
-                 t = static_cast<uint32_t>(args.p.t);
   for (uint32_t i = threadIdx.x; i < args.tokens; i += blockDim.x) {
-    const uint32_t token = first + i, batch = token / t;
-    if (!NeedsScores(args.p, token)) continue;
-    const uint32_t group = batch * static_cast<uint32_t>(args.groups_per_batch) +
-                           (token - batch * t) / kQueries - static_cast<uint32_t>(args.first_group);
-    atomicMax(&shared.entries[group], static_cast<int>(VisibleEntries(args.p, token)));
+    const uint32_t token = first + i;
+    const int entries =
+        NeedsScores(args.p, token) ? static_cast<int>(VisibleEntries(args.p, token)) : 0;
+    if (kQueries == 1) {
+      shared.entries[i] = entries;
+    } else {
+      const uint32_t batch = token / t;
+      const uint32_t group = batch * static_cast<uint32_t>(args.groups_per_batch) +
+                             (token - batch * t) / kQueries -
+                             static_cast<uint32_t>(args.first_group);
+      atomicMax(&shared.entries[group], entries);
+    }
   }
   __syncthreads();
   if (threadIdx.x < 32) {
@@ -135,8 +148,8 @@ __device__ __forceinline__ Stretch FindStretch(const ScoreArgs& args, Shared& sh
     if (lane == 0) shared.first_tile[0] = 0;
   }
   __syncthreads();
-  const int64_t tiles = shared.first_tile[args.groups];
-  Stretch stretch;
+  const auto tiles = static_cast<uint32_t>(shared.first_tile[args.groups]);
+  Stretch stretch;  // kMaxGroups rows of kMaxSlots are 2^23 tiles
   stretch.first = static_cast<int>(tiles * blockIdx.x / gridDim.x);
   stretch.end = static_cast<int>(tiles * (blockIdx.x + 1) / gridDim.x);
   int low = 0, high = args.groups;  // the last group that begins at or before the first tile
@@ -191,7 +204,6 @@ template <IndexForm kForm, int kQueries, typename Shared>
 __device__ __forceinline__ void LoadQueries(const IndexTopkParams& p, const Group& group,
                                             Shared& shared) {
   constexpr int kPieces = kHeads * 4;  // of a query: a lane's channels of a head
-  constexpr int kConsumers = Sizes<kForm, kQueries>::kConsumers;
   constexpr int kTurns = (kPieces * kQueries + kConsumers - 1) / kConsumers;
   constexpr int kAtOnce = kTurns < 3 ? kTurns : 3;  // pieces under way
   constexpr int kLoads = sizeof(Codes<kForm>) / 16;
@@ -243,9 +255,8 @@ __device__ __forceinline__ int Keep(int x) {
   return x;
 }
 
-template <int kThreads>
 __device__ __forceinline__ void SyncConsumers() {
-  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+  asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory");
 }
 
 // Sums are not read before the wait ahead of this.
@@ -291,11 +302,18 @@ __device__ __forceinline__ float TwiceRelu(float x) { return __fadd_rn(x, fabsf(
 
 // Over a lane's 16 heads, of its two keys. Columns 8 j + 2 c and the next are those of weights 2 j
 // and the next.
-__device__ __forceinline__ float2 WeightedSum(const float (&d)[32], const float* weights) {
+struct Weights {
+  float4 each[4];
+};
+__device__ __forceinline__ Weights LoadWeights(const float* weights) {
+  const auto* from = reinterpret_cast<const float4*>(weights);
+  return {from[0], from[1], from[2], from[3]};
+}
+__device__ __forceinline__ float2 WeightedSum(const float (&d)[32], const Weights& weights) {
   float sum[2][2] = {};
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const float4 w = *reinterpret_cast<const float4*>(weights + 4 * j);
+    const float4& w = weights.each[j];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       sum[r][0] = __fmaf_rn(w.x, TwiceRelu(d[8 * j + 2 * r]), sum[r][0]);
@@ -323,24 +341,48 @@ __device__ __forceinline__ uint32_t FastOrder(float score) {
   return x != x ? kNanOrder : bits ^ (sign | 0x80000000u);
 }
 
-// Where a lane's scores go: of one key, of every second query.
-struct Store {
-  uint32_t* order;
-  int64_t two_rows;
-  float scale;
-  int queries;  // left, two for each call
+// The largest order of each group of keys, of all queries of a tile. A warp has two groups, one of
+// each half: keys are in 16 lanes whose numbers differ in bits 0, 2, 3 and 4. Two queries' orders
+// become one as lanes that differ in the next bit trade, like sums.
+template <int kQueries>
+struct Largest {
+  static constexpr int kLevels = kQueries == 16 ? 4 : kQueries == 8 ? 3 : kQueries == 2 ? 1 : 0;
+  static_assert(kQueries == 1 << kLevels);
+  uint32_t held[kLevels + 1];
 
-  __device__ __forceinline__ void operator()(float sum) {
-    if (queries > 0) *order = FastOrder(__fmul_rn(sum, scale));
-    order += two_rows;
-    queries -= 2;
+  __device__ static constexpr int Lanes(int level) { return level == 0 ? 1 : 2 << level; }
+
+  // Query `i`, one after another.
+  __device__ __forceinline__ void Add(int i, uint32_t order, int lane) {
+#pragma unroll
+    for (int level = 0; level < kLevels; ++level) {
+      if ((i >> level & 1) == 0) {
+        held[level] = order;
+        return;
+      }
+      const bool upper = (lane & Lanes(level)) != 0;
+      const uint32_t other = __shfl_xor_sync(~0u, upper ? held[level] : order, Lanes(level));
+      order = max(upper ? order : held[level], other);
+    }
+#pragma unroll
+    for (int level = kLevels; level < 4; ++level) {
+      order = max(order, __shfl_xor_sync(~0u, order, Lanes(level)));
+    }
+    held[kLevels] = order;
+  }
+  // After the last query: the order that a lane has, of which query, and whether others have not.
+  __device__ __forceinline__ uint32_t Get() const { return held[kLevels]; }
+  __device__ static __forceinline__ int QueryOf(int lane) {
+    return ((lane & 1) | lane / 4 * 2) % kQueries;
+  }
+  __device__ static __forceinline__ bool Stores(int lane) {
+    return ((lane & 1) | lane / 4 * 2) < kQueries;
   }
 };
 
 template <IndexForm kForm, int kQueries, typename Shared>
 __device__ __forceinline__ void Copy(const ScoreArgs& args, Shared& shared,
                                      const Stretch& stretch) {
-  using Size = Sizes<kForm, kQueries>;
   constexpr int kCodes = KeyBytes<kForm>::kCodes, kScales = KeyBytes<kForm>::kScales;
   int slot = 0, position = stretch.first;
   uint32_t phase = 1;  // the ring begins empty
@@ -358,7 +400,7 @@ __device__ __forceinline__ void Copy(const ScoreArgs& args, Shared& shared,
                 static_cast<uint32_t>(keys * kCodes), full);
       CopyBytes(SharedAddress(shared.slots[slot].scales), args.p.key_scale + (row + key) * kScales,
                 static_cast<uint32_t>(keys * kScales), full);
-      if (++slot == Size::kSlots) {
+      if (++slot == kSlots<kForm, kQueries>) {
         slot = 0;
         phase ^= 1;
       }
@@ -366,38 +408,42 @@ __device__ __forceinline__ void Copy(const ScoreArgs& args, Shared& shared,
   }
 }
 
-// Two queries of a group: sums of the first are being made. kMore: begins those of a third.
+// A query with both halves of a tile: products of both are being made. kMore: begins those of the
+// next query as soon as there is room. Lanes 0 and 1 of four get scores of the first half, of row
+// and row + 8, 2 and 3 of the second.
 template <bool kMore>
-__device__ __forceinline__ void TwoQueries(float (&first)[32], float (&second)[32],
-                                           const uint32_t (&a)[4][4], uint32_t q,
-                                           const float* weights, int c, Store& store) {
-  Multiply(second, a, q + kQueryRows);
+__device__ __forceinline__ float ScoreQuery(float (&first)[32], float (&second)[32],
+                                            const uint32_t (&a)[2][4][4], uint32_t next,
+                                            const float* weights, int c) {
+  const Weights w = LoadWeights(weights);
   WgmmaWait<1>();
   Settle(first);
-  const float2 x = WeightedSum(first, weights);
+  const float2 x = WeightedSum(first, w);
   if constexpr (kMore) {
-    Multiply(first, a, q + 2 * kQueryRows);
+    Multiply(first, a[0], next);
     WgmmaWait<1>();
   } else {
     WgmmaWait<0>();
   }
   Settle(second);
-  const float2 y = WeightedSum(second, weights + kQueryWeights);
-  store(Trade<2>(Trade<1>(x.x, x.y, c), Trade<1>(y.x, y.y, c), c));
+  const float2 y = WeightedSum(second, w);
+  if constexpr (kMore) Multiply(second, a[1], next);
+  return Trade<2>(Trade<1>(x.x, x.y, c), Trade<1>(y.x, y.y, c), c);
 }
 
-template <IndexForm kForm, int kQueries, typename Shared>
+template <IndexForm kForm, int kQueries, bool kLargest, typename Shared>
 __device__ __forceinline__ void Score(const ScoreArgs& args, Shared& shared,
                                       const Stretch& stretch) {
-  using Size = Sizes<kForm, kQueries>;
-  constexpr int kCodes = KeyBytes<kForm>::kCodes;
+  constexpr int kCodes = KeyBytes<kForm>::kCodes, kScales = KeyBytes<kForm>::kScales;
   const int lane = Keep(static_cast<int>(threadIdx.x) % 32), c = Keep(lane % 4);
   const int row = static_cast<int>(threadIdx.x) % 128 / 32 * 16 + lane / 4;  // and row + 8
   const int codes_at = Keep(row * kCodes + c * (kCodes / 4));
   const int scale_at = Keep(kForm == IndexForm::kMxfp4 ? row * 4 + c : row);
-  const int stored_at = Keep(row + 8 * (c & 1));
+  const int stored_at = Keep(row + 8 * (c & 1) + kHalfKeys * (c / 2));
   const float* const weights = shared.weights[0] + Keep(c * kWeightPitch);
   const uint32_t q = RowsLower(SharedAddress(shared.q));
+  const int group_key =
+      Keep(static_cast<int>(threadIdx.x) % 128 / 32 * kIndexTopkGroup + kHalfKeys * (c / 2));
   int slot = static_cast<int>(threadIdx.x) / 128, mine = stretch.first + slot;
   uint32_t phase = 0;
   for (int g = stretch.group, position = stretch.first; position < stretch.end; ++g) {
@@ -405,88 +451,98 @@ __device__ __forceinline__ void Score(const ScoreArgs& args, Shared& shared,
     if (begin == shared.first_tile[g + 1]) continue;
     const Group group = GroupAt<kQueries>(args, g);
     const int entries = shared.entries[g];
-    SyncConsumers<Size::kConsumers>();  // products of the group before are done
+    SyncConsumers();  // products of the group before are done
     LoadQueries<kForm, kQueries>(args.p, group, shared);
-    SyncConsumers<Size::kConsumers>();
+    SyncConsumers();
     uint32_t* const order =
-        args.order + (group.token + c / 2 - args.first_token) * args.p.slots + stored_at;
+        args.order + (group.token - args.first_token) * args.p.slots + stored_at;
+    const int query = Largest<kQueries>::QueryOf(lane);  // whose groups' largest this lane stores
+    uint32_t* const largest =
+        args.largest + (group.token - args.first_token + query) * IndexTopkGroups(args.p.slots);
+    const int largest_entries =
+        Largest<kQueries>::Stores(lane) && query < group.queries ? entries : 0;
     position = end;
-    for (; mine < end; mine += Size::kWarpgroups) {
+    for (; mine < end; mine += kWarpgroups) {
       const Slot<kForm>& tile = shared.slots[slot];
       Wait(SharedAddress(shared.full + slot), phase);
-      uint32_t words[2][8], a[4][4], scale[2];
+      uint32_t a[2][4][4];
+      uint32_t scale[2][2];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const auto codes =
-            *reinterpret_cast<const Codes<kForm>*>(tile.codes + codes_at + 8 * r * kCodes);
-        const uint32_t byte = tile.scales[scale_at + 8 * r * KeyBytes<kForm>::kScales];
-        scale[r] = Decode(codes, byte, shared.tables, words[r]);
+      for (int half = 0; half < 2; ++half) {
+        uint32_t words[2][8];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int below = half * kHalfKeys + 8 * r;
+          const auto codes =
+              *reinterpret_cast<const Codes<kForm>*>(tile.codes + codes_at + below * kCodes);
+          const uint32_t byte = tile.scales[scale_at + below * kScales];
+          scale[half][r] = Decode(codes, byte, shared.tables, words[r]);
+        }
+#pragma unroll
+        for (int i = 0; i < 16; ++i) a[half][i / 4][i % 4] = words[i % 2][i / 4 * 2 + i % 4 / 2];
+        Settle(a[half]);
       }
-#pragma unroll
-      for (int i = 0; i < 16; ++i) a[i / 4][i % 4] = words[i % 2][i / 4 * 2 + i % 4 / 2];
-      Settle(a);
-
       const int key = (mine - begin) * kTileKeys;
-      Store store;
-      store.order = order + key;
-      store.two_rows = 2 * args.p.slots;
-      store.scale = ScaleOf<kForm>(c & 1 ? scale[1] : scale[0]);
-      store.queries = key + stored_at < entries ? group.queries - c / 2 : 0;
-      float first[32];
-      Multiply(first, a, q);
-      // Not sooner: what is loaded is there when products of it begin.
+      const int queries = key + stored_at < entries ? group.queries : 0;
+      const float by = ScaleOf<kForm>(c & 2 ? (c & 1 ? scale[1][1] : scale[1][0])
+                                            : (c & 1 ? scale[0][1] : scale[0][0]));
+      uint32_t* to = order + key;
+      float first[32], second[32];
+      Largest<kQueries> of_groups;
+      Multiply(first, a[0], q);
+      Multiply(second, a[1], q);
+      // Not sooner: what is loaded is there when products of it have begun.
       __syncwarp();
       if (lane == 0) Arrive(SharedAddress(shared.empty + slot));
-      if constexpr (kQueries == 1) {
-        WgmmaWait<0>();
-        Settle(first);
-        const float2 x = WeightedSum(first, weights);
-        const float sum = Trade<1>(x.x, x.y, c);
-        store(__fadd_rn(sum, __shfl_xor_sync(~0u, sum, 2)));
-      } else {
-        float second[32];
 #pragma unroll
-        for (int i = 0; i + 2 < kQueries; i += 2) {
-          TwoQueries<true>(first, second, a, q + i * kQueryRows, weights + i * kQueryWeights, c,
-                           store);
-        }
-        TwoQueries<false>(first, second, a, q + (kQueries - 2) * kQueryRows,
-                          weights + (kQueries - 2) * kQueryWeights, c, store);
+      for (int i = 0; i < kQueries; ++i) {
+        const uint32_t next = q + (i + 1) * kQueryRows;
+        const float* const w = weights + i * kQueryWeights;
+        const float sum = i + 1 < kQueries ? ScoreQuery<true>(first, second, a, next, w, c)
+                                           : ScoreQuery<false>(first, second, a, next, w, c);
+        const uint32_t stored = i < queries ? FastOrder(__fmul_rn(sum, by)) : 0;
+        if (i < queries) *to = stored;
+        if constexpr (kLargest) of_groups.Add(i, stored, lane);
+        to += args.p.slots;
       }
-      slot += Size::kWarpgroups;
-      if (slot >= Size::kSlots) {
-        slot -= Size::kSlots;
+      if constexpr (kLargest) {
+        if (key + group_key < largest_entries) {
+          largest[(key + group_key) / kIndexTopkGroup] = of_groups.Get();
+        }
+      }
+      slot += kWarpgroups;
+      if (slot >= kSlots<kForm, kQueries>) {
+        slot -= kSlots<kForm, kQueries>;
         phase ^= 1;
       }
     }
   }
 }
 
-template <IndexForm kForm, int kQueries>
-__global__ void __launch_bounds__(Sizes<kForm, kQueries>::kThreads, 1)
+template <IndexForm kForm, int kQueries, bool kLargest>
+__global__ void __launch_bounds__(kThreads, 1)
     IndexScoresSm90Kernel(const __grid_constant__ ScoreArgs args) {
-  using Size = Sizes<kForm, kQueries>;
   using Shared = ScoreShared<kForm, kQueries>;
   extern __shared__ __align__(1024) uint8_t raw[];  // the swizzle's pattern
   Shared& shared = *reinterpret_cast<Shared*>(raw);
-  if (threadIdx.x < Size::kSlots) {
+  if (threadIdx.x < (kSlots<kForm, kQueries>)) {
     InitBarrier(SharedAddress(shared.full + threadIdx.x), 1);
     InitBarrier(SharedAddress(shared.empty + threadIdx.x), 4);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  if (threadIdx.x >= Size::kThreads - kDepths) {
-    const int d = static_cast<int>(threadIdx.x) - (Size::kThreads - kDepths);
+  if (threadIdx.x >= kThreads - kDepths) {
+    const int d = static_cast<int>(threadIdx.x) - (kThreads - kDepths);
     shared.tables[d] = make_uint2(CodeTable(d, 0), CodeTable(d, 1));
   }
-  LetNextBegin();
   WaitForPrevious();
+  LetNextBegin();                                               // which then finds counts there
   const Stretch stretch = FindStretch<kQueries>(args, shared);  // and a barrier for all
-  if (threadIdx.x >= Size::kConsumers) {
+  if (threadIdx.x >= kConsumers) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (threadIdx.x == Size::kConsumers) Copy<kForm, kQueries>(args, shared, stretch);
+    if (threadIdx.x == kConsumers) Copy<kForm, kQueries>(args, shared, stretch);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Size::kRegisters));
-    Score<kForm, kQueries>(args, shared, stretch);
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
+    Score<kForm, kQueries, kLargest>(args, shared, stretch);
   }
 }
 

@@ -381,10 +381,11 @@ TEST(PoisonBeyondTheVisible) {
 TEST(ScratchHasABudget) {
   EXPECT_EQ(IndexTopkScratchBytes(0, 100), 0);
   EXPECT_EQ(IndexTopkScratchBytes(3, 0), 0);
-  EXPECT_EQ(IndexTopkScratchBytes(3, 100), 1200);
-  EXPECT_EQ(IndexTopkScratchBytes(4096, 262144), kIndexTopkScratchBudget);
+  EXPECT_EQ(IndexTopkScratchBytes(3, 100), 3 * 4 * (100 + 8));
+  const int64_t row = 4 * (262144 + 262144 / 16);
+  EXPECT_EQ(IndexTopkScratchBytes(4096, 262144), kIndexTopkScratchBudget / row * row);
   EXPECT_EQ(IndexTopkScratchBytes(4096, 262143) <= kIndexTopkScratchBudget, true);
-  EXPECT_EQ(IndexTopkScratchBytes(4096, int64_t{1} << 30), int64_t{1} << 32);
+  EXPECT_EQ(IndexTopkScratchBytes(4096, int64_t{1} << 30), int64_t{4} * 17 << 26);
 }
 
 #if defined(__x86_64__)

@@ -231,7 +231,7 @@ TARGETS = {
                 *(s("2 3 4 64", E2M1), s("2 3 4 2", UE8M0), s("2 3 4", F32)),
                 *(s("2 10 64", E2M1), s("2 10 2", UE8M0), s("2 3", I32)),
             ),
-            (s("2 3 5", I32), s("2 3 10", F32), s("240", U8)),  # scratch of exactly the size
+            (s("2 3 5", I32), s("2 3 10", F32), s("336", U8)),  # scratch of exactly the size
             {"abi": ABI},
         ),
         compressor_call(True),
@@ -561,9 +561,9 @@ SHAPES: list[tuple[str, str, Mutation, str]] = [
         result(1, "2 2 0", F32),
         r"scores must be \[2, 3, 0\], got \[2, 2, 0\]",
     ),
-    ("index_topk", "scratch-dtype", result(2, "240", I32), "scratch must be uint8, got int32"),
-    ("index_topk", "scratch-small", result(2, "239", U8), r"scratch must be at least \[240\], got"),
-    ("index_topk", "scratch-rank", result(2, "1 240", U8), r"scratch must be .*got \[1, 240\]"),
+    ("index_topk", "scratch-dtype", result(2, "336", I32), "scratch must be uint8, got int32"),
+    ("index_topk", "scratch-small", result(2, "335", U8), r"scratch must be at least \[336\], got"),
+    ("index_topk", "scratch-rank", result(2, "1 336", U8), r"scratch must be .*got \[1, 336\]"),
     ("compressor", "start-rank", operand(0, "2 1", I32), r"start must be \[b\], got \[2, 1\]"),
     ("compressor", "start-dtype", operand(0, "2", F32), "start must be int32, got float32"),
     ("compressor", "count-shape", operand(1, "3", I32), r"count must be \[2\], got \[3\]"),

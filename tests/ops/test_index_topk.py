@@ -362,9 +362,12 @@ def test_no_entries_and_no_queries(t: int) -> None:
 
 def test_more_queries_than_scratch_holds() -> None:
     """On a GPU they are chosen for in turns; the bound is the handler's (tests/fault)."""
-    assert module._scratch_bytes(4096, 262144) == SCRATCH_BUDGET
-    assert module._scratch_bytes(1, 1 << 30) == 1 << 32
-    assert 70 * 4 * 262144 > SCRATCH_BUDGET
+    assert module._scratch_bytes(3, 100) == 3 * 4 * (100 + 8)
+    row = module._scratch_bytes(1, 262144)
+    assert row == 4 * (262144 + 262144 // 16)
+    assert module._scratch_bytes(4096, 262144) == SCRATCH_BUDGET // row * row
+    assert module._scratch_bytes(1, 1 << 30) == 4 * 17 << 26
+    assert 70 * row > SCRATCH_BUDGET
     given = case("mxfp4", b=1, t=70, heads=1, slots=262144, n=3000)
     idx, _ = given.check_choice(512)
     for j in (0, 63, 64, 69):
