@@ -19,7 +19,7 @@ __all__ = ["index_topk"]
 STORED = (jnp.dtype(E2M1), jnp.dtype(E4M3), *FLOATS)
 MAX_WIDTH = 1024
 """``kIndexTopkMaxWidth`` of ffi/index_topk/index_topk.h."""
-SCRATCH_BUDGET = 1 << 26
+SCRATCH_BUDGET = 68 << 20
 """``kIndexTopkScratchBudget``: bytes that a call on a GPU keeps scores in, one query's at least."""
 GROUP = 16
 """``kIndexTopkGroup``: entries whose largest score is kept as well."""

@@ -125,12 +125,13 @@ def _index_topk() -> Iterator[Any]:
         for n in (np.full((b, t), slots, np.int32), n_visible, np.resize(wild, (b, t))):
             yield index_topk(q, weight, keys, n, topk=topk)
         yield index_topk(q, weight, keys, n_visible, topk=topk, return_scores=True)
-    # Two queries that share keys; choices by one thread block with bounds, by clusters of small and
-    # of large ones, by large ones in turn, and of everything.
+    # Two queries that share keys; choices of few queries (a row in registers, kept whole, from the
+    # groups that reach a bound) and of many (from vectors that reach it, from groups, from the row
+    # itself), and of everything.
     for form, t, slots, topk in (
         *(("mxfp4", 3, 400, 100), ("fp8", 2, 400, 100), ("mxfp4", 133, 100, 16)),
-        *(("mxfp4", 1, 8400, 512), ("mxfp4", 1, 65600, 512), ("mxfp4", 67, 8208, 512)),
-        ("mxfp4", 2, 256, 512),
+        *(("mxfp4", 1, 8400, 512), ("mxfp4", 1, 65600, 512), ("mxfp4", 133, 8208, 256)),
+        *(("mxfp4", 133, 8208, 1024), ("fp8", 3, 64, 100)),
     ):
         q, keys = store(0, (1, t, 64), 128, form), store(2, (1, slots), 128, form)
         weight = jnp.asarray(rng.standard_normal((1, t, 64)), jnp.float32)
