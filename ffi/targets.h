@@ -23,8 +23,7 @@ inline auto Targets() {
   return std::array{
       AttentionTarget(),   CacheWriteTarget(),   CompressorTarget(), DenseLinearTarget(),
       Fp8LinearTarget(),   IndexTopkTarget(),    MoeTarget(),        Mxfp4LinearTarget(),
-      Nvfp4LinearTarget(), RmsnormNvfp4Target(), RouterTarget(),     RmsnormNvfp4Target(),
-      RouterTarget(),
+      Nvfp4LinearTarget(), RmsnormNvfp4Target(), RouterTarget(),
   };
 }
 
