@@ -21,10 +21,12 @@ struct Appended {
   int64_t start, end;
 };
 
-DSV4_HOST_DEVICE inline Appended AppendedOf(const CompressorParams& p, int64_t b) {
-  const int64_t start = p.start[b], count = p.count[b];
-  const int64_t taken = start < 0 || count < 0 ? 0 : count < p.t ? count : p.t;
+DSV4_HOST_DEVICE inline Appended AppendedOf(int64_t start, int64_t count, int64_t t) {
+  const int64_t taken = start < 0 || count < 0 ? 0 : count < t ? count : t;
   return {start < 0 ? 0 : start, (start < 0 ? 0 : start) + taken};
+}
+DSV4_HOST_DEVICE inline Appended AppendedOf(const CompressorParams& p, int64_t b) {
+  return AppendedOf(p.start[b], p.count[b], p.t);
 }
 
 DSV4_HOST_DEVICE inline bool Overlaps(const CompressorParams& p) {
