@@ -18,6 +18,8 @@
 #include "common/e2m1.h"
 #include "common/e4m3.h"
 #include "common/exp.h"
+#include "common/rope.h"
+#include "common/ue8m0.h"
 #include "compressor/compressor.h"
 #include "compressor/compressor_rows.h"
 
@@ -181,12 +183,11 @@ __device__ __forceinline__ void NormAndRope(const CompressorParams& p, const Com
 #pragma unroll
   for (int k = 0; k < kChannels; k += 2) {
     if (first + k < nope) continue;
-    float sin, cos;
-    sincosf(static_cast<float>(window * p.ratio) * __ldg(p.frequencies + (first + k - nope) / 2),
-            &sin, &cos);
-    const float even = x[k], odd = x[k + 1];
-    x[k] = RoundBf16(even * cos - odd * sin);
-    x[k + 1] = RoundBf16(even * sin + odd * cos);
+    const float frequency = __ldg(p.frequencies + (first + k - nope) / 2);
+    const Pair pair =
+        Turned(x[k], x[k + 1], SinCosAt(static_cast<int32_t>(window * p.ratio), frequency));
+    x[k] = RoundBf16(pair.even);
+    x[k + 1] = RoundBf16(pair.odd);
   }
 }
 

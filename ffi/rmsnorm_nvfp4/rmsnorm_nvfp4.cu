@@ -25,17 +25,6 @@ constexpr int kWords = kNvfp4Block / 2;  // a block of 16 BF16 channels as 32-bi
 constexpr uint32_t kInfBf16 = 0x7F80u;   // larger magnitudes are NaN
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
-// The two BF16 of a word, exactly.
-__device__ __forceinline__ float Low(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float High(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
-
-// Larger magnitudes of two pairs, NaN above all; the signs are of no meaning.
-__device__ __forceinline__ uint32_t MaxMagnitudes(uint32_t a, uint32_t b) {
-  uint32_t pair;
-  asm("max.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
-  return pair;
-}
-
 // A block; kAligned: to 16 bytes.
 template <bool kAligned>
 __device__ __forceinline__ void Load(uint32_t (&words)[kWords], const uint16_t* from) {
