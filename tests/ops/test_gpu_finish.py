@@ -2,7 +2,7 @@
 
 Bit for bit: sums, sines and products have one order on both sides and no contraction, and NaN of
 BF16 is the one thing whose bits nobody promises. `test_query_finish.py` and its neighbours are run
-on a GPU as well; here are the shapes that reach each part of the kernels, and what only a GPU shows.
+on a GPU as well; here are the shapes that reach each part of the kernels.
 """
 
 from typing import Any
