@@ -50,7 +50,7 @@ template <bool kWhole, bool kAligned, bool kSteps>
 __device__ __forceinline__ void FinishHead(const QueryFinishParams& p, Head& head,
                                            const float2* turns, uint16_t* y, int lane) {
   const float squares =
-      SumOfLanes(SquaresOf<kSteps>(head.chunk[0]) + SquaresOf<kSteps>(head.chunk[1]));
+      SumByHalves(SquaresOf<kSteps>(head.chunk[0]) + SquaresOf<kSteps>(head.chunk[1]));
   float scale;
   if constexpr (kSteps) {
     const float mean = Rounded(squares * p.reciprocal_d);

@@ -30,6 +30,7 @@ from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
 from dsv4_jax.ops.query_finish import query_finish
+from dsv4_jax.ops.rmsnorm_fp8 import rmsnorm_fp8
 from dsv4_jax.ops.rmsnorm_nvfp4 import rmsnorm_nvfp4
 from dsv4_jax.ops.router import router
 from dsv4_jax.quant.kv import IndexRows, KvRows
@@ -50,6 +51,14 @@ def _rmsnorm_nvfp4() -> Iterator[Any]:
         weight = jnp.asarray(rng.standard_normal(d), jnp.bfloat16)
         yield rmsnorm_nvfp4(x, weight, 1e-6)
         yield rmsnorm_nvfp4(x, weight, 1e-6, jnp.float32(0.01))
+
+
+def _rmsnorm_fp8() -> Iterator[Any]:
+    """As the norm into NVFP4, and a last scale of fewer channels."""
+    rng = np.random.default_rng(0)
+    for t, d in ((3, 16), (2, 528), (3, 7168), (2, 16384), (1200, 2064), (300, 1024)):
+        x = jnp.asarray(rng.standard_normal((t, d)), jnp.bfloat16)
+        yield rmsnorm_fp8(x, jnp.asarray(rng.standard_normal(d), jnp.bfloat16), 1e-6)
 
 
 def _cache_write() -> Iterator[Any]:
@@ -373,6 +382,7 @@ CASES: dict[str, Callable[[], Iterator[Any]]] = {
     "dsv4.mxfp4_linear": _mxfp4_linear,
     "dsv4.nvfp4_linear": _nvfp4_linear,
     "dsv4.query_finish": _query_finish,
+    "dsv4.rmsnorm_fp8": _rmsnorm_fp8,
     "dsv4.rmsnorm_nvfp4": _rmsnorm_nvfp4,
     "dsv4.router": _router,
 }

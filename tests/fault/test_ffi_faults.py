@@ -34,6 +34,7 @@ from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
 from dsv4_jax.ops.query_finish import query_finish
+from dsv4_jax.ops.rmsnorm_fp8 import rmsnorm_fp8
 from dsv4_jax.ops.rmsnorm_nvfp4 import rmsnorm_nvfp4
 from dsv4_jax.ops.router import router
 from dsv4_jax.quant.kv import IndexRows, KvRows
@@ -205,6 +206,12 @@ TARGETS = {
             {"abi": ABI},
         ),
         RawCall(
+            "rmsnorm_fp8",
+            (s("3 144"), s("144")),
+            (s("3 144", E4M3), s("3 2", UE8M0)),
+            {"abi": ABI, "eps": np.float32(1e-6)},
+        ),
+        RawCall(
             "query_finish",
             (s("3 4 96"), s("3", I32), s("16", F32)),
             (s("3 4 96"),),
@@ -320,6 +327,24 @@ LAYER = "the FFI layer"  # speaks first, and without the name of the op
 
 # (op, its operand or result at fault, mutation, what the handler says)
 SHAPES: list[tuple[str, str, Mutation, str]] = [
+    ("rmsnorm_fp8", "x-rank", operand(0, "144"), r"x must be \[t, d\], got \[144\]"),
+    (
+        "rmsnorm_fp8",
+        "x-channels",
+        operand(0, "3 24"),
+        r"x must have a multiple of 16 channels, 16..16384, got \[3, 24\]",
+    ),
+    ("rmsnorm_fp8", "x-none", operand(0, "3 0"), "x must have a multiple of 16 channels"),
+    ("rmsnorm_fp8", "x-too-wide", operand(0, "3 16400"), "x must have .*16..16384, got"),
+    ("rmsnorm_fp8", "x-dtype", operand(0, "3 144", F32), "x must be bfloat16, got float32"),
+    ("rmsnorm_fp8", "weight-shape", operand(1, "143"), r"weight must be \[144\], got \[143\]"),
+    ("rmsnorm_fp8", "weight-dtype", operand(1, "144", F32), "weight must be bfloat16, got"),
+    ("rmsnorm_fp8", "code-shape", result(0, "3 128", E4M3), r"code must be \[3, 144\], got"),
+    ("rmsnorm_fp8", "code-dtype", result(0, "3 144", UE8M0), "code must be float8_e4m3fn, got"),
+    ("rmsnorm_fp8", "scale-shape", result(1, "3 1", UE8M0), r"scale must be \[3, 2\], got"),
+    ("rmsnorm_fp8", "scale-dtype", result(1, "3 2", E4M3), "scale must be float8_e8m0fnu, got"),
+    ("rmsnorm_fp8", "operands-too-few", first(operands=1), LAYER),
+    ("rmsnorm_fp8", "results-too-many", more(results=(s("3", F32),)), LAYER),
     ("query_finish", "x-rank", operand(0, "12 96"), r"x must be \[t, h, d\], got \[12, 96\]"),
     (
         "query_finish",
@@ -1797,6 +1822,11 @@ LARGE: list[tuple[Callable[..., Any], tuple[Spec, ...], list[tuple[int, ...]]]] 
         [*[(1, 8, 1024)] * 2, (1, 5242880, 448), (1, 5242880, 7), (1, 5242880, 64)],
     ),
     (
+        lambda x, w: rmsnorm_fp8(x, w, 1e-6),
+        (s("1 1048576 4096"), s("4096")),
+        [(1, 1 << 20, 4096), (1, 1 << 20, 32)],
+    ),
+    (
         lambda q, p, f: query_finish(q, p, f, 1e-6, rounding="bfloat16"),
         (s("1 65536 128 512"), s("1 65536", I32), s("32", F32)),
         [(1, 65536, 128, 512)],
@@ -1831,7 +1861,7 @@ LARGE: list[tuple[Callable[..., Any], tuple[Spec, ...], list[tuple[int, ...]]]] 
 LARGE_IDS = [
     *("A23-rmsnorm_nvfp4", "A23-router", "A23-moe", "A23-attention", "A23-index_topk"),
     *("A23-cache_write", "A23-cache_write-packed", "A23-compressor"),
-    *("A23-query_finish", "A23-key_finish", "A23-index_query_finish"),
+    *("A23-rmsnorm_fp8", "A23-query_finish", "A23-key_finish", "A23-index_query_finish"),
     *("A23-dense_linear", "A23-fp8_linear", "A23-mxfp4_linear", "A23-nvfp4_linear"),
 ]
 

@@ -31,6 +31,7 @@ from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
 from dsv4_jax.ops.query_finish import query_finish
 from dsv4_jax.ops.rmsnorm import rmsnorm
+from dsv4_jax.ops.rmsnorm_fp8 import rmsnorm_fp8
 from dsv4_jax.ops.rmsnorm_nvfp4 import rmsnorm_nvfp4
 from dsv4_jax.ops.rope import rope
 from dsv4_jax.ops.router import router
@@ -64,6 +65,10 @@ def _rmsnorm(x: Any = s("5 96"), weight: Any = s("96")) -> Any:
 
 def _rmsnorm_nvfp4(x: Any = s("5 96"), weight: Any = s("96"), global_scale: Any = None) -> Any:
     return jax.eval_shape(lambda x, w, g: rmsnorm_nvfp4(x, w, EPS, g), x, weight, global_scale)
+
+
+def _rmsnorm_fp8(x: Any = s("5 96"), weight: Any = s("96")) -> Any:
+    return jax.eval_shape(lambda x, w: rmsnorm_fp8(x, w, EPS), x, weight)
 
 
 def _head_norm(q: Any = s("5 3 64"), rounding: Any = "float32") -> Any:
@@ -313,6 +318,7 @@ MOE_SCALES = {"w1": "64 3", "w2": "96 2", "w3": "64 3"}
 CALLS: list[Callable[..., Any]] = [
     _rmsnorm,
     _rmsnorm_nvfp4,
+    _rmsnorm_fp8,
     _head_norm,
     _rope,
     _mhc_pre,
@@ -351,6 +357,8 @@ RANK: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_rmsnorm_nvfp4, "weight", {"weight": s("")}),
     (_rmsnorm_nvfp4, "global_scale", {"global_scale": s("1", F32)}),
     (_rmsnorm_nvfp4, "global_scale", {"global_scale": s("5", F32)}),
+    (_rmsnorm_fp8, "x", {"x": s("")}),
+    (_rmsnorm_fp8, "weight", {"weight": s("1 96")}),
     (_head_norm, "q", {"q": s("64")}),
     (_rope, "x", {"x": s("3 24")}),
     (_rope, "positions", {"positions": s("6", I32)}),
@@ -433,6 +441,7 @@ AXIS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_rmsnorm, r"weight must be \[96\] .*got \[95\]", {"weight": s("95")}),
     (_rmsnorm_nvfp4, r"weight must be \[96\] .*\[5, 96\], got \[80\]", {"weight": s("80")}),
     (_rmsnorm_nvfp4, r"weight must be \[112\] .*got \[96\]", {"x": s("2 3 112")}),
+    (_rmsnorm_fp8, r"weight must be \[96\] .*\[5, 96\], got \[80\]", {"weight": s("80")}),
     (_rope, "x must have at least 16 channels, got 14", {"x": s("2 3 14")}),
     (_rope, r"positions must be \[2, 3\] .*got \[3, 2\]", {"positions": s("3 2", I32)}),
     (_mhc_pre, r"fn must be \[24, 192\] .*got \[24, 191\]", {"fn": s("24 191", F32)}),
@@ -818,6 +827,8 @@ DTYPE: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
         "rows.scale must be float8_e8m0fnu like cache.scale, got uint8",
         {"cache": kv("2 8"), "rows": kv("2 3")._replace(scale=s("2 3 7", U8))},
     ),
+    (_rmsnorm_fp8, "x must be bfloat16, got float32", {"x": s("5 96", F32)}),
+    (_rmsnorm_fp8, "weight must be bfloat16, got float16", {"weight": s("96", F16)}),
     (_query_finish, "q must be bfloat16 or float32, got float16", {"q": s("2 3 4 96", F16)}),
     (_query_finish, "positions must be .*got float32", {"positions": s("2 3", F32)}),
     (_query_finish, "frequencies must be float32, got bfloat16", {"frequencies": s("16")}),
@@ -869,6 +880,7 @@ GROUPS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
         "w2 scale must be .*in groups of 32",
         {"w2_weight": s("4 96 48", E2M1), "w2_scale": s("4 96 2", UE8M0)},
     ),
+    (_rmsnorm_fp8, "multiple of 16 .*got .*24", {"x": s("5 24"), "weight": s("24")}),
     (_rmsnorm_nvfp4, "multiple of 16 .*got .*24", {"x": s("5 24"), "weight": s("24")}),
     (_rmsnorm_nvfp4, "multiple of 16 .*got .*15", {"x": s("5 15"), "weight": s("15")}),
     (
@@ -919,6 +931,8 @@ SCALES: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_key_finish, r"ring scale must be \[2, 8, 1\], got", {"ring_scale": s("2 8 2", UE8M0)}),
 ]
 SPECIALISED: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
+    (_rmsnorm_fp8, r"16..16384, got \[5, 16400\]", {"x": s("5 16400"), "weight": s("16400")}),
+    (_rmsnorm_fp8, r"16..16384, got \[5, 0\]", {"x": s("5 0"), "weight": s("0")}),
     (_rmsnorm_nvfp4, r"16..16384, got \[5, 16400\]", {"x": s("5 16400"), "weight": s("16400")}),
     (_rmsnorm_nvfp4, r"16..16384, got \[5, 0\]", {"x": s("5 0"), "weight": s("0")}),
     (

@@ -39,6 +39,7 @@ from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
 from dsv4_jax.ops.query_finish import query_finish
+from dsv4_jax.ops.rmsnorm_fp8 import rmsnorm_fp8
 from dsv4_jax.ops.rmsnorm_nvfp4 import rmsnorm_nvfp4
 from dsv4_jax.ops.router import router
 from dsv4_jax.quant.kv import IndexRows, KvRows, index_dequant, kv_dequant
@@ -98,6 +99,7 @@ ALIASES: dict[str, Callable[[int], dict[int, int]]] = {
     "mxfp4_linear": lambda n: {},
     "nvfp4_linear": lambda n: {},
     "query_finish": lambda n: {},
+    "rmsnorm_fp8": lambda n: {},
     "rmsnorm_nvfp4": lambda n: {},
     "router": lambda n: {},
 }
@@ -620,6 +622,10 @@ LARGE = {
             typed(jnp.float32),
             typed(jnp.float32),
         ),
+    ),
+    "rmsnorm_fp8": (
+        lambda x, weight: rmsnorm_fp8(x, weight, 1e-6),
+        (bf16(2, 8192, 7168), bf16(7168)),
     ),
     "rmsnorm_nvfp4": (
         lambda x, weight: rmsnorm_nvfp4(x, weight, 1e-6),

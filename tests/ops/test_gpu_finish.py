@@ -1,4 +1,4 @@
-"""CUDA kernels of query_finish, key_finish and index_query_finish against their CPU handlers.
+"""CUDA kernels of the finishing ops and of rmsnorm_fp8 against their CPU handlers.
 
 Bit for bit: sums, sines and products have one order on both sides and no contraction, and NaN of
 BF16 is the one thing whose bits nobody promises. `test_query_finish.py` and its neighbours are run
@@ -16,6 +16,7 @@ from dsv4_jax import library
 from dsv4_jax.ops.index_query_finish import index_query_finish
 from dsv4_jax.ops.key_finish import FinishedKeys, key_finish
 from dsv4_jax.ops.query_finish import query_finish
+from dsv4_jax.ops.rmsnorm_fp8 import rmsnorm_fp8
 from dsv4_jax.quant.kv import KvRows
 from dsv4_jax.typing import E2M1, E4M3, UE8M0
 from tests.bench.timing import filled, random_bytes
@@ -65,6 +66,15 @@ def test_queries_equal_the_cpu_handler(size: tuple[int, ...], rounding: Any) -> 
     q, positions = values(0, b, t, h, d), np.resize(WILD, (b, t))
     run = jax.jit(lambda q, p: query_finish(q, p, table(rotary), EPS, rounding=rounding))
     assert_same_tree(host(run(q, positions)), on_cpu(run, q, positions))
+
+
+@pytest.mark.parametrize("t", [0, 1, 2, 3, 129, 1000])
+@pytest.mark.parametrize("d", [16, 48, 144, 512, 528, 1024, 1536, 4096, 7168, 16384])
+def test_norms_equal_the_cpu_handler(d: int, t: int) -> None:
+    """A7, A13-A15, A18: every lane count, every launch bound."""
+    x, weight = values(d + t, t, d), values(1, 1, d)[0]
+    run = jax.jit(lambda x, w: rmsnorm_fp8(x, w, EPS))
+    assert_same_tree(host(run(x, weight)), on_cpu(run, x, weight))
 
 
 # (b, t, heads, channels, rotary)

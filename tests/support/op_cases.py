@@ -31,6 +31,7 @@ from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
 from dsv4_jax.ops.query_finish import query_finish
 from dsv4_jax.ops.rmsnorm import rmsnorm
+from dsv4_jax.ops.rmsnorm_fp8 import rmsnorm_fp8
 from dsv4_jax.ops.rmsnorm_nvfp4 import rmsnorm_nvfp4
 from dsv4_jax.ops.rope import rope
 from dsv4_jax.ops.router import router
@@ -90,6 +91,12 @@ def _rmsnorm_nvfp4(static: bool) -> OpCase:
     weight, scale = normal(1, 96, dtype=jnp.bfloat16), jnp.float32(0.0123) if static else None
     x = normal(0, MAX_ROWS, 96, dtype=jnp.bfloat16)
     return OpCase(lambda x: rmsnorm_nvfp4(x, weight, EPS, scale), (x,))
+
+
+def _rmsnorm_fp8() -> OpCase:
+    weight = normal(1, 144, dtype=jnp.bfloat16)
+    x = normal(0, MAX_ROWS, 144, dtype=jnp.bfloat16)
+    return OpCase(lambda x: rmsnorm_fp8(x, weight, EPS), (x,))
 
 
 def _head_norm(rounding: Any) -> OpCase:
@@ -367,6 +374,7 @@ CASES: dict[str, Callable[[], OpCase]] = {
     name: functools.cache(make)
     for name, make in {
         "rmsnorm": _rmsnorm,
+        "rmsnorm_fp8": _rmsnorm_fp8,
         "rmsnorm_nvfp4-dynamic": lambda: _rmsnorm_nvfp4(False),
         "rmsnorm_nvfp4-static": lambda: _rmsnorm_nvfp4(True),
         "head_norm-float32": lambda: _head_norm("float32"),
