@@ -21,7 +21,7 @@ from jax.extend.mlir import ir
 from dsv4_jax import DeepseekV4, ModelConfig, Precision, library
 from dsv4_jax.checkpoint.names import expected_tree
 from dsv4_jax.config import LayerKind
-from dsv4_jax.generate import _decode, _decode_and_sample, _Settings
+from dsv4_jax.generate import _decode, _decode_and_sample, _prefill_chunk, _Settings
 from dsv4_jax.model import attention, indexer
 from dsv4_jax.ops._compressor_jax import compressor_jax
 from dsv4_jax.ops._index_topk_jax import index_topk_jax
@@ -411,6 +411,29 @@ def test_calls_do_not_depend_on_the_platform() -> None:
     program = decode("nvfp4", "cpu")
     assert wrong_calls(program, expected_calls("nvfp4")) == []
     assert wrong_contracts(program) == []
+
+
+@pytest.mark.parametrize(("t", "drafts", "first"), [(1, 1, True), (2, 1, True), (3, 1, False)])
+def test_where_the_window_is_written(t: int, drafts: int, first: bool) -> None:
+    """By `key_finish` while attention sees none of what that replaces, else after attention."""
+    model = flash("nvfp4")
+    arguments = step_arguments(model)
+    cache = jax.eval_shape(lambda: model.init_cache(1, MAX_LEN, draft_tokens=drafts))
+    logits = jax.ShapeDtypeStruct((1, model.config.vocab_size), jnp.float32)
+    rest = {"tokens": typed(jnp.int32, 1, t), "num_tokens": typed(jnp.int32, 1), "last": logits}
+    del arguments["active"]
+    traced = _prefill_chunk.trace(**(arguments | rest | {"cache": cache}))
+    program = Program(traced.lower(lowering_platforms=("cuda",)))
+    calls = list(program.calls())
+    expected = {1: {"key_finish": 1}, 0: {"key_finish": 1, "cache_write": 1}}[first]
+    for layer in range(LAYERS):
+        found = Counter(call.op for call in calls if call.layer == layer)
+        assert {op: found[op] for op in ("key_finish", "cache_write") if found[op]} == expected
+    rings = [len(call.operation.results) == 6 for call in calls if call.op == "key_finish"]
+    assert rings == [first] * LAYERS
+    assert wrong_contracts(program) == []
+    windows = [problem for problem in copied_leaves(program, cache) if ".window" in problem]
+    assert windows == []
 
 
 @pytest.mark.parametrize("preset", PRESETS)
