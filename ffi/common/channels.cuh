@@ -10,6 +10,7 @@
 #include "common/bits.h"
 #include "common/channels.h"
 #include "common/rope.h"
+#include "common/vector_store.cuh"
 
 namespace dsv4 {
 
@@ -37,7 +38,7 @@ __device__ __forceinline__ Eight LoadEight(const uint16_t* from) {
 }
 
 __device__ __forceinline__ void StoreEight(const Eight& x, uint16_t* to) {
-  *reinterpret_cast<uint4*>(to) = make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]);
+  StoreVector(to, make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]));
 }
 
 __device__ __forceinline__ float SumOfSquares(const Eight& x) {

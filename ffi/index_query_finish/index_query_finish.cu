@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t row = token * p.h + head;
     if (head < last) {
       if (fp8) {
-        *reinterpret_cast<uint2*>(p.code + row * kWidth + channel) = EncodeE4m3(x, inverse);
+        StoreVector(p.code + row * kWidth + channel, EncodeE4m3(x, inverse));
       } else {
         uint32_t codes = 0;
 #pragma unroll

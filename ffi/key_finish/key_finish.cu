@@ -49,7 +49,7 @@ __device__ __forceinline__ void Store(const KeyFinishParams& p,
     const int channel = (lane + c * kLanes) * kChunkChannels;
     if (!Chunks::IsThere(channel, d)) continue;
     if (Chunks::AreCodes(c, channel, nope)) {
-      *reinterpret_cast<uint2*>(store.nope + row * nope + channel) = y.codes[c];
+      StoreVector(store.nope + row * nope + channel, y.codes[c]);
       if (lane % kBlockLanes == 0) {
         store.scale[row * (nope / kKeyBlock) + channel / kKeyBlock] =
             static_cast<uint8_t>(y.scale[c]);

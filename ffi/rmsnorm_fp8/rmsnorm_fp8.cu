@@ -7,6 +7,7 @@
 
 #include "common/rmsnorm.cuh"
 #include "common/ue8m0.h"
+#include "common/vector_store.cuh"
 #include "rmsnorm_fp8/rmsnorm_fp8.h"
 
 namespace dsv4 {
@@ -59,8 +60,8 @@ __global__ void __launch_bounds__(kMaxThreads, kResident)
       }
       codes[i] = pair[0] | pair[1] << 16;
     }
-    reinterpret_cast<uint4*>(params.code)[token * blocks + block] =
-        make_uint4(codes[0], codes[1], codes[2], codes[3]);
+    StoreVector(params.code + (token * blocks + block) * kNormBlock,
+                make_uint4(codes[0], codes[1], codes[2], codes[3]));
     if (block % kScaleThreads == 0) {
       params.scale[token * scales + block / kScaleThreads] = static_cast<uint8_t>(byte);
     }
