@@ -133,16 +133,6 @@ int SplitsOf(const AttentionParams& params) {
   return static_cast<int>((blocks + each - 1) / each);
 }
 
-int Multiprocessors() {
-  static const int count = [] {
-    int device = 0, value = 132;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device);
-    return value;
-  }();
-  return count;
-}
-
 // For the current device.
 template <Mode kMode, int kParts>
 cudaError_t Prepare() {

@@ -65,6 +65,17 @@ __device__ __forceinline__ void CopyTileToAll(uint32_t to, const CUtensorMap* ma
       : "memory");
 }
 
+// Of the device that is current at the first call; an H100's where it cannot be told.
+inline int Multiprocessors() {
+  static const int count = [] {
+    int device = 0, value = 132;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device);
+    return value;
+  }();
+  return count;
+}
+
 // A kernel launched by LaunchDependent may begin before the one ahead of it in the stream has
 // ended: as soon as all of that one's thread blocks say so. Before it reads what that one writes,
 // it waits.

@@ -149,7 +149,7 @@ __device__ __forceinline__ Stretch FindStretch(const ScoreArgs& args, Shared& sh
   }
   __syncthreads();
   const auto tiles = static_cast<uint32_t>(shared.first_tile[args.groups]);
-  Stretch stretch;  // kMaxGroups rows of kMaxSlots are 2^23 tiles
+  Stretch stretch;  // kMaxGroups rows of kMaxSlots are 2^22 tiles
   stretch.first = static_cast<int>(tiles * blockIdx.x / gridDim.x);
   stretch.end = static_cast<int>(tiles * (blockIdx.x + 1) / gridDim.x);
   int low = 0, high = args.groups;  // the last group that begins at or before the first tile

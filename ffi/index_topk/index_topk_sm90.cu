@@ -20,16 +20,6 @@ constexpr int kShortThreads = 1024;      // of few queries of short rows
 constexpr int kAloneBytes = 120 * 1024;  // shared memory that keeps another thread block away
 constexpr int64_t kMaxSlots = int64_t{FewSelecting::kGroups} * kIndexTopkGroup;
 
-int Multiprocessors() {
-  static const int count = [] {
-    int device = 0, value = 132;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device);
-    return value;
-  }();
-  return count;
-}
-
 template <IndexForm kForm, int kQueries>
 cudaError_t LaunchScores(const ScoreArgs& args, cudaStream_t stream) {
   const auto kernel = args.largest != nullptr ? IndexScoresSm90Kernel<kForm, kQueries, true>
