@@ -3,6 +3,7 @@
 // cosines its first warp makes while the heads are on their way.
 #include <cuda_runtime.h>
 
+#include "common/barrier.cuh"
 #include "common/channels.cuh"
 #include "common/ue8m0.h"
 #include "index_query_finish/index_query_finish.h"
@@ -115,11 +116,16 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Thread blocks that an SM holds at a time: where there are more, a thread takes several heads.
+constexpr int64_t kResident = 16;
+constexpr int kMostRounds = 8;
+
 template <int kLanes>
 cudaError_t Launch(const IndexQueryFinishParams& params, cudaStream_t stream) {
   constexpr int kHeads = kThreads / kLanes;
-  int heads = kHeads;  // of a thread block; more where that keeps the GPU busy anyway
-  while (heads < 8 * kHeads && heads < params.h && params.t * params.h / heads > 132 * 16) {
+  int heads = kHeads;  // of a thread block
+  const int64_t most = kResident * Multiprocessors();
+  while (heads < kMostRounds * kHeads && heads < params.h && params.t * params.h / heads > most) {
     heads *= 2;
   }
   const int64_t blocks = params.t * ((params.h + heads - 1) / heads);

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "common/barrier.cuh"
 #include "common/channels.cuh"
 #include "query_finish/query_finish.h"
 
@@ -116,18 +117,17 @@ cudaError_t Launch(const QueryFinishParams& params, int heads, cudaStream_t stre
   return cudaGetLastError();
 }
 
-// Heads that keep all SMs of the larger GPUs busy: more than that, and a warp takes several.
-constexpr int64_t kManyHeads = 132 * 6 * kWarps;
+// Thread blocks that an SM holds at a time: where there are more, a warp takes several heads.
+constexpr int64_t kResident = 6;
 constexpr int kMostHeads = 8 * kWarps;
 
 }  // namespace
 
 cudaError_t QueryFinishCuda(const QueryFinishParams& params, cudaStream_t stream) {
   if (params.t == 0 || params.h == 0) return cudaSuccess;
-  int heads = kWarps;
-  while (heads < kMostHeads && heads < params.h &&
-         params.t * params.h / heads > kManyHeads / kWarps)
-    heads *= 2;
+  int heads = kWarps;  // of a thread block
+  const int64_t most = kResident * Multiprocessors();
+  while (heads < kMostHeads && heads < params.h && params.t * params.h / heads > most) heads *= 2;
   if (reinterpret_cast<uintptr_t>(params.x) % 16 != 0) {
     return Launch<false, false>(params, heads, stream);  // a slice
   }
