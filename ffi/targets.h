@@ -12,18 +12,23 @@ Target CacheWriteTarget();
 Target CompressorTarget();
 Target DenseLinearTarget();
 Target Fp8LinearTarget();
+Target IndexQueryFinishTarget();
 Target IndexTopkTarget();
+Target KeyFinishTarget();
 Target MoeTarget();
 Target Mxfp4LinearTarget();
 Target Nvfp4LinearTarget();
+Target QueryFinishTarget();
+Target RmsnormFp8Target();
 Target RmsnormNvfp4Target();
 Target RouterTarget();
 
 inline auto Targets() {
   return std::array{
-      AttentionTarget(),   CacheWriteTarget(),   CompressorTarget(), DenseLinearTarget(),
-      Fp8LinearTarget(),   IndexTopkTarget(),    MoeTarget(),        Mxfp4LinearTarget(),
-      Nvfp4LinearTarget(), RmsnormNvfp4Target(), RouterTarget(),
+      AttentionTarget(),  CacheWriteTarget(),       CompressorTarget(),  DenseLinearTarget(),
+      Fp8LinearTarget(),  IndexQueryFinishTarget(), IndexTopkTarget(),   KeyFinishTarget(),
+      MoeTarget(),        Mxfp4LinearTarget(),      Nvfp4LinearTarget(), QueryFinishTarget(),
+      RmsnormFp8Target(), RmsnormNvfp4Target(),     RouterTarget(),
   };
 }
 

@@ -16,10 +16,10 @@ from dsv4_jax.model.step import Step
 from dsv4_jax.ops.attention import attention
 from dsv4_jax.ops.cache_write import cache_write
 from dsv4_jax.ops.compressor import CompressorJob, compressor
-from dsv4_jax.ops.head_norm import head_norm
-from dsv4_jax.ops.rope import rope, rope_frequencies
+from dsv4_jax.ops.key_finish import key_finish, ring_takes_first
+from dsv4_jax.ops.query_finish import query_finish
+from dsv4_jax.ops.rope import rope_frequencies
 from dsv4_jax.precision import Precision
-from dsv4_jax.quant.kv import kv_quant
 from dsv4_jax.typing import Array, Float
 
 __all__ = ["Attention"]
@@ -58,10 +58,23 @@ class Attention(nn.Module):
 
         qr = self.q_norm(self.wq_a(x))
         q = self.wq_b(qr).reshape(b, t, c.num_attention_heads, c.head_dim)
-        q = rope(head_norm(q, c.rms_norm_eps, rounding=p.q_norm), step.positions, frequencies)
+        q = query_finish(q, step.positions, frequencies, c.rms_norm_eps, rounding=p.q_norm)
 
-        kv = self.kv_norm(self.wkv(x)).reshape(b, t, c.head_dim)
-        rows = kv_quant(rope(kv, step.positions, frequencies), c.qk_rope_head_dim, p.kv)
+        # A decode step's keys go to the ring at once: no query of it sees what they replace.
+        slots = cache.window.nope.shape[1]
+        first = ring_takes_first(t, slots, c.sliding_window)
+        rows, window = key_finish(
+            self.wkv(x).reshape(b, t, c.head_dim),
+            self.kv_norm.weight,
+            step.start,
+            frequencies,
+            eps=c.rms_norm_eps,
+            form=p.kv,
+            ring=cache.window if first else None,
+            count=step.taken if first else None,
+        )
+        if window is not None:
+            cache = dataclasses.replace(cache, window=window)
         n_visible, topk_idx = None, None
         if self.kind is not LayerKind.SWA:
             cache = self._compress(x, cache, step, frequencies)
@@ -83,10 +96,11 @@ class Attention(nn.Module):
             frequencies=frequencies,
             regime=p.regime,
         )
-        # Read the ring, then write it: without this edge XLA may copy the ring instead.
-        o, rows = lax.optimization_barrier((o, rows))
-        window = cache_write(cache.window, rows, step.ring_slots(cache.window.nope.shape[1]))
-        cache = dataclasses.replace(cache, window=window)
+        if not first:
+            # Read the ring, then write it: without this edge XLA may copy the ring instead.
+            o, rows = lax.optimization_barrier((o, rows))
+            window = cache_write(cache.window, rows, step.ring_slots(slots))
+            cache = dataclasses.replace(cache, window=window)
         grouped = o.reshape(b * t, c.o_groups, -1)
         u = self.wo_a(grouped).reshape(b * t, -1)
         return self.wo_b(u), cache

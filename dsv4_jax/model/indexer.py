@@ -10,11 +10,10 @@ from dsv4_jax.model.linear import Linear, Weight
 from dsv4_jax.model.step import Step
 from dsv4_jax.ops._round import round_to
 from dsv4_jax.ops.dense_linear import dense_linear
-from dsv4_jax.ops.hadamard import hadamard
+from dsv4_jax.ops.index_query_finish import index_query_finish
 from dsv4_jax.ops.index_topk import index_topk
-from dsv4_jax.ops.rope import rope
 from dsv4_jax.precision import Precision
-from dsv4_jax.quant.kv import IndexRows, index_quant
+from dsv4_jax.quant.kv import IndexRows
 from dsv4_jax.typing import Array, Float, Int32
 
 __all__ = ["Indexer"]
@@ -33,13 +32,6 @@ class Indexer(nn.Module):
         self.weights_proj = Weight((heads, c.hidden_size), p.dense)
         self.compressor = Compressor(c, p, LayerKind.CSA, dim)
 
-    def _stored(self, x: Float[Array, "*lead d"]) -> IndexRows:
-        """Storage format; the Hadamard transform only serves its rounding and cancels without."""
-        form = self.precision.index_keys
-        if form in ("mxfp4", "fp8"):
-            x = hadamard(x)
-        return index_quant(x, form)
-
     def __call__(
         self,
         x: Float[Array, "n dim"],
@@ -51,7 +43,7 @@ class Indexer(nn.Module):
         """Selected entries per query; ``None``: every visible one."""
         b, t = step.tokens.shape
         heads, dim = self.config.index_n_heads, self.config.index_head_dim
-        query = rope(self.wq_b(qr).reshape(b, t, heads, dim), step.positions, frequencies)
+        query = self.wq_b(qr).reshape(b, t, heads, dim)
         weight = dense_linear(
             x, self.weights_proj(), dtype=x.dtype, regime=self.precision.regime
         ).astype(jnp.float32)
@@ -59,7 +51,7 @@ class Indexer(nn.Module):
         if index.key.shape[1] <= self.config.index_topk:
             return None  # the pool can never hold more than top-k entries
         return index_topk(
-            self._stored(query),
+            index_query_finish(query, step.positions, frequencies, form=self.precision.index_keys),
             weight.reshape(b, t, heads),
             index,
             step.n_closed(LayerKind.CSA.value),

@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 
 from dsv4_jax.typing import Array
 
-__all__ = ["BOOL", "FLOAT32", "FLOATS", "INTEGERS", "check_choice", "check_operand"]
+__all__ = ["BOOL", "FLOAT32", "FLOATS", "INTEGERS", "as_int32", "check_choice", "check_operand"]
 
 FLOATS = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
 FLOAT32 = (jnp.dtype(jnp.float32),)
@@ -36,3 +36,11 @@ def check_choice(op: str, name: str, value: object, choices: Sequence[object]) -
     """Raises `ValueError` when a static argument is not one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{op}: {name} must be one of {list(choices)}, got {value!r}")
+
+
+def as_int32(x: Array) -> Array:
+    """Integers as a handler takes them: saturated, not wrapped round onto another position."""
+    if x.dtype == jnp.int32:
+        return x
+    limits = jnp.iinfo(jnp.int32)
+    return jnp.clip(x, limits.min, limits.max).astype(jnp.int32)

@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from dsv4_jax import library
-from dsv4_jax.ops._check import FLOAT32, FLOATS, INTEGERS, check_operand
+from dsv4_jax.ops._check import FLOAT32, FLOATS, INTEGERS, as_int32, check_operand
 from dsv4_jax.ops._compressor_jax import compressor_jax
 from dsv4_jax.quant import fp8, mxfp4
 from dsv4_jax.quant.kv import IndexRows, KvRows
@@ -22,7 +22,6 @@ MAX_JOBS = 2
 MAX_RATIO, MAX_WIDTH, MAX_INDEX_WIDTH = 128, 512, 128
 """``kCompressorMax...`` of ffi/compressor/compressor.h."""
 OVERLAP_RATIO = 4
-_INT32 = jnp.iinfo(jnp.int32)
 
 
 class CompressorJob(NamedTuple):
@@ -105,7 +104,7 @@ def compressor(
     for i, job in enumerate(jobs):
         _check_job(f"jobs[{i}] " if len(jobs) > 1 else "", job, jobs[0], ratio, rotary)
 
-    start, count = (_int32(x) for x in (start, count))
+    start, count = (as_int32(x) for x in (start, count))
     forms = [_form(job, ratio, rotary, dtype) for job in jobs]
     served = [i for i, form in enumerate(forms) if form]
     written: dict[int, Compressed] = {}
@@ -176,13 +175,6 @@ def _form(job: CompressorJob, ratio: int, rotary: int, dtype: DTypeLike) -> int:
     if job.pool.scale is None or ratio != OVERLAP_RATIO or not mxfp4.BLOCK <= d <= MAX_INDEX_WIDTH:
         return 0
     return 2 if job.pool.key.dtype == E2M1 else 3
-
-
-def _int32(x: Array) -> Array:
-    """Saturates instead of wrapping round onto another position."""
-    if x.dtype == jnp.int32:
-        return x
-    return jnp.clip(x, _INT32.min, _INT32.max).astype(jnp.int32)
 
 
 def _check_shape(name: str, x: Array, want: Sequence[int]) -> None:

@@ -11,6 +11,7 @@
 #include "common/cuda.h"
 #include "common/e4m3.h"
 #include "common/exp.h"
+#include "common/rope.h"
 #include "common/weights.cuh"
 
 namespace dsv4 {
@@ -100,11 +101,10 @@ __device__ void Store(const AttentionParams& p, int64_t token, int64_t head, con
     o[c] = even;
     o[c + 1] = odd;
     if (c < p.nope || p.frequencies == nullptr) continue;
-    float sin, cos;
-    sincosf(static_cast<float>(p.positions[token]) * p.frequencies[(c - p.nope) / 2], &sin, &cos);
-    const float a = Bf16ToFloat(even), b = Bf16ToFloat(odd);
-    o[c] = FloatToBf16(a * cos + b * sin);
-    o[c + 1] = FloatToBf16(b * cos - a * sin);
+    const SinCos turn = SinCosAt(p.positions[token], p.frequencies[(c - p.nope) / 2]);
+    const Pair back = Turned(Bf16ToFloat(even), Bf16ToFloat(odd), {-turn.sin, turn.cos});
+    o[c] = FloatToBf16(back.even);
+    o[c + 1] = FloatToBf16(back.odd);
   }
 }
 

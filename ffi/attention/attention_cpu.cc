@@ -17,6 +17,7 @@
 #include "common/denormals.h"
 #include "common/dot.h"
 #include "common/exp.h"
+#include "common/rope.h"
 
 namespace dsv4 {
 namespace {
@@ -74,28 +75,27 @@ DSV4_CLONES void Divided(const float* value, float norm, int64_t d, uint16_t* ou
 class Rotation {
  public:
   explicit Rotation(const AttentionParams& params)
-      : pairs_(params.frequencies != nullptr ? params.rope / 2 : 0), cos_(pairs_), sin_(pairs_) {}
+      : pairs_(params.frequencies != nullptr ? params.rope / 2 : 0), turns_(pairs_) {}
 
   void Turn(const AttentionParams& params, int32_t position) {
     for (int64_t i = 0; i < pairs_; ++i) {
-      const float angle = static_cast<float>(position) * params.frequencies[i];
-      cos_[i] = std::cos(angle);
-      sin_[i] = std::sin(angle);
+      turns_[i] = SinCosAt(position, params.frequencies[i]);
     }
   }
 
   // Channel pairs back by that angle.
   void Back(uint16_t* o) const {
     for (int64_t i = 0; i < pairs_; ++i) {
-      const float even = Bf16ToFloat(o[2 * i]), odd = Bf16ToFloat(o[2 * i + 1]);
-      o[2 * i] = FloatToBf16(even * cos_[i] + odd * sin_[i]);
-      o[2 * i + 1] = FloatToBf16(odd * cos_[i] - even * sin_[i]);
+      const SinCos back = {-turns_[i].sin, turns_[i].cos};
+      const Pair pair = Turned(Bf16ToFloat(o[2 * i]), Bf16ToFloat(o[2 * i + 1]), back);
+      o[2 * i] = FloatToBf16(pair.even);
+      o[2 * i + 1] = FloatToBf16(pair.odd);
     }
   }
 
  private:
   int64_t pairs_;
-  std::vector<float> cos_, sin_;
+  std::vector<SinCos> turns_;
 };
 
 // Queries [b, first .. first + count) whose positions are consecutive.

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "attention/attention_sm90.cuh"
+#include "common/rope.h"
 
 namespace dsv4 {
 namespace attention {
@@ -41,8 +42,8 @@ __device__ __forceinline__ void PrefetchQueries(const Args& args, int item) {
 }
 
 // Cosines and sines of the rotation back, of all items, from one warp, which also asks for the next
-// queries. The reduction to one turn in FP64 serves every position, and needs no call, which would
-// cost the kernel registers.
+// queries. The reduction in FP64 serves every position, and needs no call, which would cost the
+// kernel registers.
 __device__ __forceinline__ void Rotate(const Args& args, Shared& shared, const Place& place) {
   const int i = threadIdx.x % 32;
   uint32_t phase = 0;
@@ -52,8 +53,9 @@ __device__ __forceinline__ void Rotate(const Args& args, Shared& shared, const P
     if (args.p.frequencies != nullptr) {
       const float position = static_cast<float>(__ldg(args.p.positions + item / args.tiles));
       const float angle = __fmul_rn(position, __ldg(args.p.frequencies + i));
-      const double turns = static_cast<double>(angle) * 0.15915494309189533577;
-      sincospif(static_cast<float>(2.0 * (turns - rint(turns))), &sine, &cosine);
+      const SinCos turn = SinCosOf(angle);
+      sine = turn.sin;
+      cosine = turn.cos;
     }
     Wait(SharedAddress(&shared.last_empty), phase ^ 1);
     shared.rotation[i] = make_float2(cosine, -sine);

@@ -5,6 +5,17 @@
 
 namespace dsv4 {
 
+// The two BF16 of a word, exactly.
+__device__ __forceinline__ float Low(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float High(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
+
+// Larger magnitudes of two pairs, NaN above all; the signs are of no meaning.
+__device__ __forceinline__ uint32_t MaxMagnitudes(uint32_t a, uint32_t b) {
+  uint32_t pair;
+  asm("max.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+  return pair;
+}
+
 // Nearest even; NaN becomes 0x7FFF.
 __device__ __forceinline__ uint32_t PackBf16(float low, float high) {
   uint32_t pair;

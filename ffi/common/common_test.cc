@@ -27,6 +27,7 @@
 #include "common/handler.h"
 #include "common/nvfp4.h"
 #include "common/parallel.h"
+#include "common/rope.h"
 #include "common/testing.h"
 
 namespace dsv4 {
@@ -515,6 +516,40 @@ TEST(BuildWithoutCuda) {
   EXPECT_EQ(CudaDriverVersion(), 0);
 }
 #endif
+
+// Every position a model has at a few frequencies, then angles of every size.
+TEST(SinesAndCosines) {
+  double worst = 0, worst_far = 0;
+  const auto error = [](float angle) {
+    const SinCos got = SinCosOf(angle);
+    return std::max(std::fabs(got.sin - std::sin(static_cast<double>(angle))),
+                    std::fabs(got.cos - std::cos(static_cast<double>(angle))));
+  };
+  for (int32_t position = 0; position < 1 << 20; ++position) {
+    for (float frequency : {1.0f, 0.7498942f, 3.6355385e-3f}) {
+      worst = std::max(worst, error(static_cast<float>(position) * frequency));
+    }
+  }
+  EXPECT_EQ(worst <= 1.5e-7, true, worst);
+  for (uint32_t bits = 0; bits < FloatBits(0x1p32f); bits += 997) {
+    const float angle = FloatFromBits(bits);
+    double& largest = angle < 0x1p20f ? worst : worst_far;
+    largest = std::max({largest, error(angle), error(-angle)});
+  }
+  EXPECT_EQ(worst <= 1.5e-7, true, worst);
+  EXPECT_EQ(worst_far <= 1e-6, true, worst_far);
+  // Small and negative angles keep their signs, and an angle that is no number or too large is NaN.
+  EXPECT_EQ(FloatBits(SinCosOf(0.0f).sin), 0u);
+  EXPECT_EQ(SinCosOf(1e-20f).sin, 1e-20f);
+  EXPECT_EQ(SinCosOf(-1e-20f).sin, -1e-20f);
+  EXPECT_EQ(SinCosOf(0.0f).cos, 1.0f);
+  for (float bad : {0x1p32f, -0x1p40f, std::numeric_limits<float>::infinity(),
+                    std::numeric_limits<float>::quiet_NaN()}) {
+    EXPECT_EQ(std::isnan(SinCosOf(bad).sin) && std::isnan(SinCosOf(bad).cos), true, bad);
+  }
+  // The most negative position is an angle like others.
+  EXPECT_EQ(std::isnan(SinCosAt(std::numeric_limits<int32_t>::min(), 1.0f).sin), false);
+}
 
 }  // namespace
 }  // namespace dsv4

@@ -9,6 +9,8 @@
 #include "common/e2m1.h"
 #include "common/e4m3.h"
 #include "common/exp.h"
+#include "common/rope.h"
+#include "common/ue8m0.h"
 #include "compressor/compressor.h"
 #include "compressor/compressor_rows.h"
 
@@ -77,7 +79,7 @@ class Worker {
     if (window >= job_.slots) return;
     Pool(b, window);
     Normalise();
-    Rotate(static_cast<float>(window * p_.ratio));
+    Rotate(static_cast<int32_t>(window * p_.ratio));
     Store(b * job_.slots + window);
   }
 
@@ -139,14 +141,12 @@ class Worker {
     }
   }
 
-  void Rotate(float position) {
+  void Rotate(int32_t position) {
     float* x = &y_[job_.d - p_.rotary];
     for (int64_t i = 0; i < p_.rotary / 2; ++i) {
-      const float angle = position * p_.frequencies[i];
-      const float cos = std::cos(angle), sin = std::sin(angle);
-      const float even = x[2 * i], odd = x[2 * i + 1];
-      x[2 * i] = Bf16ToFloat(FloatToBf16(even * cos - odd * sin));
-      x[2 * i + 1] = Bf16ToFloat(FloatToBf16(even * sin + odd * cos));
+      const Pair pair = Turned(x[2 * i], x[2 * i + 1], SinCosAt(position, p_.frequencies[i]));
+      x[2 * i] = Bf16ToFloat(FloatToBf16(pair.even));
+      x[2 * i + 1] = Bf16ToFloat(FloatToBf16(pair.odd));
     }
   }
 

@@ -191,7 +191,7 @@ __device__ __forceinline__ void RunOverlap(const OverlapParams& params, int whic
     LoadSlots(rows, window, d, slots);
     // Nothing reads the state any more but loads of this very thread that are on their way.
     if (kFew && mine && round + 1 == rounds) WriteOverlapState<4>(rows, d);
-    Turn turn;
+    SinCos turn = {};
     if (kFew) turn = TurnOf(constants, window * kRatio);
     AddApe(rows, window, d, slots);
     float2 x = Pool(slots);
@@ -310,7 +310,7 @@ __device__ __forceinline__ void RunToken(const TokenParams& params, int which, i
   const bool closes = phase == kRatio - 1 && window < job.slots;
   const uint32_t to = Modulo(rows.start, rows.ring);
   Slots slots;
-  Turn turn;
+  SinCos turn = {};
   if (closes) {
 #pragma unroll
     for (int s = 0; s < kOverlapSlots - 1; ++s) {

@@ -10,6 +10,8 @@
 #include "common/bf16x2.cuh"
 #include "common/bits.h"
 #include "common/e2m1.h"
+#include "common/rope.h"
+#include "common/ue8m0.h"
 #include "compressor/compressor.h"
 #include "compressor/compressor_rows.h"
 
@@ -127,32 +129,6 @@ __device__ __forceinline__ float ExpOfNegative(float x) {
   return MulFlushed(y, power);
 }
 
-// Both almost always the nearest FP32, for angles below 2^50: in FP64, which needs no table.
-__device__ __forceinline__ void SinCos(float angle, float& sin, float& cos) {
-  constexpr double kTwoOverPi = 0.63661977236758134, kRound = 0x1.8p52;
-  constexpr double kHalfPi = 1.5707963267948966, kHalfPiLow = 6.123233995736766e-17;
-  const double x = angle;
-  const double shifted = fma(x, kTwoOverPi, kRound), n = shifted - kRound;
-  const int quadrant = __double2loint(shifted);
-  const double r = fma(-n, kHalfPiLow, fma(-n, kHalfPi, x)), square = r * r;
-  double s = -1.0 / 39916800, c = -1.0 / 3628800;
-  s = fma(s, square, 1.0 / 362880);
-  s = fma(s, square, -1.0 / 5040);
-  s = fma(s, square, 1.0 / 120);
-  s = fma(s, square, -1.0 / 6);
-  c = fma(c, square, 1.0 / 40320);
-  c = fma(c, square, -1.0 / 720);
-  c = fma(c, square, 1.0 / 24);
-  c = fma(c, square, -1.0 / 2);
-  const auto near_zero = static_cast<float>(fma(r * square, s, r));
-  const auto near_one = static_cast<float>(fma(square, c, 1.0));
-  const bool swapped = quadrant & 1;
-  sin = swapped ? near_one : near_zero;
-  cos = swapped ? near_zero : near_one;
-  if (quadrant & 2) sin = -sin;
-  if ((quadrant + 1) & 2) cos = -cos;
-}
-
 __device__ __forceinline__ float2 RoundBf16(float2 x) {
   const uint32_t pair = PackBf16(x.x, x.y);
   return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
@@ -256,16 +232,9 @@ __device__ __forceinline__ Constants ConstantsOf(const CompressorParams& p,
   return constants;
 }
 
-struct Turn {
-  float sin, cos;
-};
-
-__device__ __forceinline__ Turn TurnOf(const Constants& constants, uint32_t position) {
-  Turn turn = {0.0f, 1.0f};
-  if (constants.rotary) {
-    SinCos(static_cast<float>(position) * constants.frequency, turn.sin, turn.cos);
-  }
-  return turn;
+__device__ __forceinline__ SinCos TurnOf(const Constants& constants, uint32_t position) {
+  if (!constants.rotary) return {0.0f, 1.0f};
+  return SinCosAt(static_cast<int32_t>(position), constants.frequency);
 }
 
 // Sum of squares of a warp's 64 channels, in its odd lanes.
@@ -292,12 +261,13 @@ __device__ __forceinline__ uint32_t LargerBits(float2 y) {
 }
 
 // y of two channels, from the row's sum of squares.
-__device__ __forceinline__ float2 NormAndRope(float2 norm, const Turn& turn, bool rotary,
-                                              float mean, float eps, float2 x) {
+__device__ __forceinline__ float2 NormAndRope(float2 norm, SinCos turn, bool rotary, float mean,
+                                              float eps, float2 x) {
   const float scale = __frsqrt_rn(mean + eps);
   const float2 y = RoundBf16(make_float2(norm.x * (x.x * scale), norm.y * (x.y * scale)));
   if (!rotary) return y;
-  return RoundBf16(make_float2(y.x * turn.cos - y.y * turn.sin, y.x * turn.sin + y.y * turn.cos));
+  const Pair turned = Turned(y.x, y.y, turn);
+  return RoundBf16(make_float2(turned.even, turned.odd));
 }
 
 // Channels first and first + 1 of a key.

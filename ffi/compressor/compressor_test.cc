@@ -15,6 +15,7 @@
 #include "common/bits.h"
 #include "common/e4m3.h"
 #include "common/testing.h"
+#include "common/ue8m0.h"
 #include "compressor/compressor_rows.h"
 
 namespace dsv4 {

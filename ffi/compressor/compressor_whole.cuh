@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kWholeThreads, 2)
   slots.ForEach(rows.Kv(0), rows.KvState(0), d,
                 [&](int i, const float* from) { z[i] = LoadPair(from); });
   if (slot_lane == 0) {
-    const Turn turn = TurnOf(constants, own);
+    const SinCos turn = TurnOf(constants, own);
     const float2 norm = constants.Norm();
     shared.ahead[lane] = make_float4(norm.x, norm.y, turn.sin, turn.cos);
   }

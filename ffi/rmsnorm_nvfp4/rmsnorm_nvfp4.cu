@@ -13,9 +13,9 @@
 
 #include <algorithm>
 
-#include "common/bf16x2.cuh"
 #include "common/bits.h"
 #include "common/nvfp4.h"
+#include "common/rmsnorm.cuh"
 #include "rmsnorm_nvfp4/rmsnorm_nvfp4.h"
 
 namespace dsv4 {
@@ -24,38 +24,6 @@ namespace {
 constexpr int kWords = kNvfp4Block / 2;  // a block of 16 BF16 channels as 32-bit words
 constexpr uint32_t kInfBf16 = 0x7F80u;   // larger magnitudes are NaN
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
-
-// The two BF16 of a word, exactly.
-__device__ __forceinline__ float Low(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float High(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
-
-// Larger magnitudes of two pairs, NaN above all; the signs are of no meaning.
-__device__ __forceinline__ uint32_t MaxMagnitudes(uint32_t a, uint32_t b) {
-  uint32_t pair;
-  asm("max.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
-  return pair;
-}
-
-// A block; kAligned: to 16 bytes.
-template <bool kAligned>
-__device__ __forceinline__ void Load(uint32_t (&words)[kWords], const uint16_t* from) {
-  if constexpr (kAligned) {
-    const uint4* vectors = reinterpret_cast<const uint4*>(from);
-#pragma unroll
-    for (int i = 0; i < kWords / 4; ++i) {
-      const uint4 v = __ldg(vectors + i);
-      words[4 * i] = v.x;
-      words[4 * i + 1] = v.y;
-      words[4 * i + 2] = v.z;
-      words[4 * i + 3] = v.w;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      words[i] = __ldg(from + 2 * i) | static_cast<uint32_t>(__ldg(from + 2 * i + 1)) << 16;
-    }
-  }
-}
 
 // About 1 / x; what is built on it corrects by an exact remainder.
 __device__ __forceinline__ float Reciprocal(float x) {
@@ -155,79 +123,27 @@ __device__ __forceinline__ float DecodeE4m3Native(uint8_t code) {
 template <int kBlocks, int kParts, int kMaxThreads, int kResident, bool kAligned>
 __global__ void __launch_bounds__(kMaxThreads, kResident)
     RmsnormNvfp4Kernel(const __grid_constant__ RmsnormNvfp4Params params) {
-  constexpr int kMaxWarps = kMaxThreads / 32;
-  __shared__ float4 group_sum[kBlocks * kMaxWarps / 4 + 1];  // of 32 blocks each
-  __shared__ uint32_t warp_max[kMaxWarps];
-  float* const sums_out = reinterpret_cast<float*>(group_sum);
+  __shared__ uint32_t warp_max[kMaxThreads / 32];
   const uint32_t thread = threadIdx.x, threads = blockDim.x;
   const uint32_t lane = thread % 32, warp = thread / 32, warps = threads / 32;
   const uint32_t blocks = static_cast<uint32_t>(params.d) / kNvfp4Block;
   const uint64_t token = blockIdx.x / kParts;
   const uint32_t part = blockIdx.x % kParts;
+  NormedToken<kBlocks> y;
+  ReadToken<kBlocks, kMaxThreads, kAligned>(params.x + token * blocks * kNvfp4Block, params.weight,
+                                            blocks, params.reciprocal_d, params.eps, y);
 
-  // Thread i takes blocks i, i + threads, ...
-  uint32_t words[kBlocks][kWords] = {}, weight[kWords] = {};
-  const uint16_t* const x = params.x + token * blocks * kNvfp4Block;
-#pragma unroll
-  for (int b = 0; b < kBlocks; ++b) {
-    const uint32_t block = thread + b * threads;
-    if (kBlocks > 1 || block < blocks) Load<kAligned>(words[b], x + block * kNvfp4Block);
-  }
-  if (kBlocks == 1 && thread < blocks) Load<kAligned>(weight, params.weight + thread * kNvfp4Block);
-  if (thread < 4) sums_out[kBlocks * warps + thread] = 0.0f;  // up to a whole float4
-
-  float values[kBlocks][kNvfp4Block];
-  float sums[kBlocks];
-#pragma unroll
-  for (int b = 0; b < kBlocks; ++b) {
-    sums[b] = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {  // the squares are exact
-      values[b][2 * i] = Low(words[b][i]);
-      values[b][2 * i + 1] = High(words[b][i]);
-      sums[b] = __fmaf_rn(values[b][2 * i], values[b][2 * i], sums[b]);
-      sums[b] = __fmaf_rn(values[b][2 * i + 1], values[b][2 * i + 1], sums[b]);
-    }
-  }
-#pragma unroll
-  for (int half = 16; half > 0; half /= 2) {
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      sums[b] = __fadd_rn(sums[b], __shfl_xor_sync(kAllLanes, sums[b], half));
-    }
-  }
-  float sum = sums[0];
-  if (kBlocks > 1 || warps > 1) {
-    if (lane == 0) {
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b) sums_out[warp + b * warps] = sums[b];
-    }
-    __syncthreads();
-    sum = 0.0f;
-#pragma unroll 4
-    for (uint32_t i = 0; i * 4 < kBlocks * warps; ++i) {  // in sequence
-      const float4 four = group_sum[i];
-      sum = __fadd_rn(__fadd_rn(__fadd_rn(__fadd_rn(sum, four.x), four.y), four.z), four.w);
-    }
-  }
-  const float mean = __fmul_rn(sum, params.reciprocal_d);
-  const float scale = __frsqrt_rn(__fadd_rn(mean, params.eps));
-
+  uint32_t words[kBlocks][kWords];
   uint32_t block_max[kBlocks];
   uint32_t token_max = 0;
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) {
-    if (kBlocks > 1) Load<kAligned>(weight, params.weight + (thread + b * threads) * kNvfp4Block);
+    NormBlock<kBlocks, kAligned>(params.weight, b, y);
     uint32_t pair_max = 0;
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      values[b][2 * i] = __fmul_rn(Low(weight[i]), __fmul_rn(values[b][2 * i], scale));
-      values[b][2 * i + 1] = __fmul_rn(High(weight[i]), __fmul_rn(values[b][2 * i + 1], scale));
-    }
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {  // as Encode takes them
       const int e = i % 4 + i / 4 * 8;
-      words[b][i] = PackBf16(values[b][e], values[b][e + 4]);
+      words[b][i] = PackBf16(y.values[b][e], y.values[b][e + 4]);
       pair_max = MaxMagnitudes(pair_max, words[b][i]);
     }
     block_max[b] = max(pair_max & 0x7FFFu, pair_max >> 16 & 0x7FFFu);
@@ -273,41 +189,26 @@ __global__ void __launch_bounds__(kMaxThreads, kResident)
   }
 }
 
-template <int kBlocks, int kParts, int kMaxThreads, int kResident, bool kAligned = true>
-cudaError_t Launch(const RmsnormNvfp4Params& params, int blocks, cudaStream_t stream) {
-  const int threads = (blocks / kBlocks + 31) / 32 * 32;
-  const auto grid = static_cast<unsigned>(params.t * kParts);
-  RmsnormNvfp4Kernel<kBlocks, kParts, kMaxThreads, kResident, kAligned>
-      <<<grid, threads, 0, stream>>>(params);
-  return cudaGetLastError();
-}
+struct Launch {
+  const RmsnormNvfp4Params& params;
+  cudaStream_t stream;
 
-// Fewer tokens leave SMs idle: four of them take one.
-constexpr int64_t kFewTokens = 16;
-// More tokens keep all SMs busy: what counts is instructions, not latency.
-constexpr int64_t kManyTokens = 256;
+  template <int kBlocks, int kParts, int kMaxThreads, int kResident, bool kAligned = true>
+  cudaError_t Run(int blocks) const {
+    const int threads = (blocks / kBlocks + 31) / 32 * 32;
+    const auto grid = static_cast<unsigned>(params.t * kParts);
+    RmsnormNvfp4Kernel<kBlocks, kParts, kMaxThreads, kResident, kAligned>
+        <<<grid, threads, 0, stream>>>(params);
+    return cudaGetLastError();
+  }
+};
 
 }  // namespace
 
 cudaError_t RmsnormNvfp4Cuda(const RmsnormNvfp4Params& params, cudaStream_t stream) {
-  if (params.t == 0) return cudaSuccess;
-  if (params.t > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const int blocks = static_cast<int>(params.d / kNvfp4Block);
   const uintptr_t addresses =
       reinterpret_cast<uintptr_t>(params.x) | reinterpret_cast<uintptr_t>(params.weight);
-  if (addresses % 16 != 0) return Launch<1, 1, 1024, 1, false>(params, blocks, stream);  // a slice
-  if (params.t > kManyTokens && blocks % 64 == 0) {
-    if (blocks <= 256) return Launch<2, 1, 128, 9>(params, blocks, stream);
-    if (blocks <= 512) return Launch<2, 1, 256, 4>(params, blocks, stream);
-    return Launch<2, 1, 512, 2>(params, blocks, stream);
-  }
-  if (params.t <= kFewTokens && blocks >= 128) {
-    if (blocks <= 256) return Launch<1, 4, 256, 4>(params, blocks, stream);
-    if (blocks <= 512) return Launch<1, 4, 512, 2>(params, blocks, stream);
-  }
-  if (blocks <= 256) return Launch<1, 1, 256, 4>(params, blocks, stream);
-  if (blocks <= 512) return Launch<1, 1, 512, 2>(params, blocks, stream);
-  return Launch<1, 1, 1024, 1>(params, blocks, stream);
+  return ForTokens(params.t, params.d, addresses, Launch{params, stream});
 }
 
 }  // namespace dsv4

@@ -3,20 +3,18 @@
 
 #include <cstdint>
 
+#include "common/rmsnorm.h"
+
 #ifdef DSV4_CUDA
 #include <cuda_runtime_api.h>
 #endif
 
 namespace dsv4 {
 
-// A thread block of 1024 threads takes 16 channels a thread.
-constexpr int64_t kRmsnormNvfp4MaxDim = 16384;
-
 // y = bf(weight * (x * 1 / sqrt(mean(x^2) + eps))); code, block_scale, token_scale = nvfp4(y).
 //
-// The CPU handler and the kernel add in the same order, so that their outputs are equal bit for
-// bit: 16 squares in sequence, 32 such blocks by halves, those groups in sequence; the mean is the
-// product with the rounded 1 / d.
+// The CPU handler and the kernel add in the order of common/rmsnorm.h, so that their outputs are
+// equal bit for bit.
 struct RmsnormNvfp4Params {
   const uint16_t* x;          // [t, d] BF16
   const uint16_t* weight;     // [d] BF16
@@ -24,7 +22,7 @@ struct RmsnormNvfp4Params {
   uint8_t* code;              // [t, d / 2], element 0 in the low nibble
   uint8_t* block_scale;       // [t, d / 16] E4M3
   float* token_scale;         // [t]
-  int64_t t, d;               // d a multiple of 16, at most kRmsnormNvfp4MaxDim
+  int64_t t, d;               // d a multiple of 16, at most kNormMaxDim
   float eps;
   float reciprocal_d;  // 1 / d, rounded
 };

@@ -33,10 +33,9 @@ ffi::Error Fill(int32_t abi, float eps, const ffi::AnyBuffer& x, const ffi::AnyB
   const Dims dims = x.dimensions();
   if (dims.size() != 2) return InvalidArgument(kOp, "x must be [t, d], got " + ToString(dims));
   const int64_t t = dims[0], d = dims[1];
-  if (d < kNvfp4Block || d % kNvfp4Block != 0 || d > kRmsnormNvfp4MaxDim) {
+  if (d < kNvfp4Block || d % kNvfp4Block != 0 || d > kNormMaxDim) {
     return InvalidArgument(kOp, "x must have a multiple of 16 channels, 16.." +
-                                    std::to_string(kRmsnormNvfp4MaxDim) + ", got " +
-                                    ToString(dims));
+                                    std::to_string(kNormMaxDim) + ", got " + ToString(dims));
   }
   DSV4_RETURN_IF_ERROR(CheckShape(kOp, "weight", weight.dimensions(), {d}));
   DSV4_RETURN_IF_ERROR(CheckShape(kOp, "code", code->dimensions(), {t, d}));

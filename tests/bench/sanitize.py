@@ -23,10 +23,14 @@ from dsv4_jax.ops.cache_write import cache_write
 from dsv4_jax.ops.compressor import CompressorJob, compressor
 from dsv4_jax.ops.dense_linear import dense_linear, dense_linears
 from dsv4_jax.ops.fp8_linear import fp8_linear
+from dsv4_jax.ops.index_query_finish import index_query_finish
 from dsv4_jax.ops.index_topk import index_topk
+from dsv4_jax.ops.key_finish import key_finish
 from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
+from dsv4_jax.ops.query_finish import query_finish
+from dsv4_jax.ops.rmsnorm_fp8 import rmsnorm_fp8
 from dsv4_jax.ops.rmsnorm_nvfp4 import rmsnorm_nvfp4
 from dsv4_jax.ops.router import router
 from dsv4_jax.quant.kv import IndexRows, KvRows
@@ -47,6 +51,14 @@ def _rmsnorm_nvfp4() -> Iterator[Any]:
         weight = jnp.asarray(rng.standard_normal(d), jnp.bfloat16)
         yield rmsnorm_nvfp4(x, weight, 1e-6)
         yield rmsnorm_nvfp4(x, weight, 1e-6, jnp.float32(0.01))
+
+
+def _rmsnorm_fp8() -> Iterator[Any]:
+    """As the norm into NVFP4, and a last scale of fewer channels."""
+    rng = np.random.default_rng(0)
+    for t, d in ((3, 16), (2, 528), (3, 7168), (2, 16384), (1200, 2064), (300, 1024)):
+        x = jnp.asarray(rng.standard_normal((t, d)), jnp.bfloat16)
+        yield rmsnorm_fp8(x, jnp.asarray(rng.standard_normal(d), jnp.bfloat16), 1e-6)
 
 
 def _cache_write() -> Iterator[Any]:
@@ -315,16 +327,62 @@ def _nvfp4_linear() -> Iterator[Any]:
     return _linear(nvfp4_linear, weights, ("nvfp4", "fp8", "bfloat16"), shapes)
 
 
+def _query_finish() -> Iterator[Any]:
+    """Heads of every kind: whole, narrow, one a warp and several, a group that is not full."""
+    rng = np.random.default_rng(0)
+    for t, h, d, rotary in ((1, 64, 512, 64), (3, 5, 96, 32), (2, 3, 264, 0), (300, 67, 512, 64)):
+        q = jnp.asarray(rng.standard_normal((1, t, h, d)), jnp.bfloat16)
+        positions = jnp.asarray(rng.integers(-(2**31), 2**31, (1, t)), jnp.int32)
+        frequencies = jnp.asarray(rng.random(rotary // 2), jnp.float32)
+        yield query_finish(q, positions, frequencies, 1e-6, rounding="bfloat16")
+        yield query_finish(q, positions, frequencies, 1e-6, rounding="float32")
+
+
+def _key_finish() -> Iterator[Any]:
+    """Whole and narrow keys; no ring, rings shorter and longer than the chunk, wild lengths."""
+    rng = np.random.default_rng(0)
+    wild = np.array([-1, -(2**31), 2**31 - 1, 0, 5], np.int32)
+    for b, t, d, rotary in ((1, 1, 512, 64), (3, 9, 96, 32), (5, 150, 512, 64)):
+        kv = jnp.asarray(rng.standard_normal((b, t, d)), jnp.bfloat16)
+        weight = jnp.asarray(rng.standard_normal(d), jnp.bfloat16)
+        frequencies = jnp.asarray(rng.random(rotary // 2), jnp.float32)
+        operands = kv, weight, jnp.asarray(np.resize(wild, b)), frequencies, 1e-6
+        yield key_finish(*operands, form="fp8")
+        for s in (1, 8, 128):
+            nope = d - rotary
+            forms = (nope, E4M3), (nope // 64, UE8M0), (rotary, jnp.bfloat16)
+            ring = KvRows(*(random_bytes(s, (b, s, n), dtype) for n, dtype in forms))
+            for count in (np.full(b, t), np.resize(wild[::-1], b)):
+                yield key_finish(
+                    *operands, form="fp8", ring=ring, count=jnp.asarray(count, jnp.int32)
+                )
+
+
+def _index_query_finish() -> Iterator[Any]:
+    """Every width and form; a warp that is not full, several heads a thread."""
+    rng = np.random.default_rng(0)
+    for t, h, d, rotary in ((1, 64, 128, 64), (3, 5, 64, 32), (2, 3, 32, 0), (300, 61, 128, 64)):
+        q = jnp.asarray(rng.standard_normal((1, t, h, d)), jnp.bfloat16)
+        positions = jnp.asarray(rng.integers(-(2**31), 2**31, (1, t)), jnp.int32)
+        frequencies = jnp.asarray(rng.random(rotary // 2), jnp.float32)
+        yield index_query_finish(q, positions, frequencies, form="mxfp4")
+        yield index_query_finish(q, positions, frequencies, form="fp8")
+
+
 CASES: dict[str, Callable[[], Iterator[Any]]] = {
     "dsv4.attention": _attention,
     "dsv4.cache_write": _cache_write,
+    "dsv4.index_query_finish": _index_query_finish,
     "dsv4.index_topk": _index_topk,
+    "dsv4.key_finish": _key_finish,
     "dsv4.compressor": _compressor,
     "dsv4.moe": _moe,
     "dsv4.dense_linear": _dense_linear,
     "dsv4.fp8_linear": _fp8_linear,
     "dsv4.mxfp4_linear": _mxfp4_linear,
     "dsv4.nvfp4_linear": _nvfp4_linear,
+    "dsv4.query_finish": _query_finish,
+    "dsv4.rmsnorm_fp8": _rmsnorm_fp8,
     "dsv4.rmsnorm_nvfp4": _rmsnorm_nvfp4,
     "dsv4.router": _router,
 }

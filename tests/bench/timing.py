@@ -52,6 +52,7 @@ __all__ = [
     "default_path",
     "filled",
     "held",
+    "kept",
     "measure",
     "measure_scan",
     "measured_ceilings",
@@ -296,6 +297,12 @@ def held(carry: jax.Array) -> jax.Array:
     """
     first = lax.bitcast_convert_type(carry.reshape(-1)[0].astype(jnp.float32), jnp.uint32)
     return (first == jnp.uint32(0x7FA5A5A5)).astype(jnp.uint8)  # a NaN that no arithmetic makes
+
+
+def kept(x: jax.Array, carry: jax.Array) -> jax.Array:
+    """BF16 ``x``, by way of `held`."""
+    words = lax.bitcast_convert_type(x, jnp.uint16) ^ held(carry).astype(jnp.uint16)
+    return lax.bitcast_convert_type(words, jnp.bfloat16)
 
 
 @contextlib.contextmanager

@@ -27,10 +27,14 @@ from dsv4_jax.ops.cache_write import cache_write
 from dsv4_jax.ops.compressor import CompressorJob, compressor
 from dsv4_jax.ops.dense_linear import dense_linear
 from dsv4_jax.ops.fp8_linear import fp8_linear
+from dsv4_jax.ops.index_query_finish import index_query_finish
 from dsv4_jax.ops.index_topk import index_topk
+from dsv4_jax.ops.key_finish import key_finish
 from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
+from dsv4_jax.ops.query_finish import query_finish
+from dsv4_jax.ops.rmsnorm_fp8 import rmsnorm_fp8
 from dsv4_jax.ops.rmsnorm_nvfp4 import rmsnorm_nvfp4
 from dsv4_jax.ops.router import router
 from dsv4_jax.quant.kv import IndexRows, KvRows
@@ -202,6 +206,33 @@ TARGETS = {
             {"abi": ABI},
         ),
         RawCall(
+            "rmsnorm_fp8",
+            (s("3 144"), s("144")),
+            (s("3 144", E4M3), s("3 2", UE8M0)),
+            {"abi": ABI, "eps": np.float32(1e-6)},
+        ),
+        RawCall(
+            "query_finish",
+            (s("3 4 96"), s("3", I32), s("16", F32)),
+            (s("3 4 96"),),
+            {"abi": ABI, "eps": np.float32(1e-6), "bf16_steps": np.int32(1)},
+        ),
+        RawCall(
+            "key_finish",
+            (
+                *(s("2 3 96"), s("96"), s("2", I32), s("16", F32), s("2", I32)),
+                *stored_keys(8),
+            ),
+            (*stored_keys(3), *stored_keys(8)),
+            {"abi": ABI, "eps": np.float32(1e-6)},
+        ),
+        RawCall(
+            "index_query_finish",
+            (s("3 4 64"), s("3", I32), s("16", F32)),
+            (s("3 4 64", E2M1), s("3 4 2", UE8M0)),
+            {"abi": ABI, "form": np.int32(1)},
+        ),
+        RawCall(
             "router",
             (s("3 40", F32), s("40", F32)),
             (s("3 6", I32), s("3 6", F32)),
@@ -296,6 +327,134 @@ LAYER = "the FFI layer"  # speaks first, and without the name of the op
 
 # (op, its operand or result at fault, mutation, what the handler says)
 SHAPES: list[tuple[str, str, Mutation, str]] = [
+    ("rmsnorm_fp8", "x-rank", operand(0, "144"), r"x must be \[t, d\], got \[144\]"),
+    (
+        "rmsnorm_fp8",
+        "x-channels",
+        operand(0, "3 24"),
+        r"x must have a multiple of 16 channels, 16..16384, got \[3, 24\]",
+    ),
+    ("rmsnorm_fp8", "x-none", operand(0, "3 0"), "x must have a multiple of 16 channels"),
+    ("rmsnorm_fp8", "x-too-wide", operand(0, "3 16400"), "x must have .*16..16384, got"),
+    ("rmsnorm_fp8", "x-dtype", operand(0, "3 144", F32), "x must be bfloat16, got float32"),
+    ("rmsnorm_fp8", "weight-shape", operand(1, "143"), r"weight must be \[144\], got \[143\]"),
+    ("rmsnorm_fp8", "weight-dtype", operand(1, "144", F32), "weight must be bfloat16, got"),
+    ("rmsnorm_fp8", "code-shape", result(0, "3 128", E4M3), r"code must be \[3, 144\], got"),
+    ("rmsnorm_fp8", "code-dtype", result(0, "3 144", UE8M0), "code must be float8_e4m3fn, got"),
+    ("rmsnorm_fp8", "scale-shape", result(1, "3 1", UE8M0), r"scale must be \[3, 2\], got"),
+    ("rmsnorm_fp8", "scale-dtype", result(1, "3 2", E4M3), "scale must be float8_e8m0fnu, got"),
+    ("rmsnorm_fp8", "operands-too-few", first(operands=1), LAYER),
+    ("rmsnorm_fp8", "results-too-many", more(results=(s("3", F32),)), LAYER),
+    ("query_finish", "x-rank", operand(0, "12 96"), r"x must be \[t, h, d\], got \[12, 96\]"),
+    (
+        "query_finish",
+        "x-channels",
+        operand(0, "3 4 100"),
+        r"x must have a multiple of 8 channels, 8..512, got \[3, 4, 100\]",
+    ),
+    ("query_finish", "x-none", operand(0, "3 4 0"), "x must have a multiple of 8 channels"),
+    ("query_finish", "x-too-wide", operand(0, "3 4 520"), "x must have .*8..512, got"),
+    ("query_finish", "x-dtype", operand(0, "3 4 96", F32), "x must be bfloat16, got float32"),
+    (
+        "query_finish",
+        "positions-shape",
+        operand(1, "4", I32),
+        r"positions must be \[3\], got \[4\]",
+    ),
+    ("query_finish", "positions-dtype", operand(1, "3", F32), "positions must be int32, got"),
+    (
+        "query_finish",
+        "frequencies-odd",
+        operand(2, "6", F32),
+        r"frequencies must be a multiple of 4, at most 32 and half of x's 96 channels, got \[6\]",
+    ),
+    ("query_finish", "frequencies-many", operand(2, "36", F32), "frequencies must be .*got"),
+    (
+        "query_finish",
+        "frequencies-wider",
+        all_of(operand(0, "3 4 8"), result(0, "3 4 8")),
+        "frequencies must be .*x's 8 channels, got",
+    ),
+    ("query_finish", "frequencies-rank", operand(2, "4 4", F32), "frequencies must be .*got"),
+    ("query_finish", "frequencies-dtype", operand(2, "16"), "frequencies must be float32, got"),
+    ("query_finish", "bf16_steps", attributes(bf16_steps=np.int32(2)), "bf16_steps must be 0 or 1"),
+    ("query_finish", "y-shape", result(0, "3 4 64"), r"y must be \[3, 4, 96\], got"),
+    ("query_finish", "y-dtype", result(0, "3 4 96", F32), "y must be bfloat16, got float32"),
+    ("query_finish", "operands-too-few", first(operands=2), LAYER),
+    ("query_finish", "results-too-many", more(results=(s("3"),)), LAYER),
+    ("key_finish", "x-rank", operand(0, "6 96"), r"x must be \[b, t, d\], got \[6, 96\]"),
+    (
+        "key_finish",
+        "x-channels",
+        operand(0, "2 3 104"),
+        r"x must have a multiple of 64 channels before the rotary 32, .*got \[2, 3, 104\]",
+    ),
+    ("key_finish", "x-no-codes", operand(0, "2 3 32"), "x must have a multiple of 64 .*got"),
+    ("key_finish", "x-too-wide", operand(0, "2 3 544"), "x must have .*at most 512 .*got"),
+    ("key_finish", "x-dtype", operand(0, "2 3 96", F32), "x must be bfloat16, got float32"),
+    ("key_finish", "weight-shape", operand(1, "95"), r"weight must be \[96\], got \[95\]"),
+    ("key_finish", "weight-dtype", operand(1, "96", F32), "weight must be bfloat16, got float32"),
+    ("key_finish", "start-shape", operand(2, "3", I32), r"start must be \[2\], got \[3\]"),
+    ("key_finish", "start-dtype", operand(2, "2", F32), "start must be int32, got float32"),
+    ("key_finish", "frequencies-odd", operand(3, "6", F32), "frequencies must be a multiple of 4"),
+    ("key_finish", "frequencies-rank", operand(3, "4 4", F32), "frequencies must be .*got"),
+    ("key_finish", "frequencies-dtype", operand(3, "16"), "frequencies must be float32, got"),
+    ("key_finish", "count-shape", operand(4, "3", I32), r"count must be \[2\], got \[3\]"),
+    ("key_finish", "count-dtype", operand(4, "2", F32), "count must be int32, got float32"),
+    ("key_finish", "ring-rank", operand(5, "16 64", E4M3), r"ring nope must be \[b, s, nope\]"),
+    (
+        "key_finish",
+        "ring-batch",
+        operand(5, "1 8 64", E4M3),
+        r"ring operand 0 must be \[2, 8, 64\], got \[1, 8, 64\]",
+    ),
+    ("key_finish", "ring-dtype", operand(5, "2 8 64", U8), "ring operand 0 must be float8_e4m3fn"),
+    ("key_finish", "ring-scale", operand(6, "2 8 2", UE8M0), r"ring operand 1 must be \[2, 8, 1\]"),
+    ("key_finish", "ring-rope", operand(7, "2 8 32", F32), "ring operand 2 must be bfloat16, got"),
+    ("key_finish", "rows-nope", result(0, "2 3 32", E4M3), r"rows nope must be \[2, 3, 64\], got"),
+    ("key_finish", "rows-scale", result(1, "2 3 1", E4M3), "rows scale must be float8_e8m0fnu"),
+    ("key_finish", "rows-rope", result(2, "2 4 32"), r"rows rope must be \[2, 3, 32\], got"),
+    (
+        "key_finish",
+        "ring-result",
+        result(3, "2 9 64", E4M3),
+        r"ring nope must be \[2, 8, 64\], got",
+    ),
+    (
+        "key_finish",
+        "ring-result-dtype",
+        result(5, "2 8 32", F32),
+        "ring rope must be bfloat16, got",
+    ),
+    ("key_finish", "ring-without-count", first(operands=7), "must have 4 operands .*got 7 and 6"),
+    ("key_finish", "results-too-few", first(results=5), "must have 4 operands .*got 8 and 5"),
+    ("key_finish", "rows-alone", first(operands=4), "must have 4 operands .*got 4 and 6"),
+    ("key_finish", "operands-too-few", first(operands=3), LAYER),
+    ("index_query_finish", "x-rank", operand(0, "12 64"), r"x must be \[t, h, d\], got"),
+    (
+        "index_query_finish",
+        "x-channels",
+        operand(0, "3 4 96"),
+        r"x must have 32, 64 or 128 channels, got \[3, 4, 96\]",
+    ),
+    ("index_query_finish", "x-dtype", operand(0, "3 4 64", F32), "x must be bfloat16, got float32"),
+    (
+        "index_query_finish",
+        "positions-shape",
+        operand(1, "4", I32),
+        r"positions must be \[3\], got",
+    ),
+    ("index_query_finish", "positions-dtype", operand(1, "3", U8), "positions must be int32, got"),
+    ("index_query_finish", "frequencies-odd", operand(2, "6", F32), "frequencies must be .*got"),
+    ("index_query_finish", "frequencies-dtype", operand(2, "16"), "frequencies must be float32"),
+    ("index_query_finish", "form", attributes(form=np.int32(3)), "form must be 1 .*got 3"),
+    ("index_query_finish", "code-dtype", result(0, "3 4 64", E4M3), "code must be float4_e2m1fn"),
+    ("index_query_finish", "code-form", attributes(form=np.int32(2)), "code must be float8_e4m3fn"),
+    ("index_query_finish", "code-shape", result(0, "3 4 32", E2M1), r"code must be \[3, 4, 64\]"),
+    ("index_query_finish", "scale-dtype", result(1, "3 4 2", E4M3), "scale must be float8_e8m0fnu"),
+    ("index_query_finish", "scale-shape", result(1, "3 4 1", UE8M0), r"scale must be \[3, 4, 2\]"),
+    ("index_query_finish", "operands-too-few", first(operands=2), LAYER),
+    ("index_query_finish", "results-too-few", first(results=1), LAYER),
     ("attention", "q-rank", operand(0, "6 4 96"), r"q must be \[b, t, h, d\], got \[6, 4, 96\]"),
     ("attention", "q-dtype", operand(0, "2 3 4 96", F32), "q must be bfloat16, got float32"),
     (
@@ -1662,6 +1821,26 @@ LARGE: list[tuple[Callable[..., Any], tuple[Spec, ...], list[tuple[int, ...]]]] 
         ),
         [*[(1, 8, 1024)] * 2, (1, 5242880, 448), (1, 5242880, 7), (1, 5242880, 64)],
     ),
+    (
+        lambda x, w: rmsnorm_fp8(x, w, 1e-6),
+        (s("1 1048576 4096"), s("4096")),
+        [(1, 1 << 20, 4096), (1, 1 << 20, 32)],
+    ),
+    (
+        lambda q, p, f: query_finish(q, p, f, 1e-6, rounding="bfloat16"),
+        (s("1 65536 128 512"), s("1 65536", I32), s("32", F32)),
+        [(1, 65536, 128, 512)],
+    ),
+    (
+        lambda kv, w, start, f: key_finish(kv, w, start, f, 1e-6, form="fp8").rows,
+        (s("2 4194304 512"), s("512"), s("2", I32), s("32", F32)),
+        [(2, 1 << 22, 448), (2, 1 << 22, 7), (2, 1 << 22, 64)],
+    ),
+    (
+        lambda q, p, f: index_query_finish(q, p, f, form="fp8"),
+        (s("1 524288 64 128"), s("1 524288", I32), s("32", F32)),
+        [(1, 1 << 19, 64, 128), (1, 1 << 19, 64, 1)],
+    ),
     (dense_linear, (s("65536 32784"), s("16384 32784")), [(65536, 16384)]),
     (
         lambda x, *w: fp8_linear(x, *w, act="bfloat16"),
@@ -1682,6 +1861,7 @@ LARGE: list[tuple[Callable[..., Any], tuple[Spec, ...], list[tuple[int, ...]]]] 
 LARGE_IDS = [
     *("A23-rmsnorm_nvfp4", "A23-router", "A23-moe", "A23-attention", "A23-index_topk"),
     *("A23-cache_write", "A23-cache_write-packed", "A23-compressor"),
+    *("A23-rmsnorm_fp8", "A23-query_finish", "A23-key_finish", "A23-index_query_finish"),
     *("A23-dense_linear", "A23-fp8_linear", "A23-mxfp4_linear", "A23-nvfp4_linear"),
 ]
 

@@ -20,14 +20,18 @@ from dsv4_jax.ops.dense_linear import dense_linear, dense_linears
 from dsv4_jax.ops.fp8_linear import fp8_linear
 from dsv4_jax.ops.hadamard import hadamard
 from dsv4_jax.ops.head_norm import head_norm
+from dsv4_jax.ops.index_query_finish import index_query_finish
 from dsv4_jax.ops.index_topk import index_topk
+from dsv4_jax.ops.key_finish import key_finish
 from dsv4_jax.ops.mhc_head import mhc_head
 from dsv4_jax.ops.mhc_post import mhc_post
 from dsv4_jax.ops.mhc_pre import mhc_pre
 from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
+from dsv4_jax.ops.query_finish import query_finish
 from dsv4_jax.ops.rmsnorm import rmsnorm
+from dsv4_jax.ops.rmsnorm_fp8 import rmsnorm_fp8
 from dsv4_jax.ops.rmsnorm_nvfp4 import rmsnorm_nvfp4
 from dsv4_jax.ops.rope import rope
 from dsv4_jax.ops.router import router
@@ -61,6 +65,10 @@ def _rmsnorm(x: Any = s("5 96"), weight: Any = s("96")) -> Any:
 
 def _rmsnorm_nvfp4(x: Any = s("5 96"), weight: Any = s("96"), global_scale: Any = None) -> Any:
     return jax.eval_shape(lambda x, w, g: rmsnorm_nvfp4(x, w, EPS, g), x, weight, global_scale)
+
+
+def _rmsnorm_fp8(x: Any = s("5 96"), weight: Any = s("96")) -> Any:
+    return jax.eval_shape(lambda x, w: rmsnorm_fp8(x, w, EPS), x, weight)
 
 
 def _head_norm(q: Any = s("5 3 64"), rounding: Any = "float32") -> Any:
@@ -264,6 +272,41 @@ def _attention(
     return jax.eval_shape(op, q, ring, positions, sink, **rows)
 
 
+def _query_finish(
+    q: Any = s("2 3 4 96"),
+    positions: Any = s("2 3", I32),
+    frequencies: Any = s("16", F32),
+    rounding: Any = "float32",
+) -> Any:
+    op = lambda *a: query_finish(*a, EPS, rounding=rounding)  # noqa: E731
+    return jax.eval_shape(op, q, positions, frequencies)
+
+
+def _index_query_finish(
+    q: Any = s("2 3 4 64"),
+    positions: Any = s("2 3", I32),
+    frequencies: Any = s("16", F32),
+    form: Any = "mxfp4",
+) -> Any:
+    op = lambda *a: index_query_finish(*a, form=form)  # noqa: E731
+    return jax.eval_shape(op, q, positions, frequencies)
+
+
+def _key_finish(
+    kv: Any = s("2 3 96"),
+    weight: Any = s("96"),
+    start: Any = s("2", I32),
+    frequencies: Any = s("16", F32),
+    form: Any = "fp8",
+    count: Any = s("2", I32),
+    ring: bool = True,
+    **parts: Any,
+) -> Any:
+    store = _store("2 8", parts, "ring") if ring else None
+    op = lambda *a, **ring: key_finish(*a, EPS, form=form, **ring)  # noqa: E731
+    return jax.eval_shape(op, kv, weight, start, frequencies, ring=store, count=count)
+
+
 def _cache_write(
     cache: Any = s("2 8 16", E4M3), rows: Any = s("2 3 16", E4M3), slots: Any = s("2 3", I32)
 ) -> Any:
@@ -275,6 +318,7 @@ MOE_SCALES = {"w1": "64 3", "w2": "96 2", "w3": "64 3"}
 CALLS: list[Callable[..., Any]] = [
     _rmsnorm,
     _rmsnorm_nvfp4,
+    _rmsnorm_fp8,
     _head_norm,
     _rope,
     _mhc_pre,
@@ -292,6 +336,9 @@ CALLS: list[Callable[..., Any]] = [
     _compressor,
     _index_topk,
     _attention,
+    _query_finish,
+    _key_finish,
+    _index_query_finish,
     _cache_write,
 ]
 
@@ -310,6 +357,8 @@ RANK: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_rmsnorm_nvfp4, "weight", {"weight": s("")}),
     (_rmsnorm_nvfp4, "global_scale", {"global_scale": s("1", F32)}),
     (_rmsnorm_nvfp4, "global_scale", {"global_scale": s("5", F32)}),
+    (_rmsnorm_fp8, "x", {"x": s("")}),
+    (_rmsnorm_fp8, "weight", {"weight": s("1 96")}),
     (_head_norm, "q", {"q": s("64")}),
     (_rope, "x", {"x": s("3 24")}),
     (_rope, "positions", {"positions": s("6", I32)}),
@@ -373,11 +422,26 @@ RANK: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_cache_write, "slots", {"slots": s("6", I32)}),
     (_cache_write, r"cache\.scale", {"cache": kv("2 8", scale="8 7"), "rows": kv("2 3")}),
     (_cache_write, r"rows\.rope", {"cache": kv("2 8"), "rows": kv("2 3", rope="6 64")}),
+    (_query_finish, "q", {"q": s("6 4 96")}),
+    (_query_finish, "positions", {"positions": s("6", I32)}),
+    (_query_finish, "frequencies", {"frequencies": s("1 16", F32)}),
+    (_key_finish, "kv", {"kv": s("6 96")}),
+    (_key_finish, "weight", {"weight": s("1 96")}),
+    (_key_finish, "start", {"start": s("2 3", I32)}),
+    (_key_finish, "count", {"count": s("", I32)}),
+    (_key_finish, "frequencies", {"frequencies": s("", F32)}),
+    (_key_finish, "ring nope", {"ring_nope": s("16 64", E4M3)}),
+    (_key_finish, "ring scale", {"ring_scale": s("2 8", UE8M0)}),
+    (_key_finish, "ring rope", {"ring_rope": s("2 8 1 32")}),
+    (_index_query_finish, "q", {"q": s("2 3 256")}),
+    (_index_query_finish, "positions", {"positions": s("2 3 4", I32)}),
+    (_index_query_finish, "frequencies", {"frequencies": s("1 16", F32)}),
 ]
 AXIS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_rmsnorm, r"weight must be \[96\] .*got \[95\]", {"weight": s("95")}),
     (_rmsnorm_nvfp4, r"weight must be \[96\] .*\[5, 96\], got \[80\]", {"weight": s("80")}),
     (_rmsnorm_nvfp4, r"weight must be \[112\] .*got \[96\]", {"x": s("2 3 112")}),
+    (_rmsnorm_fp8, r"weight must be \[96\] .*\[5, 96\], got \[80\]", {"weight": s("80")}),
     (_rope, "x must have at least 16 channels, got 14", {"x": s("2 3 14")}),
     (_rope, r"positions must be \[2, 3\] .*got \[3, 2\]", {"positions": s("3 2", I32)}),
     (_mhc_pre, r"fn must be \[24, 192\] .*got \[24, 191\]", {"fn": s("24 191", F32)}),
@@ -620,6 +684,35 @@ AXIS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
         r"rows.rope and slots must be \[2, 4, 64\] and \[2, 4\] .*got .* and \[2, 3\]",
         {"cache": kv("2 8"), "rows": kv("2 3", rope="2 4 64")},
     ),
+    (_query_finish, "q must have at least 32 channels, got 30", {"q": s("2 3 4 30")}),
+    (_query_finish, r"positions must be \[2, 3\] .*got \[3, 2\]", {"positions": s("3 2", I32)}),
+    (_query_finish, r"rounding must be one of .*got 'float16'", {"rounding": "float16"}),
+    (_key_finish, r"weight must be \[96\], got \[95\]", {"weight": s("95")}),
+    (_key_finish, r"start must be \[2\], got \[3\]", {"start": s("3", I32)}),
+    (_key_finish, r"count must be \[2\], got \[3\]", {"count": s("3", I32)}),
+    (
+        _key_finish,
+        r"kv must have more than 96 channels \(rotary\), got 96",
+        {"frequencies": s("48", F32)},
+    ),
+    (_key_finish, r"ring nope must be \[2, 8, 64\], got", {"ring_nope": s("2 8 63", E4M3)}),
+    (_key_finish, r"ring nope must be \[2, 8, 64\], got", {"ring_nope": s("3 8 64", E4M3)}),
+    (_key_finish, r"ring rope must be \[2, 8, 32\], got", {"ring_rope": s("2 7 32")}),
+    (_key_finish, "ring and count must come together", {"ring": False}),
+    (_key_finish, "ring and count must come together", {"count": None}),
+    (
+        _key_finish,
+        "ring must have a scale in form fp8 and in no other, got one in bfloat16",
+        {"form": "bfloat16", "ring_nope": s("2 8 64")},
+    ),
+    (_key_finish, r"form must be one of .*got 'mxfp4'", {"form": "mxfp4"}),
+    (_index_query_finish, "q must have at least 32 channels, got 16", {"q": s("2 3 4 16")}),
+    (
+        _index_query_finish,
+        r"positions must be \[2, 3\] .*got \[2, 4\]",
+        {"positions": s("2 4", I32)},
+    ),
+    (_index_query_finish, r"form must be one of .*got 'fp4'", {"form": "fp4"}),
 ]
 DTYPE: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_rmsnorm, "x must be bfloat16 or float32, got float16", {"x": s("5 96", F16)}),
@@ -734,6 +827,22 @@ DTYPE: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
         "rows.scale must be float8_e8m0fnu like cache.scale, got uint8",
         {"cache": kv("2 8"), "rows": kv("2 3")._replace(scale=s("2 3 7", U8))},
     ),
+    (_rmsnorm_fp8, "x must be bfloat16, got float32", {"x": s("5 96", F32)}),
+    (_rmsnorm_fp8, "weight must be bfloat16, got float16", {"weight": s("96", F16)}),
+    (_query_finish, "q must be bfloat16 or float32, got float16", {"q": s("2 3 4 96", F16)}),
+    (_query_finish, "positions must be .*got float32", {"positions": s("2 3", F32)}),
+    (_query_finish, "frequencies must be float32, got bfloat16", {"frequencies": s("16")}),
+    (_key_finish, "kv must be bfloat16 or float32, got float16", {"kv": s("2 3 96", F16)}),
+    (_key_finish, "weight must be bfloat16 or float32, got float16", {"weight": s("96", F16)}),
+    (_key_finish, "start must be int32 or int64, got float32", {"start": s("2", F32)}),
+    (_key_finish, "count must be int32 or int64, got bool", {"count": s("2", jnp.bool_)}),
+    (_key_finish, "frequencies must be float32, got bfloat16", {"frequencies": s("16")}),
+    (_key_finish, "ring nope must be float8_e4m3fn, got uint8", {"ring_nope": s("2 8 64", U8)}),
+    (_key_finish, "ring scale must be float8_e8m0fnu, got", {"ring_scale": s("2 8 1", U8)}),
+    (_key_finish, "ring rope must be bfloat16, got float32", {"ring_rope": s("2 8 32", F32)}),
+    (_index_query_finish, "q must be bfloat16 or float32, got", {"q": s("2 3 4 64", F16)}),
+    (_index_query_finish, "positions must be .*got float32", {"positions": s("2 3", F32)}),
+    (_index_query_finish, "frequencies must be float32, got", {"frequencies": s("16")}),
 ]
 GROUPS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (
@@ -771,6 +880,7 @@ GROUPS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
         "w2 scale must be .*in groups of 32",
         {"w2_weight": s("4 96 48", E2M1), "w2_scale": s("4 96 2", UE8M0)},
     ),
+    (_rmsnorm_fp8, "multiple of 16 .*got .*24", {"x": s("5 24"), "weight": s("24")}),
     (_rmsnorm_nvfp4, "multiple of 16 .*got .*24", {"x": s("5 24"), "weight": s("24")}),
     (_rmsnorm_nvfp4, "multiple of 16 .*got .*15", {"x": s("5 15"), "weight": s("15")}),
     (
@@ -791,6 +901,16 @@ GROUPS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
         "pool must have a power of two of channels, at least 32, got 96",
         {"index": IndexRows(s("2 10 96", E2M1), s("2 10 3", UE8M0))},
     ),
+    (
+        _index_query_finish,
+        "q must have a power of two of channels in form mxfp4, at least 32, got 96",
+        {"q": s("2 3 4 96")},
+    ),
+    (
+        _index_query_finish,
+        "q must have a power of two of channels in form fp8, got 48",
+        {"q": s("2 3 4 48"), "form": "fp8"},
+    ),
 ]
 SCALES: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_fp8_linear, r"scale must be \[2, 2\] .*got \[2, 3\]", {"scale": s("2 3", UE8M0)}),
@@ -808,8 +928,11 @@ SCALES: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_compressor, r"pool scale must be \[2, 10, 1\], got", {"pool_scale": s("2 10 2", UE8M0)}),
     (_attention, r"ring scale must be .*got \[2, 8, 2\]", {"ring_scale": s("2 8 2", UE8M0)}),
     (_attention, r"pool scale must be .*got \[2, 255, 1\]", {"pool_scale": s("2 255 1", UE8M0)}),
+    (_key_finish, r"ring scale must be \[2, 8, 1\], got", {"ring_scale": s("2 8 2", UE8M0)}),
 ]
 SPECIALISED: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
+    (_rmsnorm_fp8, r"16..16384, got \[5, 16400\]", {"x": s("5 16400"), "weight": s("16400")}),
+    (_rmsnorm_fp8, r"16..16384, got \[5, 0\]", {"x": s("5 0"), "weight": s("0")}),
     (_rmsnorm_nvfp4, r"16..16384, got \[5, 16400\]", {"x": s("5 16400"), "weight": s("16400")}),
     (_rmsnorm_nvfp4, r"16..16384, got \[5, 0\]", {"x": s("5 0"), "weight": s("0")}),
     (
@@ -896,6 +1019,7 @@ AHEAD_OF_TIME = (
     "dense_linear-several",
     "nvfp4_linear-w4a4",
     "cache_write-store",
+    "key_finish-ring",
 )
 
 
@@ -957,6 +1081,9 @@ def test_settings_of_jax(name: str) -> None:
         "compressor-4",
         "index_topk-mxfp4",
         "attention-topk",
+        "query_finish-steps",
+        "key_finish-ring",
+        "index_query_finish-mxfp4",
         "cache_write",
         "cache_write-store",
     ],

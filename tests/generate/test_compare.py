@@ -79,7 +79,7 @@ def test_every_module_is_there() -> None:
     found = _compare()
     shared = [
         *("hc_attn:y", "hc_attn:post", "hc_attn:comb", "attn_norm"),
-        *("attn/wq_a", "attn/q_norm", "attn/wq_b", "attn/wkv", "attn/kv_norm"),
+        *("attn/wq_a", "attn/q_norm", "attn/wq_b", "attn/wkv"),
     ]
     compressed = [
         *("attn/compressor", "attn/indexer/compressor"),

@@ -21,7 +21,7 @@ from jax.extend.mlir import ir
 from dsv4_jax import DeepseekV4, ModelConfig, Precision, library
 from dsv4_jax.checkpoint.names import expected_tree
 from dsv4_jax.config import LayerKind
-from dsv4_jax.generate import _decode, _decode_and_sample, _Settings
+from dsv4_jax.generate import _decode, _decode_and_sample, _prefill_chunk, _Settings
 from dsv4_jax.model import attention, indexer
 from dsv4_jax.ops._compressor_jax import compressor_jax
 from dsv4_jax.ops._index_topk_jax import index_topk_jax
@@ -31,10 +31,15 @@ from dsv4_jax.ops.compressor import Compressed, CompressorJob
 from dsv4_jax.ops.compressor import compressor as compressor_op
 from dsv4_jax.ops.dense_linear import dense_linear
 from dsv4_jax.ops.fp8_linear import fp8_linear
+from dsv4_jax.ops.index_query_finish import index_query_finish
 from dsv4_jax.ops.index_topk import index_topk
+from dsv4_jax.ops.key_finish import FinishedKeys
+from dsv4_jax.ops.key_finish import key_finish as key_finish_op
 from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
+from dsv4_jax.ops.query_finish import query_finish
+from dsv4_jax.ops.rmsnorm_fp8 import rmsnorm_fp8
 from dsv4_jax.ops.rmsnorm_nvfp4 import rmsnorm_nvfp4
 from dsv4_jax.ops.router import router
 from dsv4_jax.quant.kv import IndexRows, KvRows, index_dequant, kv_dequant
@@ -46,11 +51,11 @@ SWA, HCA, CSA = LayerKind.SWA, LayerKind.HCA, LayerKind.CSA
 
 WRITES: dict[LayerKind | None, Counter[str]] = {
     None: Counter(),
-    SWA: Counter(cache_write=1),  # window
-    HCA: Counter(cache_write=1, compressor=1),  # window; pool and state
-    CSA: Counter(cache_write=1, compressor=1),  # the indexer's pool and state in the same call
+    SWA: Counter(key_finish=1),  # window
+    HCA: Counter(key_finish=1, compressor=1),  # window; pool and state
+    CSA: Counter(key_finish=1, compressor=1),  # the indexer's pool and state in the same call
 }
-ONE_EACH = Counter(attention=1, router=1, moe=1)
+ONE_EACH = Counter(query_finish=1, attention=1, router=1, moe=1)
 DENSE: dict[LayerKind | None, Counter[str]] = {
     None: Counter(dense_linear=1),  # head
     SWA: Counter(dense_linear=1),  # router
@@ -63,7 +68,7 @@ SELECTIONS: dict[LayerKind | None, Counter[str]] = {
     None: Counter(),
     SWA: Counter(),
     HCA: Counter(),
-    CSA: Counter(index_topk=1),
+    CSA: Counter(index_query_finish=1, index_topk=1),
 }
 
 
@@ -86,10 +91,15 @@ ALIASES: dict[str, Callable[[int], dict[int, int]]] = {
     "compressor": lambda n: {i: i + (7 if i < 5 else 11) for i in range(n)},
     "dense_linear": lambda n: {},
     "fp8_linear": lambda n: {},
+    "index_query_finish": lambda n: {},
     "index_topk": lambda n: {},
+    # Behind x, weight, start, frequencies and count; a chunk longer than a draft has no ring.
+    "key_finish": lambda n: {i: i + 2 for i in range(3, n)},
     "moe": lambda n: {},
     "mxfp4_linear": lambda n: {},
     "nvfp4_linear": lambda n: {},
+    "query_finish": lambda n: {},
+    "rmsnorm_fp8": lambda n: {},
     "rmsnorm_nvfp4": lambda n: {},
     "router": lambda n: {},
 }
@@ -403,6 +413,29 @@ def test_calls_do_not_depend_on_the_platform() -> None:
     assert wrong_contracts(program) == []
 
 
+@pytest.mark.parametrize(("t", "drafts", "first"), [(1, 1, True), (2, 1, True), (3, 1, False)])
+def test_where_the_window_is_written(t: int, drafts: int, first: bool) -> None:
+    """By `key_finish` while attention sees none of what that replaces, else after attention."""
+    model = flash("nvfp4")
+    arguments = step_arguments(model)
+    cache = jax.eval_shape(lambda: model.init_cache(1, MAX_LEN, draft_tokens=drafts))
+    logits = jax.ShapeDtypeStruct((1, model.config.vocab_size), jnp.float32)
+    rest = {"tokens": typed(jnp.int32, 1, t), "num_tokens": typed(jnp.int32, 1), "last": logits}
+    del arguments["active"]
+    traced = _prefill_chunk.trace(**(arguments | rest | {"cache": cache}))
+    program = Program(traced.lower(lowering_platforms=("cuda",)))
+    calls = list(program.calls())
+    expected = {1: {"key_finish": 1}, 0: {"key_finish": 1, "cache_write": 1}}[first]
+    for layer in range(LAYERS):
+        found = Counter(call.op for call in calls if call.layer == layer)
+        assert {op: found[op] for op in ("key_finish", "cache_write") if found[op]} == expected
+    rings = [len(call.operation.results) == 6 for call in calls if call.op == "key_finish"]
+    assert rings == [first] * LAYERS
+    assert wrong_contracts(program) == []
+    windows = [problem for problem in copied_leaves(program, cache) if ".window" in problem]
+    assert windows == []
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_aliases_of_every_call(preset: str) -> None:
     assert wrong_contracts(decode(preset)) == []
@@ -550,6 +583,27 @@ LARGE = {
             *(typed(jnp.float32, 8, 512, 64), store(1 << 18), typed(jnp.int32, 8, 512)),
         ),
     ),
+    "query_finish": (
+        lambda q, positions: query_finish(
+            q, positions, np.ones(32, np.float32), 1e-6, rounding="bfloat16"
+        ),
+        (bf16(8, 512, 128, 512), typed(jnp.int32, 8, 512)),
+    ),
+    "key_finish": (
+        lambda kv, weight, start, ring: key_finish_op(
+            *(kv, weight, start, np.ones(32, np.float32), 1e-6),
+            form="fp8",
+            ring=ring,
+            count=start,
+        ),
+        (bf16(8, 8192, 512), bf16(512), typed(jnp.int32, 8), keys(8, 128)),
+    ),
+    "index_query_finish": (
+        lambda q, positions: index_query_finish(
+            q, positions, np.ones(32, np.float32), form="mxfp4"
+        ),
+        (bf16(8, 512, 64, 128), typed(jnp.int32, 8, 512)),
+    ),
     "compressor": (
         lambda start, *job: compressor_op(
             [CompressorJob(*job)], start, start, np.ones(32, np.float32), ratio=128, eps=1e-6
@@ -592,6 +646,10 @@ LARGE = {
             typed(jnp.float32),
         ),
     ),
+    "rmsnorm_fp8": (
+        lambda x, weight: rmsnorm_fp8(x, weight, 1e-6),
+        (bf16(2, 8192, 7168), bf16(7168)),
+    ),
     "rmsnorm_nvfp4": (
         lambda x, weight: rmsnorm_nvfp4(x, weight, 1e-6),
         (bf16(2, 8192, 7168), bf16(7168)),
@@ -621,12 +679,12 @@ def test_an_op_alone_is_its_call(op: str) -> None:
 
 def wrong_step(
     monkeypatch: pytest.MonkeyPatch,
-    write: Callable[..., Any] = cache_write,
+    finish: Callable[..., Any] = key_finish_op,
     compress: Callable[..., Any] = compressor_op,
     donate: bool = True,
 ) -> Program:
-    """The step with another `cache_write` or `compressor`, traced afresh."""
-    monkeypatch.setattr(attention, "cache_write", write)
+    """The step with another `key_finish` or `compressor`, traced afresh."""
+    monkeypatch.setattr(attention, "key_finish", finish)
     monkeypatch.setattr(attention, "compressor", compress)
 
     def step(**arguments: Any) -> Any:
@@ -638,6 +696,7 @@ def wrong_step(
 
 
 STATIC = ("ratio", "eps", "dtype")  # of `compressor`
+FINISH = ("eps", "form")  # of `key_finish`
 
 
 def fresh(op: Any, static: tuple[str, ...] = ()) -> Any:
@@ -648,6 +707,23 @@ def fresh(op: Any, static: tuple[str, ...] = ()) -> Any:
 
     function.__name__ = op.__name__
     return jax.jit(function, static_argnames=static)
+
+
+def scattered(
+    kv: Any,
+    weight: Any,
+    start: Any,
+    frequencies: Any,
+    eps: float,
+    *,
+    ring: Any,
+    count: Any,
+    **form: Any,
+) -> FinishedKeys:
+    """`key_finish` whose ring is written by a scatter."""
+    rows = key_finish_op(kv, weight, start, frequencies, eps, **form).rows
+    slots = jnp.where(count[:, None] > 0, start[:, None] % ring.nope.shape[1], -1)
+    return FinishedKeys(rows, reference_cache_write.cache_write(ring, rows, slots))
 
 
 def in_jax(jobs: Any, *lengths: Any, ratio: int, eps: float, dtype: Any) -> Any:
@@ -670,9 +746,9 @@ ENTRIES = ("pool", "state", "index", "index_state")
 
 
 def test_a_scatter_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    program = wrong_step(monkeypatch, jax.jit(reference_cache_write.cache_write))
+    program = wrong_step(monkeypatch, jax.jit(scattered, static_argnames=FINISH))
     cache = cache_of("nvfp4")
-    assert len(wrong_calls(program, expected_calls("nvfp4"))) == LAYERS
+    assert wrong_calls(program, expected_calls("nvfp4")) == []
     copied = copied_leaves(program, cache)
     assert len(copied) == leaves_of(cache, "window")
     assert all(problem.endswith("from stablehlo.scatter") for problem in copied)
@@ -692,7 +768,7 @@ def test_entries_by_xla_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "parts", "calls"), [("cache_write", ("window",), 4), ("compressor", ENTRIES, 2)]
+    ("op", "parts", "calls"), [("key_finish", ("window",), 4), ("compressor", ENTRIES, 2)]
 )
 def test_a_lost_alias_is_found(
     monkeypatch: pytest.MonkeyPatch, op: str, parts: tuple[str, ...], calls: int
@@ -703,7 +779,7 @@ def test_a_lost_alias_is_found(
         return call(name, *operands, aliases=None if name == op else aliases, **rest)
 
     monkeypatch.setattr(library, "call", drop)
-    settings = {"write": fresh(cache_write), "compress": fresh(compressor_op, STATIC)}
+    settings = {"finish": fresh(key_finish_op, FINISH), "compress": fresh(compressor_op, STATIC)}
     program = wrong_step(monkeypatch, **settings)
     assert wrong_calls(program, expected_calls("nvfp4")) == []
     assert len(wrong_contracts(program)) == calls
@@ -712,10 +788,10 @@ def test_a_lost_alias_is_found(
     assert all(problem.endswith("from stablehlo.custom_call") for problem in problems)
 
 
-@pytest.mark.parametrize(("op", "calls"), [("cache_write", 4), ("compressor", 2)])
+@pytest.mark.parametrize(("op", "calls"), [("key_finish", 4), ("compressor", 2)])
 def test_an_inlined_call_is_found(monkeypatch: pytest.MonkeyPatch, op: str, calls: int) -> None:
-    if op == "cache_write":
-        program = wrong_step(monkeypatch, cache_write.__wrapped__)
+    if op == "key_finish":
+        program = wrong_step(monkeypatch, key_finish_op.__wrapped__)
     else:
         program = wrong_step(monkeypatch, compress=compressor_op.__wrapped__)
     assert wrong_calls(program, expected_calls("nvfp4")) == []
@@ -760,7 +836,7 @@ def test_a_dequantised_index_is_found(monkeypatch: pytest.MonkeyPatch, what: str
         return idx + jnp.max(index_dequant(keys)).astype(jnp.int32)
 
     monkeypatch.setattr(indexer, "index_topk", wrong)
-    program = wrong_step(monkeypatch, cache_write)
+    program = wrong_step(monkeypatch)
     found = widened_keys(program, cache_of("nvfp4"))
     assert any(problem.endswith(end) for problem in found), found
     calls = wrong_calls(program, expected_calls("nvfp4"))

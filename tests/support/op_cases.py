@@ -20,14 +20,18 @@ from dsv4_jax.ops.dense_linear import dense_linear, dense_linears
 from dsv4_jax.ops.fp8_linear import fp8_linear
 from dsv4_jax.ops.hadamard import hadamard
 from dsv4_jax.ops.head_norm import head_norm
+from dsv4_jax.ops.index_query_finish import index_query_finish
 from dsv4_jax.ops.index_topk import index_topk
+from dsv4_jax.ops.key_finish import key_finish
 from dsv4_jax.ops.mhc_head import mhc_head
 from dsv4_jax.ops.mhc_post import mhc_post
 from dsv4_jax.ops.mhc_pre import mhc_pre
 from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
+from dsv4_jax.ops.query_finish import query_finish
 from dsv4_jax.ops.rmsnorm import rmsnorm
+from dsv4_jax.ops.rmsnorm_fp8 import rmsnorm_fp8
 from dsv4_jax.ops.rmsnorm_nvfp4 import rmsnorm_nvfp4
 from dsv4_jax.ops.rope import rope
 from dsv4_jax.ops.router import router
@@ -89,6 +93,12 @@ def _rmsnorm_nvfp4(static: bool) -> OpCase:
     return OpCase(lambda x: rmsnorm_nvfp4(x, weight, EPS, scale), (x,))
 
 
+def _rmsnorm_fp8() -> OpCase:
+    weight = normal(1, 144, dtype=jnp.bfloat16)
+    x = normal(0, MAX_ROWS, 144, dtype=jnp.bfloat16)
+    return OpCase(lambda x: rmsnorm_fp8(x, weight, EPS), (x,))
+
+
 def _head_norm(rounding: Any) -> OpCase:
     x = normal(0, MAX_ROWS, 3, 64, dtype=jnp.bfloat16)
     return OpCase(lambda x: head_norm(x, EPS, rounding=rounding), (x,))
@@ -99,6 +109,50 @@ def _rope() -> OpCase:
     positions = jnp.asarray(np.random.default_rng(1).integers(0, 1 << 20, (MAX_ROWS, 2)), jnp.int32)
     x = normal(0, MAX_ROWS, 2, 3, 24, dtype=jnp.bfloat16)
     return OpCase(lambda x, p: rope(x, p, frequencies), (x, positions))
+
+
+def _query_finish(rounding: Any, dtype: Any = jnp.bfloat16) -> OpCase:
+    frequencies = (10000.0 ** -(np.arange(8) / 8)).astype(np.float32)
+    x = normal(0, MAX_ROWS, 2, 3, 64, dtype=dtype)
+    return OpCase(
+        lambda x, p: query_finish(x, p, frequencies, EPS, rounding=rounding), (x, _positions())
+    )
+
+
+def _index_query_finish(form: Any, dtype: Any = jnp.bfloat16) -> OpCase:
+    frequencies = (10000.0 ** -(np.arange(8) / 8)).astype(np.float32)
+    x = normal(0, MAX_ROWS, 2, 3, 64, dtype=dtype)
+    return OpCase(lambda x, p: index_query_finish(x, p, frequencies, form=form), (x, _positions()))
+
+
+def _positions() -> jax.Array:
+    rng = np.random.default_rng(1)
+    return jnp.asarray(rng.integers(0, 1 << 20, (MAX_ROWS, 2)), jnp.int32)
+
+
+def _key_finish(ring: bool, form: Any = "fp8") -> OpCase:
+    """Three tokens a row, into rings of 8 slots or none."""
+    frequencies = (10000.0 ** -(np.arange(16) / 16)).astype(np.float32)
+    dtype = jnp.float32 if form == "float32" else jnp.bfloat16
+    weight = (1 + normal(1, 96, scale=0.2)).astype(dtype)
+    rng = np.random.default_rng(2)
+    start = jnp.asarray(rng.integers(0, 1 << 20, MAX_ROWS), jnp.int32)
+    kv = normal(0, MAX_ROWS, 3, 96, dtype=dtype)
+    settings: dict[str, Any] = {"form": form}
+    if not ring:
+        return OpCase(
+            lambda kv, start: key_finish(kv, weight, start, frequencies, EPS, **settings).rows,
+            (kv, start),
+        )
+    count = jnp.asarray(rng.integers(0, 4, MAX_ROWS), jnp.int32)
+    old = jax.jit(lambda x: kv_quant(x, 32, form))(normal(3, MAX_ROWS, 8, 96))
+    parts, structure = jax.tree.flatten(old)
+
+    def fn(kv: jax.Array, start: jax.Array, count: jax.Array, *parts: jax.Array) -> Any:
+        ring = jax.tree.unflatten(structure, parts)
+        return key_finish(kv, weight, start, frequencies, EPS, **settings, ring=ring, count=count)
+
+    return OpCase(fn, (kv, start, count, *parts))
 
 
 def _mhc_pre() -> OpCase:
@@ -320,11 +374,21 @@ CASES: dict[str, Callable[[], OpCase]] = {
     name: functools.cache(make)
     for name, make in {
         "rmsnorm": _rmsnorm,
+        "rmsnorm_fp8": _rmsnorm_fp8,
         "rmsnorm_nvfp4-dynamic": lambda: _rmsnorm_nvfp4(False),
         "rmsnorm_nvfp4-static": lambda: _rmsnorm_nvfp4(True),
         "head_norm-float32": lambda: _head_norm("float32"),
         "head_norm-bfloat16": lambda: _head_norm("bfloat16"),
         "rope": _rope,
+        "query_finish-steps": lambda: _query_finish("bfloat16"),
+        "query_finish-once": lambda: _query_finish("float32"),
+        "query_finish-float32": lambda: _query_finish("float32", jnp.float32),
+        "key_finish-rows": lambda: _key_finish(False),
+        "key_finish-ring": lambda: _key_finish(True),
+        "key_finish-ring-float32": lambda: _key_finish(True, "float32"),
+        "index_query_finish-mxfp4": lambda: _index_query_finish("mxfp4"),
+        "index_query_finish-fp8": lambda: _index_query_finish("fp8"),
+        "index_query_finish-float32": lambda: _index_query_finish("float32", jnp.float32),
         "mhc_pre": _mhc_pre,
         "mhc_post": _mhc_post,
         "mhc_head": _mhc_head,

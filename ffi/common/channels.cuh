@@ -1,0 +1,122 @@
+// Eight BF16 channels a lane: what the kernels that finish a projection share. Orders of sums are
+// those of channels.h.
+#pragma once
+
+#include <cuda_fp8.h>
+
+#include <cstdint>
+
+#include "common/bf16x2.cuh"
+#include "common/bits.h"
+#include "common/channels.h"
+#include "common/rope.h"
+#include "common/vector_store.cuh"
+
+namespace dsv4 {
+
+constexpr unsigned kWarpLanes = 0xFFFFFFFFu;
+
+// Channels 2i and 2i + 1 in word i, the first in its low half.
+struct Eight {
+  uint32_t word[4];
+};
+
+// kAligned: to 16 bytes.
+template <bool kAligned>
+__device__ __forceinline__ Eight LoadEight(const uint16_t* from) {
+  Eight x;
+  if constexpr (kAligned) {
+    const uint4 v = __ldg(reinterpret_cast<const uint4*>(from));
+    x = {v.x, v.y, v.z, v.w};
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      x.word[i] = __ldg(from + 2 * i) | static_cast<uint32_t>(__ldg(from + 2 * i + 1)) << 16;
+    }
+  }
+  return x;
+}
+
+__device__ __forceinline__ void StoreEight(const Eight& x, uint16_t* to) {
+  StoreVector(to, make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]));
+}
+
+__device__ __forceinline__ float SumOfSquares(const Eight& x) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {  // the squares are exact
+    sum = __fmaf_rn(Low(x.word[i]), Low(x.word[i]), sum);
+    sum = __fmaf_rn(High(x.word[i]), High(x.word[i]), sum);
+  }
+  return sum;
+}
+
+// By halves, in every one of kLanes lanes.
+template <int kLanes = kRowLanes>
+__device__ __forceinline__ float SumByHalves(float sum) {
+#pragma unroll
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    sum += __shfl_xor_sync(kWarpLanes, sum, half);
+  }
+  return sum;
+}
+
+// Squares of a row of which every one of kLanes lanes, 32 or 16, has chunks lane, lane + kLanes,
+// ...
+template <int kLanes>
+__device__ __forceinline__ float SumOfLanes(const Eight (&x)[2 * kRowLanes / kLanes]) {
+  if constexpr (kLanes == kRowLanes) {
+    return SumByHalves(SumOfSquares(x[0]) + SumOfSquares(x[1]));
+  } else {
+    return SumByHalves<kLanes>((SumOfSquares(x[0]) + SumOfSquares(x[2])) +
+                               (SumOfSquares(x[1]) + SumOfSquares(x[3])));
+  }
+}
+
+// The largest magnitude as bits of BF16, NaN above all.
+__device__ __forceinline__ uint32_t LargestBf16(const Eight& x) {
+  const uint32_t pair =
+      MaxMagnitudes(MaxMagnitudes(x.word[0], x.word[1]), MaxMagnitudes(x.word[2], x.word[3]));
+  return max(pair & 0x7FFFu, pair >> 16 & 0x7FFFu);
+}
+
+// Of `lanes` neighbours, a power of two.
+__device__ __forceinline__ uint32_t LargestOfLanes(uint32_t largest, int lanes) {
+#pragma unroll
+  for (int half = 1; half < kRowLanes; half *= 2) {
+    if (half >= lanes) break;
+    largest = max(largest, __shfl_xor_sync(kWarpLanes, largest, half));
+  }
+  return largest;
+}
+
+// Four pairs, each by its own (cosine, sine); `turns` in shared memory, aligned to 16 bytes.
+__device__ __forceinline__ void Rotate(Eight& x, const float2* turns) {
+  const float4* both = reinterpret_cast<const float4*>(turns);
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const float4 turn = both[i / 2];
+    const Pair a = Turned(Low(x.word[i]), High(x.word[i]), {turn.y, turn.x});
+    const Pair b = Turned(Low(x.word[i + 1]), High(x.word[i + 1]), {turn.w, turn.z});
+    x.word[i] = PackBf16(a.even, a.odd);
+    x.word[i + 1] = PackBf16(b.even, b.odd);
+  }
+}
+
+__device__ __forceinline__ float2 TurnAt(int32_t position, float frequency) {
+  const SinCos turn = SinCosAt(position, frequency);
+  return make_float2(turn.cos, turn.sin);
+}
+
+// E4M3 codes of 8 channels; what is NaN becomes 0x7F.
+__device__ __forceinline__ uint2 EncodeE4m3(const Eight& x, float inverse) {
+  uint32_t pair[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 scaled = make_float2(Low(x.word[i]) * inverse, High(x.word[i]) * inverse);
+    pair[i] = __nv_cvt_float2_to_fp8x2(scaled, __NV_SATFINITE, __NV_E4M3);
+  }
+  return make_uint2(pair[0] | pair[1] << 16, pair[2] | pair[3] << 16);
+}
+
+}  // namespace dsv4
