@@ -13,6 +13,7 @@ Target CompressorTarget();
 Target DenseLinearTarget();
 Target Fp8LinearTarget();
 Target IndexTopkTarget();
+Target MhcTarget();
 Target MoeTarget();
 Target Mxfp4LinearTarget();
 Target Nvfp4LinearTarget();
@@ -21,10 +22,9 @@ Target RouterTarget();
 
 inline auto Targets() {
   return std::array{
-      AttentionTarget(),   CacheWriteTarget(),   CompressorTarget(), DenseLinearTarget(),
-      Fp8LinearTarget(),   IndexTopkTarget(),    MoeTarget(),        Mxfp4LinearTarget(),
-      Nvfp4LinearTarget(), RmsnormNvfp4Target(), RouterTarget(),     RmsnormNvfp4Target(),
-      RouterTarget(),
+      AttentionTarget(),   CacheWriteTarget(),  CompressorTarget(),   DenseLinearTarget(),
+      Fp8LinearTarget(),   IndexTopkTarget(),   MhcTarget(),          MoeTarget(),
+      Mxfp4LinearTarget(), Nvfp4LinearTarget(), RmsnormNvfp4Target(), RouterTarget(),
   };
 }
 

@@ -18,6 +18,7 @@
 #include "common/e2m1.h"
 #include "common/e4m3.h"
 #include "common/exp.h"
+#include "common/halved.cuh"
 #include "compressor/compressor.h"
 #include "compressor/compressor_rows.h"
 
@@ -388,30 +389,6 @@ struct WholeParams {
   int tiles;        // thread blocks of a cluster
 };
 
-__device__ __forceinline__ void ArriveAtCluster() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void WaitForCluster() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// A float into another thread block of the cluster, which counts its bytes on its barrier.
-__device__ __forceinline__ void StoreIn(const float* at, uint32_t barrier, int rank, float x) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
-                   AddressIn(SharedAddress(at), rank)),
-               "r"(__float_as_uint(x)), "r"(AddressIn(barrier, rank))
-               : "memory");
-}
-
-// The sum of of(first) .. of(first + kCount - 1), by halves.
-template <int kCount, typename Of>
-__device__ __forceinline__ float Halved(const Of& of, int first = 0, int step = 1) {
-  if constexpr (kCount == 1) {
-    return of(first);
-  } else {
-    return Halved<kCount / 2>(of, first, 2 * step) + Halved<kCount / 2>(of, first + step, 2 * step);
-  }
-}
-
 // Four channels' sums of all slot lanes, by halves.
 __device__ __forceinline__ void SumLanes(const float (&lanes)[kSlotLanes][kSumChannels], int column,
                                          float (&sum)[kChannels]) {
@@ -444,7 +421,7 @@ __global__ void __launch_bounds__(kWholeThreads, 2)
     const uint32_t barrier = SharedAddress(&sums_barrier);
     if (threadIdx.x == 0) {
       InitBarrier(barrier, 1);
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      FenceBarrierInit();
       ArriveExpecting(barrier, params.tiles * sizeof(float));
     }
     __syncwarp();

@@ -32,6 +32,7 @@ from dsv4_jax.ops.compressor import compressor as compressor_op
 from dsv4_jax.ops.dense_linear import dense_linear
 from dsv4_jax.ops.fp8_linear import fp8_linear
 from dsv4_jax.ops.index_topk import index_topk
+from dsv4_jax.ops.mhc import Read, Write, mhc
 from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
@@ -87,6 +88,7 @@ ALIASES: dict[str, Callable[[int], dict[int, int]]] = {
     "dense_linear": lambda n: {},
     "fp8_linear": lambda n: {},
     "index_topk": lambda n: {},
+    "mhc": lambda n: {0: 0},
     "moe": lambda n: {},
     "mxfp4_linear": lambda n: {},
     "nvfp4_linear": lambda n: {},
@@ -559,6 +561,18 @@ LARGE = {
             *(typed(jnp.float32, 8, 8192, 512), typed(jnp.float32, 128, 512), bf16(512)),
             *(typed(jnp.float32, 8, 128, 512), typed(jnp.float32, 8, 128, 512)),
             keys(8, 1 << 13),
+        ),
+    ),
+    "mhc": (
+        lambda streams, *parts: mhc(
+            *(streams, Write(*parts[:3]), Read(*parts[3:])),
+            **{"iters": 20, "hc_eps": 1e-6, "rms_eps": 1e-6, "forms": ("nvfp4", "fp8")},
+        ),
+        (
+            *(bf16(8192, 4, 7168), bf16(8192, 7168)),
+            *(typed(jnp.float32, 8192, 4), typed(jnp.float32, 8192, 4, 4)),
+            *(typed(jnp.float32, 24, 4 * 7168), typed(jnp.float32, 24), typed(jnp.float32, 3)),
+            bf16(7168),
         ),
     ),
     "moe": (

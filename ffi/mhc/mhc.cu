@@ -1,0 +1,646 @@
+// What bounds it: a few tokens are latency: 1.6 or 2.8 MB of fn to be fetched and multiplied, two
+// reductions over the token, 39 normalisations of comb in a row. So a cluster of thread blocks
+// shares a token: each takes a slice of the channels, with fn in registers before the streams are
+// there, and writes its sums into all the others, who wait for nothing else; the branch input goes
+// to one of them, which norms and stores it, while a warp of its own is busy with comb. Some more
+// tokens share a cluster, and its fn. Many tokens are two launches: the first writes the streams
+// back and sums over tiles of 128 channels, 32 tokens by an fn held in registers; the second takes
+// a token a thread block and has the streams from the L2, mostly.
+//
+// A lane has 4 neighbouring channels of a tile, a warp the tile; see mhc.h for the order of sums.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "common/barrier.cuh"
+#include "common/bf16x2.cuh"
+#include "common/bits.h"
+#include "common/e2m1.h"
+#include "common/e4m3.h"
+#include "common/halved.cuh"
+#include "common/nvfp4.h"
+#include "common/scale_byte.h"
+#include "mhc/mhc.h"
+#include "mhc/mhc_weights.h"
+
+namespace dsv4 {
+namespace {
+
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+constexpr int kStreams = kMhcStreams, kChannels = kMhcLaneChannels, kLanes = kMhcLanes;
+constexpr int kWarpMixes = 3;                      // of a warp
+constexpr int kMixWarps = kMhcMixes / kWarpMixes;  // for all of them
+constexpr int kMaxTiles = static_cast<int>(kMhcMaxDim / kMhcTile);
+constexpr int kMaxWorkers = 16;                // warps, beside the one for comb
+constexpr int kSumChunks = kMhcSumStride / 4;  // of 16 bytes
+
+__device__ __forceinline__ void Unpack(uint2 pairs, float (&x)[kChannels]) {
+  x[0] = __uint_as_float(pairs.x << 16);
+  x[1] = __uint_as_float(pairs.x & 0xFFFF0000u);
+  x[2] = __uint_as_float(pairs.y << 16);
+  x[3] = __uint_as_float(pairs.y & 0xFFFF0000u);
+}
+__device__ __forceinline__ uint2 Pack(const float (&x)[kChannels]) {
+  return make_uint2(PackBf16(x[0], x[1]), PackBf16(x[2], x[3]));
+}
+
+__device__ __forceinline__ float HalvedLanes(float x) {
+#pragma unroll
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    x = __fadd_rn(x, __shfl_xor_sync(kAllLanes, x, half));
+  }
+  return x;
+}
+
+__device__ __forceinline__ void Prefetch(const void* at) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+}
+
+// Of some of a thread block's warps; number 0 is that of __syncthreads.
+__device__ __forceinline__ void SyncWarps(int barrier, int warps) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(warps * kLanes) : "memory");
+}
+__device__ __forceinline__ void ArriveWarps(int barrier, int warps) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(warps * kLanes) : "memory");
+}
+constexpr int kWorkersBarrier = 1, kPreBarrier = 2;
+
+// A token's streams at four channels, packed: what is stored of them, or what a write-back makes of
+// it and stores. The thread that reads is the one that writes, so that it may be in place.
+__device__ __forceinline__ void LoadStreams(const MhcParams& p, int64_t token, int64_t channel,
+                                            uint2 (&s)[kStreams]) {
+  const uint16_t* const from = p.streams + token * kStreams * p.d + channel;
+#pragma unroll
+  for (int j = 0; j < kStreams; ++j) s[j] = *reinterpret_cast<const uint2*>(from + j * p.d);
+  if (p.branch == nullptr) return;
+  const uint2 pairs = __ldg(reinterpret_cast<const uint2*>(p.branch + token * p.d + channel));
+  const float4 posts = __ldg(reinterpret_cast<const float4*>(p.post) + token);
+  float4 rows[kStreams];
+#pragma unroll
+  for (int j = 0; j < kStreams; ++j) {
+    rows[j] = __ldg(reinterpret_cast<const float4*>(p.comb) + token * kStreams + j);
+  }
+  float x[kStreams][kChannels], branch[kChannels];
+  Unpack(pairs, branch);
+#pragma unroll
+  for (int j = 0; j < kStreams; ++j) Unpack(s[j], x[j]);
+  const float post[kStreams] = {posts.x, posts.y, posts.z, posts.w};
+  uint16_t* const to = p.new_streams + token * kStreams * p.d + channel;
+#pragma unroll
+  for (int k = 0; k < kStreams; ++k) {
+    float sum[kChannels];
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) sum[i] = __fmul_rn(post[k], branch[i]);
+#pragma unroll
+    for (int j = 0; j < kStreams; ++j) {
+      const float comb[kStreams] = {rows[j].x, rows[j].y, rows[j].z, rows[j].w};
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i) sum[i] = __fmaf_rn(comb[k], x[j][i], sum[i]);
+    }
+    s[k] = Pack(sum);
+    *reinterpret_cast<uint2*>(to + k * p.d) = s[k];
+  }
+}
+
+// Sum of the squares of a tile's streams.
+__device__ __forceinline__ float Squares(const uint2 (&s)[kStreams]) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kStreams; ++j) {
+    float x[kChannels];
+    Unpack(s[j], x);
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) sum = __fmaf_rn(x[i], x[i], sum);
+  }
+  return HalvedLanes(sum);
+}
+
+// fn of a warp's mixes at a lane's channels; zeros where there are fewer mixes.
+struct Weights {
+  float4 of[kWarpMixes][kStreams];
+
+  __device__ __forceinline__ void Load(const MhcParams& p, int first, int64_t channel) {
+#pragma unroll
+    for (int m = 0; m < kWarpMixes; ++m) {
+#pragma unroll
+      for (int j = 0; j < kStreams; ++j) {
+        of[m][j] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (first + m < p.mixes) {
+          const float* const at = p.fn + (int64_t{first + m} * kStreams + j) * p.d + channel;
+          of[m][j] = __ldg(reinterpret_cast<const float4*>(at));
+        }
+      }
+    }
+  }
+};
+
+// A tile's sums of a warp's mixes: `to[m]`, of one token.
+__device__ __forceinline__ void Mix(const Weights& weights, const uint2 (&s)[kStreams], int lane,
+                                    int count, float* to) {
+  float sums[kWarpMixes] = {};
+#pragma unroll
+  for (int j = 0; j < kStreams; ++j) {
+    float x[kChannels];
+    Unpack(s[j], x);
+#pragma unroll
+    for (int m = 0; m < kWarpMixes; ++m) {
+      const float4 w = weights.of[m][j];
+      sums[m] = __fmaf_rn(x[0], w.x, sums[m]);
+      sums[m] = __fmaf_rn(x[1], w.y, sums[m]);
+      sums[m] = __fmaf_rn(x[2], w.z, sums[m]);
+      sums[m] = __fmaf_rn(x[3], w.w, sums[m]);
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < kWarpMixes; ++m) {
+    sums[m] = HalvedLanes(sums[m]);
+    if (lane == m && m < count) to[m] = sums[m];
+  }
+}
+
+// A lane's mix, its scale and shift: asked for long before they are needed.
+struct LaneMix {
+  float scale = 0.0f, base = 0.0f;
+
+  __device__ __forceinline__ LaneMix(const MhcParams& p, int lane) {
+    if (lane < p.mixes) {
+      scale = __ldg(p.scale + MhcScaleIndex(lane));
+      base = __ldg(p.base + lane);
+    }
+  }
+
+  // Of a token's tile sums: lane i < 4 has pre_i, the next post, the others logits of comb.
+  __device__ __forceinline__ float Weight(const MhcParams& p, const float* sums, int tiles,
+                                          int lane) const {
+    const float* const of_lane = sums + (lane < p.mixes ? lane : kMhcSquares);
+    float total = 0.0f;
+    for (int first = 0; first < tiles; first += kMhcTileGroup) {
+      total = __fadd_rn(total, Halved<kMhcTileGroup>([&](int i) {
+                          return first + i < tiles ? of_lane[(first + i) * kMhcSumStride] : 0.0f;
+                        }));
+    }
+    const float squares = __shfl_sync(kAllLanes, total, kMhcSquares);
+    const float mean = __fmul_rn(squares, p.reciprocal_flat);
+    const float norm = __frsqrt_rn(__fadd_rn(mean, p.rms_eps));
+    return MhcWeight(lane, __fmul_rn(total, norm), scale, base, p.hc_eps);
+  }
+};
+
+// post and comb, by a whole warp.
+__device__ __forceinline__ void StorePostAndComb(const MhcParams& p, int64_t token, float weight,
+                                                 int lane) {
+  if (lane >= kStreams && lane < 2 * kStreams) {
+    p.next_post[token * kStreams + lane - kStreams] = weight;
+  }
+  float comb[kStreams * kStreams];
+#pragma unroll
+  for (int i = 0; i < kStreams * kStreams; ++i) {
+    comb[i] = __shfl_sync(kAllLanes, weight, 2 * kStreams + i);
+  }
+  if (lane != 0) return;
+  Sinkhorn(comb, p.iters, p.hc_eps);
+  float4* const to = reinterpret_cast<float4*>(p.next_comb) + token * kStreams;
+#pragma unroll
+  for (int j = 0; j < kStreams; ++j) {
+    to[j] = make_float4(comb[4 * j], comb[4 * j + 1], comb[4 * j + 2], comb[4 * j + 3]);
+  }
+}
+
+__device__ __forceinline__ uint2 BranchInput(const uint2 (&s)[kStreams],
+                                             const float (&pre)[kStreams]) {
+  float sum[kChannels];
+#pragma unroll
+  for (int j = 0; j < kStreams; ++j) {
+    float x[kChannels];
+    Unpack(s[j], x);
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) {
+      sum[i] = j == 0 ? __fmul_rn(pre[j], x[i]) : __fmaf_rn(pre[j], x[i], sum[i]);
+    }
+  }
+  return Pack(sum);
+}
+
+__device__ __forceinline__ uint32_t Largest(const float (&x)[kChannels]) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < kChannels; ++i) bits = max(bits, __float_as_uint(x[i]) & 0x7FFFFFFFu);
+  return bits;
+}
+
+__device__ __forceinline__ void StoreFp8(const MhcParams& p, int64_t token, int tile, int lane,
+                                         const float (&x)[kChannels]) {
+  const uint32_t byte = Fp8ScaleByte(__reduce_max_sync(kAllLanes, Largest(x)));
+  const float inverse = InverseScale(byte);
+  uint32_t codes = 0;
+#pragma unroll
+  for (int i = 0; i < kChannels; ++i) codes |= uint32_t{EncodeE4m3(x[i] * inverse)} << 8 * i;
+  const int64_t at = token * (p.d / kMhcTile) + tile;
+  reinterpret_cast<uint32_t*>(p.code8)[at * kLanes + lane] = codes;
+  if (lane == 0) p.scale8[at] = static_cast<uint8_t>(byte);
+}
+
+// The code of x / step, by its reciprocal where that cannot matter: not near a tie, all of which
+// are odd multiples of a quarter.
+__device__ __forceinline__ uint32_t EncodeQuotient(float x, float step, float inverse) {
+  float quotient = __fmul_rn(x, inverse);
+  const float quarters = __fmul_rn(quotient, 4.0f);
+  if (!(fabsf(quarters - rintf(quarters)) > 1e-4f)) quotient = __fdiv_rn(x, step);
+  return EncodeE2m1(copysignf(quotient, x));
+}
+
+__device__ __forceinline__ void StoreNvfp4(const MhcParams& p, int64_t token, int tile, int lane,
+                                           const float (&x)[kChannels], float global) {
+  constexpr int kBlockLanes = kNvfp4Block / kChannels;
+  uint32_t bits = Largest(x);
+#pragma unroll
+  for (int half = kBlockLanes / 2; half > 0; half /= 2) {
+    bits = max(bits, __shfl_xor_sync(kAllLanes, bits, half));
+  }
+  const float six_global = __fmul_rn(kE2m1Max, global);
+  const uint8_t scale = EncodeE4m3(UnroundedBlockScale(__uint_as_float(bits), six_global));
+  const float step = __fmul_rn(DecodeE4m3(scale), global), inverse = __frcp_rn(step);
+  uint32_t codes = 0;
+#pragma unroll
+  for (int i = 0; i < kChannels; ++i) codes |= EncodeQuotient(x[i], step, inverse) << 4 * i;
+  const int64_t at = (token * (p.d / kMhcTile) + tile) * kLanes + lane;
+  reinterpret_cast<uint16_t*>(p.code4)[at] = static_cast<uint16_t>(codes);
+  if (lane % kBlockLanes == 0) p.block_scale[at / kBlockLanes] = scale;
+}
+
+struct FinishShared {
+  float tile_squares[kMaxTiles];
+  uint32_t warp_max[kMaxWorkers];
+};
+
+// Norm and forms of a token whose branch input is y [tiles][lane], in shared memory; by `workers`
+// warps, of which each wrote the tiles that it takes here, or has waited for them.
+__device__ __forceinline__ void Finish(const MhcParams& p, float static_scale, int64_t token,
+                                       uint2* y, FinishShared& shared, int warp, int workers,
+                                       int lane) {
+  const int tiles = static_cast<int>(p.d / kMhcTile);
+  for (int tile = warp; tile < tiles; tile += workers) {
+    float x[kChannels], sum = 0.0f;
+    Unpack(y[tile * kLanes + lane], x);
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) sum = __fmaf_rn(x[i], x[i], sum);
+    sum = HalvedLanes(sum);
+    if (lane == 0) shared.tile_squares[tile] = sum;
+  }
+  const uint2* const weights = reinterpret_cast<const uint2*>(p.norm) + lane;
+  uint2 next_weight = warp < tiles ? __ldg(weights + warp * kLanes) : make_uint2(0, 0);
+  SyncWarps(kWorkersBarrier, workers);
+  float squares = 0.0f;
+  for (int first = 0; first < tiles; first += kMhcTileGroup) {
+    const float sum = first + lane < tiles ? shared.tile_squares[first + lane] : 0.0f;
+    squares = __fadd_rn(squares, HalvedLanes(sum));
+  }
+  const float mean = __fmul_rn(squares, p.reciprocal_d);
+  const float norm = __frsqrt_rn(__fadd_rn(mean, p.rms_eps));
+  uint32_t largest = 0;
+  for (int tile = warp; tile < tiles; tile += workers) {
+    float x[kChannels], weight[kChannels];
+    Unpack(y[tile * kLanes + lane], x);
+    Unpack(next_weight, weight);
+    if (tile + workers < tiles) next_weight = __ldg(weights + (tile + workers) * kLanes);
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) x[i] = __fmul_rn(weight[i], __fmul_rn(x[i], norm));
+    const uint2 pairs = Pack(x);
+    if (p.x != nullptr) {
+      reinterpret_cast<uint2*>(p.x)[(token * tiles + tile) * kLanes + lane] = pairs;
+    }
+    y[tile * kLanes + lane] = pairs;
+    Unpack(pairs, x);
+    largest = max(largest, Largest(x));
+    if (p.code8 != nullptr) StoreFp8(p, token, tile, lane, x);
+  }
+  if (p.code4 == nullptr) return;
+  float global = static_scale;
+  if (p.global_scale == nullptr) {
+    largest = __reduce_max_sync(kAllLanes, largest);
+    if (lane == 0) shared.warp_max[warp] = largest;
+    SyncWarps(kWorkersBarrier, workers);
+    largest = __reduce_max_sync(kAllLanes, lane < workers ? shared.warp_max[lane] : 0u);
+    global = TokenGlobalScale(__uint_as_float(largest));
+  }
+  if (warp == 0 && lane == 0) p.token_scale[token] = global;
+  for (int tile = warp; tile < tiles; tile += workers) {
+    float x[kChannels];
+    Unpack(y[tile * kLanes + lane], x);
+    StoreNvfp4(p, token, tile, lane, x, global);
+  }
+}
+
+__device__ __forceinline__ float StaticScale(const MhcParams& p) {
+  return p.global_scale == nullptr ? 0.0f : StaticGlobalScale(__ldg(p.global_scale));
+}
+
+// ---- Write-back alone: a warp a tile of a token.
+
+constexpr int kWriteThreads = 256;
+
+struct WriteParams {
+  MhcParams p;
+  uint32_t tiles;
+};
+
+__global__ void __launch_bounds__(kWriteThreads)
+    WriteKernel(const __grid_constant__ WriteParams params) {
+  const uint64_t item = (uint64_t{blockIdx.x} * kWriteThreads + threadIdx.x) / kLanes;
+  const int64_t token = static_cast<int64_t>(item / params.tiles);
+  if (token >= params.p.t) return;
+  uint2 s[kStreams];
+  LoadStreams(params.p, token, item % params.tiles * kMhcTile + threadIdx.x % kLanes * kChannels,
+              s);
+}
+
+cudaError_t LaunchWrite(const MhcParams& p, cudaStream_t stream) {
+  const WriteParams params{p, static_cast<uint32_t>(p.d / kMhcTile)};
+  constexpr int64_t kWarps = kWriteThreads / kLanes;
+  const int64_t blocks = (p.t * params.tiles + kWarps - 1) / kWarps;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  WriteKernel<<<static_cast<unsigned>(blocks), kWriteThreads, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+// ---- Many tokens: sums of tiles, then a thread block a token.
+
+constexpr int kSumsThreads = kMixWarps * kLanes;
+
+struct SumsParams {
+  MhcParams p;
+  int tiles, per_group;  // tokens of a thread block, for one tile
+};
+
+__global__ void __launch_bounds__(kSumsThreads, 2)
+    SumsKernel(const __grid_constant__ SumsParams params) {
+  extern __shared__ uint2 streams[];  // [token][stream][lane]
+  LetNextBegin();
+  const MhcParams& p = params.p;
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  const int tile = static_cast<int>(blockIdx.x % params.tiles);
+  const int64_t first = int64_t{blockIdx.x / params.tiles} * params.per_group;
+  const int count = static_cast<int>(min(int64_t{params.per_group}, p.t - first));
+  const int64_t channel = int64_t{tile} * kMhcTile + lane * kChannels;
+  Weights weights;
+  weights.Load(p, warp * kWarpMixes, channel);
+  float* const sums = p.scratch + (first * params.tiles + tile) * kMhcSumStride;
+  const int64_t stride = int64_t{params.tiles} * kMhcSumStride;
+  for (int g = warp; g < count; g += kMixWarps) {
+    uint2 s[kStreams];
+    LoadStreams(p, first + g, channel, s);
+#pragma unroll
+    for (int j = 0; j < kStreams; ++j) streams[(g * kStreams + j) * kLanes + lane] = s[j];
+    const float squares = Squares(s);
+    if (lane == 0) sums[g * stride + kMhcSquares] = squares;
+  }
+  __syncthreads();
+  const int mixes = p.mixes - warp * kWarpMixes;
+  if (mixes <= 0) return;
+  for (int g = 0; g < count; ++g) {
+    uint2 s[kStreams];
+#pragma unroll
+    for (int j = 0; j < kStreams; ++j) s[j] = streams[(g * kStreams + j) * kLanes + lane];
+    Mix(weights, s, lane, mixes, sums + g * stride + warp * kWarpMixes);
+  }
+}
+
+constexpr int kFinishThreads = (kMaxWorkers + 1) * kLanes;
+
+struct FinishParams {
+  MhcParams p;
+  int tiles, workers;
+};
+
+__global__ void __launch_bounds__(kFinishThreads, 2)
+    FinishKernel(const __grid_constant__ FinishParams params) {
+  extern __shared__ uint2 y[];  // [tile][lane]
+  __shared__ FinishShared shared;
+  __shared__ float pre_of[kStreams];
+  const MhcParams& p = params.p;
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  const int tiles = params.tiles, workers = params.workers;
+  const int64_t token = blockIdx.x;
+  const float static_scale = StaticScale(p);
+  const LaneMix mix(p, lane);
+  WaitForPrevious();
+  if (warp == workers) {
+    const float* const sums = p.scratch + token * tiles * kMhcSumStride;
+    const float weight = mix.Weight(p, sums, tiles, lane);
+    if (lane < kStreams) pre_of[lane] = weight;
+    ArriveWarps(kPreBarrier, workers + 1);
+    if (p.mixes == kMhcMixes) StorePostAndComb(p, token, weight, lane);
+    return;
+  }
+  const uint16_t* const streams = p.branch == nullptr ? p.streams : p.new_streams;
+  const uint2* const from = reinterpret_cast<const uint2*>(streams + token * kStreams * p.d) + lane;
+  const int64_t stride = p.d / kChannels;
+  uint2 s[kStreams];
+#pragma unroll
+  for (int j = 0; j < kStreams; ++j) s[j] = from[j * stride + warp * kLanes];
+  SyncWarps(kPreBarrier, workers + 1);
+  const float pre[kStreams] = {pre_of[0], pre_of[1], pre_of[2], pre_of[3]};
+  for (int tile = warp; tile < tiles; tile += workers) {
+    y[tile * kLanes + lane] = BranchInput(s, pre);
+    if (tile + workers >= tiles) break;
+#pragma unroll
+    for (int j = 0; j < kStreams; ++j) s[j] = from[j * stride + (tile + workers) * kLanes];
+  }
+  Finish(p, static_scale, token, y, shared, warp, workers, lane);
+}
+
+constexpr int kSumsTokens = 32;  // of a thread block
+
+cudaError_t LaunchTwo(const MhcParams& p, cudaStream_t stream, int per_group = kSumsTokens) {
+  const int tiles = static_cast<int>(p.d / kMhcTile);
+  const int64_t groups = (p.t + per_group - 1) / per_group;
+  if (groups * tiles > INT32_MAX || p.t > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const SumsParams sums{p, tiles, per_group};
+  const int bytes = per_group * kStreams * kLanes * static_cast<int>(sizeof(uint2));
+  SumsKernel<<<static_cast<unsigned>(groups * tiles), kSumsThreads, bytes, stream>>>(sums);
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) return error;
+  const FinishParams finish{p, tiles, std::min(kMaxWorkers, (tiles + 1) / 2)};
+  return LaunchDependent(FinishKernel, dim3(static_cast<unsigned>(p.t)),
+                         (finish.workers + 1) * kLanes,
+                         tiles * kLanes * static_cast<int>(sizeof(uint2)), stream, finish);
+}
+
+// ---- Few tokens: a cluster for each, or for some.
+
+constexpr int kClusterThreads = kMaxWorkers * kLanes;
+constexpr int kTilesAtOnce = kMaxWorkers / kMixWarps;
+constexpr int kMostClusterBytes = 200 << 10;
+
+// Rank r has the tiles r, r + cluster, ...; `local` at most. It finishes the tokens r, r + cluster,
+// ... of its group, and does the combs of those half a cluster further on.
+struct ClusterParams {
+  MhcParams p;
+  int tiles, cluster, per_group, local;
+
+  __host__ __device__ int Slots() const { return (per_group + cluster - 1) / cluster; }
+  int Bytes() const {
+    const int tokens = per_group;
+    return tokens * local * kStreams * kLanes * 8 + tokens * tiles * kMhcSumStride * 4 +
+           tokens * local * kMhcSumStride * 4 + Slots() * tiles * kLanes * 8;
+  }
+};
+
+__global__ void __launch_bounds__(kClusterThreads, 1)
+    ClusterKernel(const __grid_constant__ ClusterParams params) {
+  extern __shared__ __align__(16) uint2 dynamic[];
+  __shared__ FinishShared shared;
+  __shared__ __align__(8) uint64_t barriers[2];
+  const MhcParams& p = params.p;
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  const int tiles = params.tiles, cluster = params.cluster, local = params.local;
+  const int rank = static_cast<int>(blockIdx.x) % cluster;
+  const int64_t first = int64_t{blockIdx.x / cluster} * params.per_group;
+  const int count = static_cast<int>(min(int64_t{params.per_group}, p.t - first));
+  const int mine = (tiles - rank + cluster - 1) / cluster;           // tiles
+  const int owned = max(0, (count - rank + cluster - 1) / cluster);  // tokens
+  uint2* const streams = dynamic;  // [token][own tile][stream][lane]
+  float* const sums =              // [token][tile][sum], of the whole cluster
+      reinterpret_cast<float*>(streams + params.per_group * local * kStreams * kLanes);
+  float* const own_sums = sums + params.per_group * tiles * kMhcSumStride;  // [token][own tile]
+  uint2* const y =                                                          // [slot][tile][lane]
+      reinterpret_cast<uint2*>(own_sums + params.per_group * local * kMhcSumStride);
+  const uint32_t sums_barrier = SharedAddress(&barriers[0]);
+  const uint32_t y_barrier = SharedAddress(&barriers[1]);
+  if (threadIdx.x == 0) {
+    InitBarrier(sums_barrier, 1);
+    InitBarrier(y_barrier, 1);
+    FenceBarrierInit();
+    ArriveExpecting(sums_barrier, count * tiles * kMhcSumStride * sizeof(float));
+    ArriveExpecting(y_barrier, owned * tiles * kLanes * sizeof(uint2));
+  }
+  __syncwarp();
+  ArriveAtCluster();
+  const float static_scale = StaticScale(p);
+  const LaneMix mix(p, lane);
+
+  if (owned > 0 && warp == kMaxWorkers - 1) {
+    for (int64_t at = lane * 64; at < p.d; at += kLanes * 64) Prefetch(p.norm + at);
+  }
+  const int mixes_from = warp % kMixWarps * kWarpMixes, mixes = p.mixes - mixes_from;
+  const int tile_from = warp / kMixWarps;
+  const auto channel_of = [&](int own) {
+    return int64_t{rank + own * cluster} * kMhcTile + lane * kChannels;
+  };
+  Weights weights;
+  if (tile_from < mine) weights.Load(p, mixes_from, channel_of(tile_from));
+  const int items = count * mine;
+  for (int item = warp; item < items; item += kMaxWorkers) {
+    const int g = item / mine, own = item % mine;
+    uint2 s[kStreams];
+    LoadStreams(p, first + g, channel_of(own), s);
+    uint2* const to = streams + (g * local + own) * kStreams * kLanes + lane;
+#pragma unroll
+    for (int j = 0; j < kStreams; ++j) to[j * kLanes] = s[j];
+    const float squares = Squares(s);
+    if (lane == 0) own_sums[(g * local + own) * kMhcSumStride + kMhcSquares] = squares;
+  }
+  SyncWarps(kWorkersBarrier, kMaxWorkers);
+  for (int own = tile_from; own < mine; own += kTilesAtOnce) {
+    if (own != tile_from) weights.Load(p, mixes_from, channel_of(own));
+    for (int g = 0; g < count && mixes > 0; ++g) {
+      const uint2* const from = streams + (g * local + own) * kStreams * kLanes + lane;
+      uint2 s[kStreams];
+#pragma unroll
+      for (int j = 0; j < kStreams; ++j) s[j] = from[j * kLanes];
+      Mix(weights, s, lane, mixes, own_sums + (g * local + own) * kMhcSumStride + mixes_from);
+    }
+  }
+  SyncWarps(kWorkersBarrier, kMaxWorkers);
+  WaitForCluster();
+  for (int i = threadIdx.x; i < items * kSumChunks * cluster; i += kMaxWorkers * kLanes) {
+    const int to = i % cluster, chunk = i / cluster % kSumChunks;
+    const int item = i / cluster / kSumChunks, g = item / mine, own = item % mine;
+    const uint4 words =
+        reinterpret_cast<const uint4*>(own_sums + (g * local + own) * kMhcSumStride)[chunk];
+    const int tile = rank + own * cluster;
+    StoreIn(sums + (g * tiles + tile) * kMhcSumStride + 4 * chunk, sums_barrier, to, words);
+  }
+  Wait(sums_barrier, 0);
+  float weight = 0.0f;
+  for (int item = warp, of = -1; item < items; item += kMaxWorkers) {
+    const int g = item / mine, own = item % mine;
+    if (g != of) weight = mix.Weight(p, sums + g * tiles * kMhcSumStride, tiles, lane);
+    of = g;
+    float pre[kStreams];
+    uint2 s[kStreams];
+    const uint2* const from = streams + (g * local + own) * kStreams * kLanes + lane;
+#pragma unroll
+    for (int j = 0; j < kStreams; ++j) {
+      pre[j] = __shfl_sync(kAllLanes, weight, j);
+      s[j] = from[j * kLanes];
+    }
+    const int tile = rank + own * cluster;
+    StoreIn(y + (g / cluster * tiles + tile) * kLanes + lane, y_barrier, g % cluster,
+            BranchInput(s, pre));
+  }
+  // Combs are the last warp's, in the middle between those who finish, if there is room.
+  const int first_comb = p.mixes == kMhcMixes ? (rank + cluster / 2) % cluster : count;
+  const int finishers = first_comb < count ? kMaxWorkers - 1 : kMaxWorkers;
+  if (warp == finishers) {
+    for (int g = first_comb; g < count; g += cluster) {
+      weight = mix.Weight(p, sums + g * tiles * kMhcSumStride, tiles, lane);
+      StorePostAndComb(p, first + g, weight, lane);
+    }
+    return;
+  }
+  if (owned == 0) return;
+  Wait(y_barrier, 0);
+  for (int slot = 0; slot < owned; ++slot) {
+    if (slot > 0) SyncWarps(kWorkersBarrier, finishers);
+    Finish(p, static_scale, first + rank + slot * cluster, y + slot * tiles * kLanes, shared, warp,
+           finishers, lane);
+  }
+}
+
+ClusterParams ClusterOfTokens(const MhcParams& p, int cluster, int per_group) {
+  ClusterParams params{p, static_cast<int>(p.d / kMhcTile), cluster, per_group, 0};
+  while (params.cluster > params.tiles) params.cluster /= 2;
+  params.local = (params.tiles + params.cluster - 1) / params.cluster;
+  return params;
+}
+
+cudaError_t LaunchCluster(const ClusterParams& params, cudaStream_t stream) {
+  const int bytes = params.Bytes();
+  cudaError_t error =
+      cudaFuncSetAttribute(ClusterKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  if (params.cluster > 8) {
+    error = cudaFuncSetAttribute(ClusterKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return error;
+  }
+  const int64_t groups = (params.p.t + params.per_group - 1) / params.per_group;
+  cudaLaunchAttribute attribute = ClusterOf(params.cluster);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(groups * params.cluster));
+  config.blockDim = dim3(kClusterThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, ClusterKernel, params);
+}
+
+// As many thread blocks as an H200 has SMs, about.
+constexpr int kLargeCluster = 16, kLargeClusterTokens = 8;
+constexpr int kCluster = 8, kClusters = 16, kClusterTokens = 128;
+
+}  // namespace
+
+cudaError_t MhcCuda(const MhcParams& p, cudaStream_t stream) {
+  if (p.t == 0) return cudaSuccess;
+  if (p.fn == nullptr) return LaunchWrite(p, stream);
+  if (p.t > kClusterTokens) return LaunchTwo(p, stream);
+  const bool large = p.t <= kLargeClusterTokens && p.d >= kLargeCluster * kMhcTile;
+  const int per_group = static_cast<int>((p.t + kClusters - 1) / kClusters);
+  ClusterParams params = ClusterOfTokens(p, large ? kLargeCluster : kCluster, per_group);
+  if (params.Bytes() > kMostClusterBytes) return LaunchTwo(p, stream);
+  return LaunchCluster(params, stream);
+}
+
+}  // namespace dsv4
