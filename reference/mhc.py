@@ -34,6 +34,7 @@ def mhc(
     hc_eps: float,
     rms_eps: float,
     forms: tuple[str, ...] = ("bfloat16",),
+    regime: str | None = None,
     rounding: Rounding = OFFICIAL,
 ) -> Mixed:
     """One step after the other, each on its own.
@@ -47,6 +48,7 @@ def mhc(
         hc_eps: See `mhc_pre`.
         rms_eps: Added to every mean square.
         forms: Of `x`.
+        regime: Of the op's kernels; nothing here.
         rounding: Of the streams, of `y` and of `x`.
     """
     if write is not None:

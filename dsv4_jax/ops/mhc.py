@@ -9,6 +9,8 @@ import numpy as np
 
 from dsv4_jax import library
 from dsv4_jax.ops._check import FLOAT32, check_choice, check_operand
+from dsv4_jax.ops._linear import REGIMES
+from dsv4_jax.precision import Regime
 from dsv4_jax.quant import fp8, nvfp4
 from dsv4_jax.quant.fp8 import Fp8
 from dsv4_jax.quant.nvfp4 import Nvfp4
@@ -56,7 +58,7 @@ class Mixed(NamedTuple):
     fp8: Fp8 | None
 
 
-@functools.partial(jax.jit, static_argnames=("iters", "hc_eps", "rms_eps", "forms"))
+@functools.partial(jax.jit, static_argnames=("iters", "hc_eps", "rms_eps", "forms", "regime"))
 def mhc(
     streams: BFloat16[Array, "t 4 d"],
     write: Write | None,
@@ -67,6 +69,7 @@ def mhc(
     hc_eps: float,
     rms_eps: float,
     forms: tuple[Form, ...] = ("bfloat16",),
+    regime: Regime | None = None,
 ) -> Mixed:
     """Writes a branch back into the streams and reads the next branch's input from them.
 
@@ -75,11 +78,12 @@ def mhc(
     ``post`` and ``comb`` of its own write-back. Without ``write`` the streams stay as they are;
     without ``read`` there is no ``x``.
 
-    A token depends on no other. Sums run in an order of the op's own (the same on CPU and GPU,
-    ffi/mhc/mhc.h), so that against `mhc_post`, `mhc_pre`, `mhc_head` and `rmsnorm` values on a
-    rounding tie may fall the other way. NaN or Inf in a token's streams stays in its results; a
-    token of zeros has codes 0 and finite scales. Under `jax.vmap` a launch per element. No
-    gradient. Arrays on several devices are gathered unless the call is inside `jax.shard_map`.
+    A token depends on no other. Sums run in an order of the op's own (ffi/mhc/mhc.h; the same on
+    CPU and GPU but for the regime ``"prefill"``), so that against `mhc_post`, `mhc_pre`, `mhc_head`
+    and `rmsnorm` values on a rounding tie may fall the other way. NaN or Inf in a token's streams
+    stays in its results; a token of zeros has codes 0 and finite scales. Under `jax.vmap` a launch
+    per element. No gradient. Arrays on several devices are gathered unless the call is inside
+    `jax.shard_map`.
 
     Args:
         streams: the residual streams.
@@ -90,6 +94,9 @@ def mhc(
         iters: column normalisations of ``comb`` in total; >= 1.
         hc_eps: added to ``pre`` and inside the normalisations.
         rms_eps: added to both mean squares.
+        regime: of the kernels on a GPU: ``"prefill"`` multiplies by ``fn`` on tensor cores (exact
+            products, FP32 sums), ``"decode"`` and ``"exact"`` do not; ``None``: for more than 128
+            tokens.
         forms: of ``x``: ``"bfloat16"``, ``"nvfp4"`` (model.md 9.2), ``"fp8"`` (per 128, 4.5).
 
     Raises:
@@ -98,6 +105,7 @@ def mhc(
             disagree, or there is nothing to do.
     """
     check_operand("mhc", "streams", streams, "t hc d", BFLOAT16)
+    check_choice("mhc", "regime", regime, tuple(REGIMES))
     t, hc, d = streams.shape
     if hc != STREAMS or d % TILE or not TILE <= d <= MAX_DIM:
         raise ValueError(
@@ -160,6 +168,7 @@ def mhc(
             mixes=np.int32(mixes),
             forms=np.int32(sum(FORMS[form] for form in asked)),
             iters=np.int32(iters),
+            regime=np.int32(REGIMES[regime]),
             hc_eps=np.float32(hc_eps),
             rms_eps=np.float32(rms_eps),
         )

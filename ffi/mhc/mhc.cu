@@ -3,9 +3,9 @@
 // shares a token: each takes a slice of the channels, with fn in registers before the streams are
 // there, and writes its sums into all the others, who wait for nothing else; the branch input goes
 // to one of them, which norms and stores it, while a warp of its own is busy with comb. Some more
-// tokens share a cluster, and its fn. Many tokens are two launches: the first writes the streams
-// back and sums over tiles of 128 channels, 32 tokens by an fn held in registers; the second takes
-// a token a thread block and has the streams from the L2, mostly.
+// tokens share a cluster, and its fn. Many tokens are memory, as long as
+// fn costs little: two launches, of which the first writes the streams back and sums over tiles of
+// 128 channels for 32 tokens, on tensor cores; the second takes a token a thread block.
 //
 // A lane has 4 neighbouring channels of a tile, a warp the tile; see mhc.h for the order of sums.
 #include <cuda_runtime.h>
@@ -18,6 +18,7 @@
 #include "common/e2m1.h"
 #include "common/e4m3.h"
 #include "common/halved.cuh"
+#include "common/mma.cuh"
 #include "common/nvfp4.h"
 #include "common/scale_byte.h"
 #include "mhc/mhc.h"
@@ -67,39 +68,55 @@ constexpr int kWorkersBarrier = 1, kPreBarrier = 2;
 
 // A token's streams at four channels, packed: what is stored of them, or what a write-back makes of
 // it and stores. The thread that reads is the one that writes, so that it may be in place.
-__device__ __forceinline__ void LoadStreams(const MhcParams& p, int64_t token, int64_t channel,
-                                            uint2 (&s)[kStreams]) {
-  const uint16_t* const from = p.streams + token * kStreams * p.d + channel;
+struct TokenStreams {
+  uint2 s[kStreams], branch;
+  float4 post, rows[kStreams];
+
+  __device__ __forceinline__ void Load(const MhcParams& p, int64_t token, int64_t channel) {
+    const uint16_t* const from = p.streams + token * kStreams * p.d + channel;
 #pragma unroll
-  for (int j = 0; j < kStreams; ++j) s[j] = *reinterpret_cast<const uint2*>(from + j * p.d);
-  if (p.branch == nullptr) return;
-  const uint2 pairs = __ldg(reinterpret_cast<const uint2*>(p.branch + token * p.d + channel));
-  const float4 posts = __ldg(reinterpret_cast<const float4*>(p.post) + token);
-  float4 rows[kStreams];
-#pragma unroll
-  for (int j = 0; j < kStreams; ++j) {
-    rows[j] = __ldg(reinterpret_cast<const float4*>(p.comb) + token * kStreams + j);
-  }
-  float x[kStreams][kChannels], branch[kChannels];
-  Unpack(pairs, branch);
-#pragma unroll
-  for (int j = 0; j < kStreams; ++j) Unpack(s[j], x[j]);
-  const float post[kStreams] = {posts.x, posts.y, posts.z, posts.w};
-  uint16_t* const to = p.new_streams + token * kStreams * p.d + channel;
-#pragma unroll
-  for (int k = 0; k < kStreams; ++k) {
-    float sum[kChannels];
-#pragma unroll
-    for (int i = 0; i < kChannels; ++i) sum[i] = __fmul_rn(post[k], branch[i]);
+    for (int j = 0; j < kStreams; ++j) s[j] = *reinterpret_cast<const uint2*>(from + j * p.d);
+    if (p.branch == nullptr) return;
+    branch = __ldg(reinterpret_cast<const uint2*>(p.branch + token * p.d + channel));
+    post = __ldg(reinterpret_cast<const float4*>(p.post) + token);
 #pragma unroll
     for (int j = 0; j < kStreams; ++j) {
-      const float comb[kStreams] = {rows[j].x, rows[j].y, rows[j].z, rows[j].w};
-#pragma unroll
-      for (int i = 0; i < kChannels; ++i) sum[i] = __fmaf_rn(comb[k], x[j][i], sum[i]);
+      rows[j] = __ldg(reinterpret_cast<const float4*>(p.comb) + token * kStreams + j);
     }
-    s[k] = Pack(sum);
-    *reinterpret_cast<uint2*>(to + k * p.d) = s[k];
   }
+
+  __device__ __forceinline__ void WriteBack(const MhcParams& p, int64_t token, int64_t channel) {
+    if (p.branch == nullptr) return;
+    float x[kStreams][kChannels], f[kChannels];
+    Unpack(branch, f);
+#pragma unroll
+    for (int j = 0; j < kStreams; ++j) Unpack(s[j], x[j]);
+    const float posts[kStreams] = {post.x, post.y, post.z, post.w};
+    uint16_t* const to = p.new_streams + token * kStreams * p.d + channel;
+#pragma unroll
+    for (int k = 0; k < kStreams; ++k) {
+      float sum[kChannels];
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i) sum[i] = __fmul_rn(posts[k], f[i]);
+#pragma unroll
+      for (int j = 0; j < kStreams; ++j) {
+        const float comb[kStreams] = {rows[j].x, rows[j].y, rows[j].z, rows[j].w};
+#pragma unroll
+        for (int i = 0; i < kChannels; ++i) sum[i] = __fmaf_rn(comb[k], x[j][i], sum[i]);
+      }
+      s[k] = Pack(sum);
+      *reinterpret_cast<uint2*>(to + k * p.d) = s[k];
+    }
+  }
+};
+
+__device__ __forceinline__ void LoadStreams(const MhcParams& p, int64_t token, int64_t channel,
+                                            uint2 (&s)[kStreams]) {
+  TokenStreams streams;
+  streams.Load(p, token, channel);
+  streams.WriteBack(p, token, channel);
+#pragma unroll
+  for (int j = 0; j < kStreams; ++j) s[j] = streams.s[j];
 }
 
 // Sum of the squares of a tile's streams.
@@ -186,23 +203,40 @@ struct LaneMix {
   }
 };
 
-// post and comb, by a whole warp.
-__device__ __forceinline__ void StorePostAndComb(const MhcParams& p, int64_t token, float weight,
-                                                 int lane) {
+__device__ __forceinline__ void StorePost(const MhcParams& p, int64_t token, float weight,
+                                          int lane) {
   if (lane >= kStreams && lane < 2 * kStreams) {
     p.next_post[token * kStreams + lane - kStreams] = weight;
   }
-  float comb[kStreams * kStreams];
-#pragma unroll
-  for (int i = 0; i < kStreams * kStreams; ++i) {
-    comb[i] = __shfl_sync(kAllLanes, weight, 2 * kStreams + i);
-  }
-  if (lane != 0) return;
+}
+
+__device__ __forceinline__ void StoreComb(const MhcParams& p, int64_t token,
+                                          float (&comb)[kStreams * kStreams]) {
   Sinkhorn(comb, p.iters, p.hc_eps);
   float4* const to = reinterpret_cast<float4*>(p.next_comb) + token * kStreams;
 #pragma unroll
   for (int j = 0; j < kStreams; ++j) {
     to[j] = make_float4(comb[4 * j], comb[4 * j + 1], comb[4 * j + 2], comb[4 * j + 3]);
+  }
+}
+
+// By a whole warp.
+__device__ __forceinline__ void StorePostAndComb(const MhcParams& p, int64_t token, float weight,
+                                                 int lane) {
+  StorePost(p, token, weight, lane);
+  float comb[kStreams * kStreams];
+#pragma unroll
+  for (int i = 0; i < kStreams * kStreams; ++i) {
+    comb[i] = __shfl_sync(kAllLanes, weight, 2 * kStreams + i);
+  }
+  if (lane == 0) StoreComb(p, token, comb);
+}
+
+__device__ __forceinline__ void StorePostAndLogits(const MhcParams& p, int64_t token, float weight,
+                                                   int lane) {
+  StorePost(p, token, weight, lane);
+  if (lane >= 2 * kStreams && lane < kMhcMixes) {
+    p.next_comb[token * kStreams * kStreams + lane - 2 * kStreams] = weight;
   }
 }
 
@@ -405,11 +439,134 @@ __global__ void __launch_bounds__(kSumsThreads, 2)
   }
 }
 
+// ---- The same sums on tensor cores. fn is the sum of three BF16 numbers, so that every product is
+// exact; a warp takes 64 channels of a stream for all tokens.
+
+constexpr int kMmaTokens = 32;
+constexpr int kMmaRowTiles = kMmaTokens / 16, kMmaColumnTiles = kMhcMixes / 8;
+constexpr int kMmaSteps = kMhcTile / 2 / 16;
+// The same channels of eight tokens lie in banks of their own.
+constexpr int kMmaTokenWords = kStreams * kLanes + 4;
+constexpr int kMmaBytes = kMmaTokens * kMmaTokenWords * static_cast<int>(sizeof(uint2));
+static_assert(kMixWarps * kMmaTokens * kMhcMixes * sizeof(float) <= kMmaBytes);
+static_assert(kMixWarps == 2 * kStreams);
+
+// x = part[0] + part[1] + part[2].
+__device__ __forceinline__ void Split(float4 x, uint32_t (&part)[3][2]) {
+  float rest[kChannels] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    const uint2 pairs = Pack(rest);
+    part[i][0] = pairs.x;
+    part[i][1] = pairs.y;
+    float rounded[kChannels];
+    Unpack(pairs, rounded);
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) rest[k] = __fadd_rn(rest[k], -rounded[k]);
+  }
+}
+
+__global__ void __launch_bounds__(kSumsThreads, 2)
+    MmaSumsKernel(const __grid_constant__ SumsParams params) {
+  extern __shared__ uint2 streams[];  // [token][stream][lane], a token every kMmaTokenWords
+  LetNextBegin();
+  const MhcParams& p = params.p;
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  const int group = lane / 4, column = lane % 4;
+  const int tile = static_cast<int>(blockIdx.x % params.tiles);
+  const int64_t first = int64_t{blockIdx.x / params.tiles} * kMmaTokens;
+  const int count = static_cast<int>(min(int64_t{kMmaTokens}, p.t - first));
+  const int64_t channel = int64_t{tile} * kMhcTile + lane * kChannels;
+  float* const sums = p.scratch + (first * params.tiles + tile) * kMhcSumStride;
+  const int64_t stride = int64_t{params.tiles} * kMhcSumStride;
+  constexpr int kAtOnce = 2;
+  for (int g = warp; g < count; g += kAtOnce * kMixWarps) {
+    TokenStreams tokens[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      // A token that is not there is the last one once more, which nobody sees.
+      tokens[i].Load(p, first + min(g + i * kMixWarps, count - 1), channel);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int token = g + i * kMixWarps;
+      if (token >= count) break;
+      tokens[i].WriteBack(p, first + token, channel);
+#pragma unroll
+      for (int j = 0; j < kStreams; ++j) {
+        streams[token * kMmaTokenWords + j * kLanes + lane] = tokens[i].s[j];
+      }
+      const float squares = Squares(tokens[i].s);
+      if (lane == 0) sums[token * stride + kMhcSquares] = squares;
+    }
+  }
+  __syncthreads();
+
+  const int stream = warp / 2, half = warp % 2;
+  float acc[kMmaRowTiles][kMmaColumnTiles][4] = {};
+#pragma unroll
+  for (int step = 0; step < kMmaSteps; ++step) {
+    const int chunk = half * (kLanes / 2) + step * 4 + column;  // of four channels
+    uint32_t a[kMmaRowTiles][4];
+#pragma unroll
+    for (int m = 0; m < kMmaRowTiles; ++m) {
+      const uint2* const row =
+          streams + (16 * m + group) * kMmaTokenWords + stream * kLanes + chunk;
+      const uint2 upper = row[0], lower = row[8 * kMmaTokenWords];
+      a[m][0] = upper.x;
+      a[m][1] = lower.x;
+      a[m][2] = upper.y;
+      a[m][3] = lower.y;
+    }
+#pragma unroll
+    for (int n = 0; n < kMmaColumnTiles; ++n) {
+      const int mix = 8 * n + group;
+      float4 fn = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if (mix < p.mixes) {
+        fn = __ldg(reinterpret_cast<const float4*>(p.fn + (int64_t{mix} * kStreams + stream) * p.d +
+                                                   int64_t{tile} * kMhcTile + chunk * kChannels));
+      }
+      uint32_t part[3][2];
+      Split(fn, part);
+#pragma unroll
+      for (int i = 2; i >= 0; --i) {
+#pragma unroll
+        for (int m = 0; m < kMmaRowTiles; ++m) MmaBf16(acc[m][n], a[m], part[i]);
+      }
+    }
+  }
+  __syncthreads();                                         // the streams were read
+  float* const parts = reinterpret_cast<float*>(streams);  // [warp][token][mix]
+#pragma unroll
+  for (int m = 0; m < kMmaRowTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < kMmaColumnTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = 16 * m + group + i / 2 * 8;
+        parts[(warp * kMmaTokens + token) * kMhcMixes + 8 * n + 2 * column + i % 2] = acc[m][n][i];
+      }
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < count * kMhcMixes; i += kSumsThreads) {
+    const int token = i / kMhcMixes, mix = i % kMhcMixes;
+    if (mix >= p.mixes) continue;
+    float sum = parts[i];
+#pragma unroll
+    for (int w = 1; w < kMixWarps; ++w) {
+      sum = __fadd_rn(sum, parts[w * kMmaTokens * kMhcMixes + i]);
+    }
+    sums[token * stride + mix] = sum;
+  }
+}
+
 constexpr int kFinishThreads = (kMaxWorkers + 1) * kLanes;
 
 struct FinishParams {
   MhcParams p;
   int tiles, workers;
+  bool logits;  // instead of comb, for CombKernel
 };
 
 __global__ void __launch_bounds__(kFinishThreads, 2)
@@ -420,16 +577,24 @@ __global__ void __launch_bounds__(kFinishThreads, 2)
   const MhcParams& p = params.p;
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const int tiles = params.tiles, workers = params.workers;
-  const int64_t token = blockIdx.x;
+  // Backwards: the last tokens' streams are still in the L2.
+  const int64_t token = p.t - 1 - static_cast<int64_t>(blockIdx.x);
   const float static_scale = StaticScale(p);
   const LaneMix mix(p, lane);
+  LetNextBegin();
   WaitForPrevious();
   if (warp == workers) {
     const float* const sums = p.scratch + token * tiles * kMhcSumStride;
     const float weight = mix.Weight(p, sums, tiles, lane);
     if (lane < kStreams) pre_of[lane] = weight;
     ArriveWarps(kPreBarrier, workers + 1);
-    if (p.mixes == kMhcMixes) StorePostAndComb(p, token, weight, lane);
+    if (p.mixes == kMhcMixes) {
+      if (params.logits) {
+        StorePostAndLogits(p, token, weight, lane);
+      } else {
+        StorePostAndComb(p, token, weight, lane);
+      }
+    }
     return;
   }
   const uint16_t* const streams = p.branch == nullptr ? p.streams : p.new_streams;
@@ -449,21 +614,63 @@ __global__ void __launch_bounds__(kFinishThreads, 2)
   Finish(p, static_scale, token, y, shared, warp, workers, lane);
 }
 
-constexpr int kSumsTokens = 32;  // of a thread block
+// comb in place of its logits, a thread a token.
+constexpr int kCombThreads = 64;
 
-cudaError_t LaunchTwo(const MhcParams& p, cudaStream_t stream, int per_group = kSumsTokens) {
+struct CombParams {
+  MhcParams p;
+};
+
+__global__ void __launch_bounds__(kCombThreads)
+    CombKernel(const __grid_constant__ CombParams params) {
+  const MhcParams& p = params.p;
+  WaitForPrevious();
+  const int64_t token = int64_t{blockIdx.x} * kCombThreads + threadIdx.x;
+  if (token >= p.t) return;
+  const float4* const from = reinterpret_cast<const float4*>(p.next_comb) + token * kStreams;
+  float comb[kStreams * kStreams];
+#pragma unroll
+  for (int j = 0; j < kStreams; ++j) {
+    const float4 row = from[j];
+    comb[4 * j] = row.x;
+    comb[4 * j + 1] = row.y;
+    comb[4 * j + 2] = row.z;
+    comb[4 * j + 3] = row.w;
+  }
+  StoreComb(p, token, comb);
+}
+
+constexpr int kSumsTokens = 32;       // of a thread block
+constexpr int64_t kManyCombs = 1024;  // so many tokens are worth a launch for their combs
+
+struct TwoLaunches {
+  bool mma;
+  int per_group = kSumsTokens;  // without
+  int64_t many_combs = kManyCombs;
+};
+
+cudaError_t LaunchTwo(const MhcParams& p, cudaStream_t stream, const TwoLaunches& how) {
   const int tiles = static_cast<int>(p.d / kMhcTile);
-  const int64_t groups = (p.t + per_group - 1) / per_group;
-  if (groups * tiles > INT32_MAX || p.t > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const int per_group = how.mma ? kMmaTokens : how.per_group;
+  const int64_t blocks = (p.t + per_group - 1) / per_group * tiles;
+  if (blocks > INT32_MAX || p.t > INT32_MAX) return cudaErrorInvalidConfiguration;
   const SumsParams sums{p, tiles, per_group};
-  const int bytes = per_group * kStreams * kLanes * static_cast<int>(sizeof(uint2));
-  SumsKernel<<<static_cast<unsigned>(groups * tiles), kSumsThreads, bytes, stream>>>(sums);
-  const cudaError_t error = cudaGetLastError();
+  if (how.mma) {
+    MmaSumsKernel<<<static_cast<unsigned>(blocks), kSumsThreads, kMmaBytes, stream>>>(sums);
+  } else {
+    const int bytes = per_group * kStreams * kLanes * static_cast<int>(sizeof(uint2));
+    SumsKernel<<<static_cast<unsigned>(blocks), kSumsThreads, bytes, stream>>>(sums);
+  }
+  cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
-  const FinishParams finish{p, tiles, std::min(kMaxWorkers, (tiles + 1) / 2)};
-  return LaunchDependent(FinishKernel, dim3(static_cast<unsigned>(p.t)),
-                         (finish.workers + 1) * kLanes,
-                         tiles * kLanes * static_cast<int>(sizeof(uint2)), stream, finish);
+  const bool logits = p.mixes == kMhcMixes && p.t >= how.many_combs;
+  const FinishParams finish{p, tiles, std::min(kMaxWorkers, (tiles + 1) / 2), logits};
+  error =
+      LaunchDependent(FinishKernel, dim3(static_cast<unsigned>(p.t)), (finish.workers + 1) * kLanes,
+                      tiles * kLanes * static_cast<int>(sizeof(uint2)), stream, finish);
+  if (error != cudaSuccess || !logits) return error;
+  const auto combs = static_cast<unsigned>((p.t + kCombThreads - 1) / kCombThreads);
+  return LaunchDependent(CombKernel, dim3(combs), kCombThreads, 0, stream, CombParams{p});
 }
 
 // ---- Few tokens: a cluster for each, or for some.
@@ -635,12 +842,17 @@ constexpr int kCluster = 8, kClusters = 16, kClusterTokens = 128;
 cudaError_t MhcCuda(const MhcParams& p, cudaStream_t stream) {
   if (p.t == 0) return cudaSuccess;
   if (p.fn == nullptr) return LaunchWrite(p, stream);
-  if (p.t > kClusterTokens) return LaunchTwo(p, stream);
+  const bool few = p.t <= kClusterTokens;
+  if (p.regime == Regime::kPrefill || (p.regime == Regime::kAuto && !few)) {
+    return LaunchTwo(p, stream, {true});
+  }
   const bool large = p.t <= kLargeClusterTokens && p.d >= kLargeCluster * kMhcTile;
   const int per_group = static_cast<int>((p.t + kClusters - 1) / kClusters);
-  ClusterParams params = ClusterOfTokens(p, large ? kLargeCluster : kCluster, per_group);
-  if (params.Bytes() > kMostClusterBytes) return LaunchTwo(p, stream);
-  return LaunchCluster(params, stream);
+  if (few) {
+    const ClusterParams params = ClusterOfTokens(p, large ? kLargeCluster : kCluster, per_group);
+    if (params.Bytes() <= kMostClusterBytes) return LaunchCluster(params, stream);
+  }
+  return LaunchTwo(p, stream, {false});
 }
 
 }  // namespace dsv4

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "common/linear.h"
+
 #ifdef DSV4_CUDA
 #include <cuda_runtime_api.h>
 #endif
@@ -27,8 +29,11 @@ constexpr int kMhcBf16 = 1, kMhcNvfp4 = 2, kMhcFp8 = 4;
 //   x = bf(norm * (y * 1 / sqrt(mean(y^2) + rms_eps))), as it is and quantised
 //   post = 2 sigmoid(mix[4..7] scale[1] + base);  comb = sinkhorn(mix[8..23] scale[2] + base)
 //
-// The CPU handler and the kernels do the same operations in the same order, whatever the number of
-// tokens, so that their outputs are equal bit for bit (but for the payload of a NaN):
+// The CPU handler and, in the regimes kDecode and kExact, the kernels do the same operations in the
+// same order, whatever the number of tokens, so that their outputs are equal bit for bit (but for
+// the payload of a NaN). In the regime kPrefill a tile's mixes are sums of exact products on tensor
+// cores, of eight times 64 channels of a stream, in FP32 in an order of theirs; all else is the
+// same, and a token still depends on no other. kAuto: kDecode for up to 128 tokens.
 // - A sum over streams is a chain of fused multiply-adds, streams ascending, begun by a product.
 // - A sum over the flat streams (a mix, the squares) is a chain of 16 fused multiply-adds from zero
 //   over 4 neighbouring channels, stream by stream; 32 such lanes by halves (lane i and i + 16,
@@ -59,6 +64,7 @@ struct MhcParams {
   float* scratch;             // MhcScratchBytes, on the GPU, with fn
   int64_t t, d;               // d a multiple of 128, at most kMhcMaxDim
   int mixes, iters;
+  Regime regime;  // of the kernels
   float hc_eps, rms_eps;
   float reciprocal_d, reciprocal_flat;  // 1 / d and 1 / (4 d), rounded
 };

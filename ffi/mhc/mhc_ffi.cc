@@ -21,7 +21,7 @@ constexpr int64_t kAlignment = 16;
 LaunchCounts counts;
 
 struct Attributes {
-  int32_t abi, write, mixes, forms, iters;
+  int32_t abi, write, mixes, forms, iters, regime;
   float hc_eps, rms_eps;
 };
 
@@ -92,6 +92,11 @@ ffi::Error CheckAttributes(const Attributes& a) {
   if (a.mixes == kMhcMixes && a.iters < 1) {
     return InvalidArgument(kOp, "iters must be at least 1, got " + std::to_string(a.iters));
   }
+  if (a.regime < 0 || a.regime > static_cast<int32_t>(Regime::kExact)) {
+    return InvalidArgument(kOp,
+                           "regime must be 0 (any), 1 (decode), 2 (prefill) or 3 (exact), got " +
+                               std::to_string(a.regime));
+  }
   return ffi::Error::Success();
 }
 
@@ -124,6 +129,7 @@ ffi::Error Fill(const Attributes& a, const ffi::AnyBuffer& streams, const ffi::R
   p.d = d;
   p.mixes = a.mixes;
   p.iters = a.iters;
+  p.regime = static_cast<Regime>(a.regime);
   p.hc_eps = a.hc_eps;
   p.rms_eps = a.rms_eps;
   p.reciprocal_d = 1.0f / static_cast<float>(d);
@@ -166,24 +172,24 @@ ffi::Error Fill(const Attributes& a, const ffi::AnyBuffer& streams, const ffi::R
 }
 
 ffi::Error CpuImpl(ffi::ThreadPool pool, int32_t abi, int32_t write, int32_t mixes, int32_t forms,
-                   int32_t iters, float hc_eps, float rms_eps, ffi::AnyBuffer streams,
-                   ffi::RemainingArgs args, ffi::RemainingRets rets) {
+                   int32_t iters, int32_t regime, float hc_eps, float rms_eps,
+                   ffi::AnyBuffer streams, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   MhcParams params{};
   std::string misaligned;
-  DSV4_RETURN_IF_ERROR(Fill({abi, write, mixes, forms, iters, hc_eps, rms_eps}, streams, args, rets,
-                            params, misaligned));
+  DSV4_RETURN_IF_ERROR(Fill({abi, write, mixes, forms, iters, regime, hc_eps, rms_eps}, streams,
+                            args, rets, params, misaligned));
   ParallelFor(pool, params.t, kGrainChannels / params.d + 1,
               [&](int64_t begin, int64_t end) { MhcCpu(params, begin, end); });
   return ffi::Error::Success();
 }
 
 ffi::Error CudaImpl(CudaStream stream, int32_t abi, int32_t write, int32_t mixes, int32_t forms,
-                    int32_t iters, float hc_eps, float rms_eps, ffi::AnyBuffer streams,
-                    ffi::RemainingArgs args, ffi::RemainingRets rets) {
+                    int32_t iters, int32_t regime, float hc_eps, float rms_eps,
+                    ffi::AnyBuffer streams, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   MhcParams params{};
   std::string misaligned;
-  DSV4_RETURN_IF_ERROR(Fill({abi, write, mixes, forms, iters, hc_eps, rms_eps}, streams, args, rets,
-                            params, misaligned));
+  DSV4_RETURN_IF_ERROR(Fill({abi, write, mixes, forms, iters, regime, hc_eps, rms_eps}, streams,
+                            args, rets, params, misaligned));
   if (!misaligned.empty()) {
     return InvalidArgument(kOp, misaligned + " must be aligned to 16 bytes");
   }
@@ -199,6 +205,7 @@ auto CudaBinding() {
       .Attr<int32_t>("mixes")
       .Attr<int32_t>("forms")
       .Attr<int32_t>("iters")
+      .Attr<int32_t>("regime")
       .Attr<float>("hc_eps")
       .Attr<float>("rms_eps")
       .Arg<ffi::AnyBuffer>()  // streams [t, 4, d]
@@ -214,6 +221,7 @@ XLA_FFI_DEFINE_HANDLER(kCpu, CpuImpl,
                            .Attr<int32_t>("mixes")
                            .Attr<int32_t>("forms")
                            .Attr<int32_t>("iters")
+                           .Attr<int32_t>("regime")
                            .Attr<float>("hc_eps")
                            .Attr<float>("rms_eps")
                            .Arg<ffi::AnyBuffer>()  // streams [t, 4, d]

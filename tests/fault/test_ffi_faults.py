@@ -253,6 +253,7 @@ TARGETS = {
                 "mixes": np.int32(24),
                 "forms": np.int32(7),
                 "iters": np.int32(20),
+                "regime": np.int32(0),
                 "hc_eps": np.float32(1e-6),
                 "rms_eps": np.float32(1e-6),
             },
@@ -773,6 +774,7 @@ SHAPES: list[tuple[str, str, Mutation, str]] = [
     ("mhc", "mixes", attributes(mixes=np.int32(20)), r"mixes must be 0 \(no read\), 4 .*got 20"),
     ("mhc", "forms", attributes(forms=np.int32(8)), "forms must be 1..7 with a read, .*got 8"),
     ("mhc", "forms-none", attributes(forms=np.int32(0)), "forms must be 1..7 with a read, .*got 0"),
+    ("mhc", "regime", attributes(regime=np.int32(4)), r"regime must be 0 \(any\), .*got 4"),
     ("mhc", "iters", attributes(iters=np.int32(0)), "iters must be at least 1, got 0"),
     (
         "mhc",

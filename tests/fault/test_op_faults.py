@@ -115,9 +115,10 @@ def _mhc(
     read: bool = True,
     iters: int = 20,
     forms: Any = ("nvfp4",),
+    regime: Any = None,
 ) -> Any:
     def op(streams: Any, writes: Any, reads: Any, scale: Any) -> Any:
-        settings = {"iters": iters, "hc_eps": EPS, "rms_eps": EPS, "forms": forms}
+        settings = {"iters": iters, "hc_eps": EPS, "rms_eps": EPS, "forms": forms, "regime": regime}
         return mhc(
             streams,
             Write(*writes) if write else None,
@@ -429,6 +430,7 @@ AXIS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_mhc, r"norm must be \[256\] .*got \[128\]", {"norm": s("128")}),
     (_mhc, "one of write and read must be given, got None", {"write": False, "read": False}),
     (_mhc, "iters must be at least 1, got 0", {"iters": 0}),
+    (_mhc, "regime must be one of .*got 'fast'", {"regime": "fast"}),
     (_mhc, r"forms must name at least one form of x, got \(\)", {"forms": ()}),
     (_mhc, "forms must be one of .*got 'mxfp4'", {"forms": ("mxfp4",)}),
     (

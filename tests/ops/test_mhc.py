@@ -3,7 +3,6 @@
 Nothing here knows the platform: with JAX_PLATFORMS=cuda,cpu the same tests hold the kernels.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dsv4_jax.ops.mhc import Mixed, Read, Write, mhc
+from dsv4_jax.ops.mhc import Read, Write, mhc
 from dsv4_jax.ops.mhc_head import mhc_head
 from dsv4_jax.ops.mhc_post import mhc_post
 from dsv4_jax.ops.mhc_pre import mhc_pre
@@ -90,7 +89,7 @@ def problem(d: int, t: int, mixes: int = 24) -> tuple[np.ndarray, Write, Read]:
     return streams_of(d + t, t, d), write_of(d + t + 10, t, d), read_of(d + 20, d, mixes)
 
 
-def mixed(streams: Any, write: Any, read: Any, scale: float | None = None, **changed: Any) -> Mixed:
+def mixed(streams: Any, write: Any, read: Any, scale: float | None = None, **changed: Any) -> Any:
     """The op on the host; quantised forms are there where there is a read."""
     s2 = None if scale is None else jnp.float32(scale)
     settings = SETTINGS | ({"forms": FORMS} if read is not None else {}) | changed
@@ -129,7 +128,7 @@ def assert_near_streams(got: Any, want: Any, streams: np.ndarray, write: Write) 
     assert (apart <= bf16_ulp(f64(want)) + 2.0**-21 * terms).all()
 
 
-def assert_forms(got: Mixed, scale: float | None) -> None:
+def assert_forms(got: Any, scale: float | None) -> None:
     """Quantised forms are those of the op's own BF16, bit for bit."""
     # On the CPU: XLA divides inexactly on a GPU.
     with jax.default_device(jax.devices("cpu")[0]):
@@ -156,11 +155,12 @@ def test_against_the_jnp_ops(d: int, t: int, scale: float | None) -> None:
     streams, write, read = problem(d, t)
     got = mixed(streams, write, read, scale)
 
-    @functools.partial(jax.jit)
+    @jax.jit
     def chain(streams: Any, write: Any, own: Any, read: Any) -> Any:
-        *parameters, norm = read
-        new = mhc_post(write[0], streams, *write[1:])
-        y, post, comb = mhc_pre(own, *parameters, **SETTINGS)
+        fn, base, weights, norm = read
+        branch, post, comb = write
+        new = mhc_post(branch, streams, post, comb)
+        y, post, comb = mhc_pre(own, fn, base, weights, **SETTINGS)
         return new, rmsnorm(y, norm, EPS), post, comb
 
     with jax.default_device(jax.devices("cpu")[0]):
@@ -184,8 +184,8 @@ def test_head_against_the_jnp_ops(d: int, t: int) -> None:
 
     @jax.jit
     def chain(streams: Any, read: Any) -> Any:
-        *parameters, norm = read
-        return rmsnorm(mhc_head(streams, *parameters, hc_eps=EPS, rms_eps=EPS), norm, EPS)
+        fn, base, weights, norm = read
+        return rmsnorm(mhc_head(streams, fn, base, weights, hc_eps=EPS, rms_eps=EPS), norm, EPS)
 
     with jax.default_device(jax.devices("cpu")[0]):
         want = chain(got.streams, tuple(read))
@@ -270,18 +270,42 @@ def test_wrong_variants_fail() -> None:
     assert_same_bits(plain.x, got.x, "x of the rounded streams")
 
 
+@pytest.mark.parametrize("regime", ["decode", "prefill", "exact"])
+@pytest.mark.parametrize(("d", "t"), [SHAPES[2], SHAPES[5]])
+def test_regimes(d: int, t: int, regime: str) -> None:
+    """All but the order of the mixes' sums is the same; on the CPU that too."""
+    streams, write, read = problem(d, t)
+    want, got = (
+        mixed(streams, write, read, regime="decode"),
+        mixed(streams, write, read, regime=regime),
+    )
+    assert_same_bits(got.streams, want.streams, "streams")
+    if regime != "prefill" or jax.default_backend() == "cpu":
+        assert_same_tree(got, want, regime)
+        return
+    assert np.abs(got.post - want.post).max() <= WEIGHT_ABS
+    assert np.abs(got.comb - want.comb).max() <= WEIGHT_ABS
+    assert_few(raw(got.x) != raw(want.x), MAX_FLIPPED, "x")
+    assert_forms(got, None)
+    for start, stop in ((0, 1), (t // 2, t)):  # a token is the same in any batch here too
+        rows = slice(start, stop)
+        part = mixed(streams[rows], row_of(write, rows), read, regime=regime)
+        assert_same_tree(part, row_of(got, rows), f"{start}..{stop}")
+
+
+@pytest.mark.parametrize("regime", ["decode", "exact"])
 @pytest.mark.parametrize(("d", "t"), [(256, 300), (4096, 20), (7168, 9), (16384, 3)])
-def test_a_token_is_the_same_in_any_batch(d: int, t: int) -> None:
+def test_a_token_is_the_same_in_any_batch(d: int, t: int, regime: str) -> None:
     """P1, P2: again, alone, in another order, through every way that kernels are launched."""
     streams, write, read = problem(d, t)
-    whole = mixed(streams, write, read)
-    assert_same_tree(mixed(streams, write, read), whole, "again")
+    whole = mixed(streams, write, read, regime=regime)
+    assert_same_tree(mixed(streams, write, read, regime=regime), whole, "again")
     order = np.random.default_rng(2).permutation(t)
-    shuffled = mixed(streams[order], row_of(write, order), read)
+    shuffled = mixed(streams[order], row_of(write, order), read, regime=regime)
     assert_same_tree(shuffled, row_of(whole, order), "shuffled")
     for start, stop in ((0, 1), (t // 2, t // 2 + 1), (t - 1, t), (1, min(9, t)), (1, t)):
         rows = slice(start, stop)
-        part = mixed(streams[rows], row_of(write, rows), read)
+        part = mixed(streams[rows], row_of(write, rows), read, regime=regime)
         assert_same_tree(part, row_of(whole, rows), f"{start}..{stop}")
 
 
