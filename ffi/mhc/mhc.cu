@@ -73,11 +73,12 @@ struct TokenStreams {
   float4 post, rows[kStreams];
 
   __device__ __forceinline__ void Load(const MhcParams& p, int64_t token, int64_t channel) {
-    const uint16_t* const from = p.streams + token * kStreams * p.d + channel;
+    const int d = static_cast<int>(p.d);
+    const uint16_t* const from = p.streams + token * kStreams * d + channel;
 #pragma unroll
-    for (int j = 0; j < kStreams; ++j) s[j] = *reinterpret_cast<const uint2*>(from + j * p.d);
+    for (int j = 0; j < kStreams; ++j) s[j] = *reinterpret_cast<const uint2*>(from + j * d);
     if (p.branch == nullptr) return;
-    branch = __ldg(reinterpret_cast<const uint2*>(p.branch + token * p.d + channel));
+    branch = __ldg(reinterpret_cast<const uint2*>(p.branch + token * d + channel));
     post = __ldg(reinterpret_cast<const float4*>(p.post) + token);
 #pragma unroll
     for (int j = 0; j < kStreams; ++j) {
@@ -92,7 +93,8 @@ struct TokenStreams {
 #pragma unroll
     for (int j = 0; j < kStreams; ++j) Unpack(s[j], x[j]);
     const float posts[kStreams] = {post.x, post.y, post.z, post.w};
-    uint16_t* const to = p.new_streams + token * kStreams * p.d + channel;
+    const int d = static_cast<int>(p.d);
+    uint16_t* const to = p.new_streams + token * kStreams * d + channel;
 #pragma unroll
     for (int k = 0; k < kStreams; ++k) {
       float sum[kChannels];
@@ -105,7 +107,7 @@ struct TokenStreams {
         for (int i = 0; i < kChannels; ++i) sum[i] = __fmaf_rn(comb[k], x[j][i], sum[i]);
       }
       s[k] = Pack(sum);
-      *reinterpret_cast<uint2*>(to + k * p.d) = s[k];
+      *reinterpret_cast<uint2*>(to + k * d) = s[k];
     }
   }
 };
@@ -136,17 +138,31 @@ __device__ __forceinline__ float Squares(const uint2 (&s)[kStreams]) {
 struct Weights {
   float4 of[kWarpMixes][kStreams];
 
-  __device__ __forceinline__ void Load(const MhcParams& p, int first, int64_t channel) {
+  // fn has less than 2^31 elements.
+  __device__ __forceinline__ static const float* At(const MhcParams& p, int first, int channel) {
+    return p.fn + (first * kStreams * static_cast<int>(p.d) + channel);
+  }
+
+  __device__ __forceinline__ void Load(const MhcParams& p, int first, int channel) {
+    const float* at = At(p, first, channel);
 #pragma unroll
     for (int m = 0; m < kWarpMixes; ++m) {
 #pragma unroll
       for (int j = 0; j < kStreams; ++j) {
         of[m][j] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        if (first + m < p.mixes) {
-          const float* const at = p.fn + (int64_t{first + m} * kStreams + j) * p.d + channel;
-          of[m][j] = __ldg(reinterpret_cast<const float4*>(at));
-        }
+        if (first + m < p.mixes) of[m][j] = __ldg(reinterpret_cast<const float4*>(at));
+        at += static_cast<int>(p.d);
       }
+    }
+  }
+
+  // 128 bytes of each row, into the L2.
+  __device__ __forceinline__ static void PrefetchLines(const MhcParams& p, int first, int channel) {
+    const int rows = min(kWarpMixes, p.mixes - first) * kStreams;
+    const float* at = At(p, first, channel);
+    for (int row = 0; row < rows; ++row) {
+      Prefetch(at);
+      at += static_cast<int>(p.d);
     }
   }
 };
@@ -415,7 +431,7 @@ __global__ void __launch_bounds__(kSumsThreads, 2)
   const int tile = static_cast<int>(blockIdx.x % params.tiles);
   const int64_t first = int64_t{blockIdx.x / params.tiles} * params.per_group;
   const int count = static_cast<int>(min(int64_t{params.per_group}, p.t - first));
-  const int64_t channel = int64_t{tile} * kMhcTile + lane * kChannels;
+  const int channel = tile * kMhcTile + lane * kChannels;
   Weights weights;
   weights.Load(p, warp * kWarpMixes, channel);
   float* const sums = p.scratch + (first * params.tiles + tile) * kMhcSumStride;
@@ -684,6 +700,7 @@ constexpr int kMostClusterBytes = 200 << 10;
 struct ClusterParams {
   MhcParams p;
   int tiles, cluster, per_group, local;
+  int shift;  // cluster = 1 << shift: divisions are long before the first load
 
   __host__ __device__ int Slots() const { return (per_group + cluster - 1) / cluster; }
   int Bytes() const {
@@ -701,13 +718,13 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   const MhcParams& p = params.p;
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const int tiles = params.tiles, cluster = params.cluster, local = params.local;
-  const int rank = static_cast<int>(blockIdx.x) % cluster;
-  const int64_t first = int64_t{blockIdx.x / cluster} * params.per_group;
+  const int shift = params.shift, rank = static_cast<int>(blockIdx.x) & (cluster - 1);
+  const int64_t first = int64_t{blockIdx.x >> shift} * params.per_group;
   const int count = static_cast<int>(min(int64_t{params.per_group}, p.t - first));
-  const int mine = (tiles - rank + cluster - 1) / cluster;           // tiles
-  const int owned = max(0, (count - rank + cluster - 1) / cluster);  // tokens
-  uint2* const streams = dynamic;  // [token][own tile][stream][lane]
-  float* const sums =              // [token][tile][sum], of the whole cluster
+  const int mine = (tiles - rank + cluster - 1) >> shift;   // tiles
+  const int owned = (count - rank + cluster - 1) >> shift;  // tokens
+  uint2* const streams = dynamic;                           // [token][own tile][stream][lane]
+  float* const sums =  // [token][tile][sum], of the whole cluster
       reinterpret_cast<float*>(streams + params.per_group * local * kStreams * kLanes);
   float* const own_sums = sums + params.per_group * tiles * kMhcSumStride;  // [token][own tile]
   uint2* const y =                                                          // [slot][tile][lane]
@@ -732,19 +749,27 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   const int mixes_from = warp % kMixWarps * kWarpMixes, mixes = p.mixes - mixes_from;
   const int tile_from = warp / kMixWarps;
   const auto channel_of = [&](int own) {
-    return int64_t{rank + own * cluster} * kMhcTile + lane * kChannels;
+    return (rank + (own << shift)) * kMhcTile + lane * kChannels;
   };
+  const auto token_of = [&](int item) { return count == 1 ? 0 : item / mine; };
+  // Streams first, everybody's fn would be ahead of them otherwise; fn is there when they are
+  // mixed.
+  const int items = count * mine;
+  TokenStreams token;
+  if (warp < items) token.Load(p, first + token_of(warp), channel_of(warp - token_of(warp) * mine));
   Weights weights;
   if (tile_from < mine) weights.Load(p, mixes_from, channel_of(tile_from));
-  const int items = count * mine;
+  for (int own = tile_from + kTilesAtOnce; own < mine; own += kTilesAtOnce) {
+    if (lane % 8 == 0) Weights::PrefetchLines(p, mixes_from, channel_of(own));
+  }
   for (int item = warp; item < items; item += kMaxWorkers) {
-    const int g = item / mine, own = item % mine;
-    uint2 s[kStreams];
-    LoadStreams(p, first + g, channel_of(own), s);
+    const int g = token_of(item), own = item - g * mine;
+    if (item != warp) token.Load(p, first + g, channel_of(own));
+    token.WriteBack(p, first + g, channel_of(own));
     uint2* const to = streams + (g * local + own) * kStreams * kLanes + lane;
 #pragma unroll
-    for (int j = 0; j < kStreams; ++j) to[j * kLanes] = s[j];
-    const float squares = Squares(s);
+    for (int j = 0; j < kStreams; ++j) to[j * kLanes] = token.s[j];
+    const float squares = Squares(token.s);
     if (lane == 0) own_sums[(g * local + own) * kMhcSumStride + kMhcSquares] = squares;
   }
   SyncWarps(kWorkersBarrier, kMaxWorkers);
@@ -761,8 +786,8 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   SyncWarps(kWorkersBarrier, kMaxWorkers);
   WaitForCluster();
   for (int i = threadIdx.x; i < items * kSumChunks * cluster; i += kMaxWorkers * kLanes) {
-    const int to = i % cluster, chunk = i / cluster % kSumChunks;
-    const int item = i / cluster / kSumChunks, g = item / mine, own = item % mine;
+    const int to = i & (cluster - 1), chunk = (i >> shift) % kSumChunks;
+    const int item = (i >> shift) / kSumChunks, g = token_of(item), own = item - g * mine;
     const uint4 words =
         reinterpret_cast<const uint4*>(own_sums + (g * local + own) * kMhcSumStride)[chunk];
     const int tile = rank + own * cluster;
@@ -771,7 +796,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   Wait(sums_barrier, 0);
   float weight = 0.0f;
   for (int item = warp, of = -1; item < items; item += kMaxWorkers) {
-    const int g = item / mine, own = item % mine;
+    const int g = token_of(item), own = item - g * mine;
     if (g != of) weight = mix.Weight(p, sums + g * tiles * kMhcSumStride, tiles, lane);
     of = g;
     float pre[kStreams];
@@ -783,11 +808,11 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
       s[j] = from[j * kLanes];
     }
     const int tile = rank + own * cluster;
-    StoreIn(y + (g / cluster * tiles + tile) * kLanes + lane, y_barrier, g % cluster,
+    StoreIn(y + ((g >> shift) * tiles + tile) * kLanes + lane, y_barrier, g & (cluster - 1),
             BranchInput(s, pre));
   }
   // Combs are the last warp's, in the middle between those who finish, if there is room.
-  const int first_comb = p.mixes == kMhcMixes ? (rank + cluster / 2) % cluster : count;
+  const int first_comb = p.mixes == kMhcMixes ? (rank + cluster / 2) & (cluster - 1) : count;
   const int finishers = first_comb < count ? kMaxWorkers - 1 : kMaxWorkers;
   if (warp == finishers) {
     for (int g = first_comb; g < count; g += cluster) {
@@ -805,9 +830,11 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   }
 }
 
+// `cluster`: a power of two.
 ClusterParams ClusterOfTokens(const MhcParams& p, int cluster, int per_group) {
-  ClusterParams params{p, static_cast<int>(p.d / kMhcTile), cluster, per_group, 0};
+  ClusterParams params{p, static_cast<int>(p.d / kMhcTile), cluster, per_group, 0, 0};
   while (params.cluster > params.tiles) params.cluster /= 2;
+  while (1 << params.shift < params.cluster) ++params.shift;
   params.local = (params.tiles + params.cluster - 1) / params.cluster;
   return params;
 }

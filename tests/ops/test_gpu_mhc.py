@@ -131,6 +131,7 @@ def test_many_layers_in_one_program() -> None:
 
     @jax.jit
     def run(streams: Any, write: Any, reads: Any, branches: Any) -> Any:
+        out = None
         for read, branch in zip(reads, branches, strict=True):
             out = mhc(streams, write, read, **SETTINGS, regime="decode")
             streams, write = out.streams, Write(branch + out.x, out.post, out.comb)

@@ -195,8 +195,8 @@ def test_head_against_the_jnp_ops(d: int, t: int) -> None:
 
 @jax.jit
 def by_reference(streams: Any, write: Any, read: Any, scale: Any) -> Any:
-    wide = jax.tree.map(lambda x: x.astype(jnp.float32), (streams, write, read))
-    return reference_mhc(*wide, scale, **SETTINGS, forms=FORMS)
+    streams, write, read = jax.tree.map(lambda x: x.astype(jnp.float32), (streams, write, read))
+    return reference_mhc(streams, write, read, scale, **SETTINGS, forms=FORMS)
 
 
 @pytest.mark.parametrize("scale", SCALES)
