@@ -167,14 +167,15 @@ struct Weights {
   }
 };
 
-// A tile's sums of a warp's mixes: `to[m]`, of one token.
-__device__ __forceinline__ void Mix(const Weights& weights, const uint2 (&s)[kStreams], int lane,
-                                    int count, float* to) {
-  float sums[kWarpMixes] = {};
+// A lane's part of a tile's sums of a warp's mixes, of one token.
+__device__ __forceinline__ void MixLane(const Weights& weights, const uint2* streams, int lane,
+                                        float (&sums)[kWarpMixes]) {
+#pragma unroll
+  for (int m = 0; m < kWarpMixes; ++m) sums[m] = 0.0f;
 #pragma unroll
   for (int j = 0; j < kStreams; ++j) {
     float x[kChannels];
-    Unpack(s[j], x);
+    Unpack(streams[j * kLanes + lane], x);
 #pragma unroll
     for (int m = 0; m < kWarpMixes; ++m) {
       const float4 w = weights.of[m][j];
@@ -184,10 +185,39 @@ __device__ __forceinline__ void Mix(const Weights& weights, const uint2 (&s)[kSt
       sums[m] = __fmaf_rn(x[3], w.w, sums[m]);
     }
   }
+}
+
+// The sums of `count` mixes for some tokens: streams [token][stream][lane] every `stream_stride`
+// words, sums every `sum_stride`. Two tokens share what is left of the halving after its first
+// step, each in half a warp.
+__device__ __forceinline__ void Mix(const Weights& weights, const uint2* streams, int stream_stride,
+                                    int tokens, int lane, int count, float* to,
+                                    int64_t sum_stride) {
+  const bool upper = lane >= kLanes / 2;
+  int g = 0;
+  for (; g + 1 < tokens; g += 2) {
+    float first[kWarpMixes], second[kWarpMixes];
+    MixLane(weights, streams + g * stream_stride, lane, first);
+    MixLane(weights, streams + (g + 1) * stream_stride, lane, second);
+#pragma unroll
+    for (int m = 0; m < kWarpMixes; ++m) {
+      const float theirs = upper ? first[m] : second[m];
+      float sum = upper ? second[m] : first[m];
+      sum = __fadd_rn(sum, __shfl_xor_sync(kAllLanes, theirs, kLanes / 2));
+#pragma unroll
+      for (int half = kLanes / 4; half > 0; half /= 2) {
+        sum = __fadd_rn(sum, __shfl_xor_sync(kAllLanes, sum, half));
+      }
+      if (lane % (kLanes / 2) == m && m < count) to[(g + upper) * sum_stride + m] = sum;
+    }
+  }
+  if (g == tokens) return;
+  float sums[kWarpMixes];
+  MixLane(weights, streams + g * stream_stride, lane, sums);
 #pragma unroll
   for (int m = 0; m < kWarpMixes; ++m) {
     sums[m] = HalvedLanes(sums[m]);
-    if (lane == m && m < count) to[m] = sums[m];
+    if (lane == m && m < count) to[g * sum_stride + m] = sums[m];
   }
 }
 
@@ -447,12 +477,7 @@ __global__ void __launch_bounds__(kSumsThreads, 2)
   __syncthreads();
   const int mixes = p.mixes - warp * kWarpMixes;
   if (mixes <= 0) return;
-  for (int g = 0; g < count; ++g) {
-    uint2 s[kStreams];
-#pragma unroll
-    for (int j = 0; j < kStreams; ++j) s[j] = streams[(g * kStreams + j) * kLanes + lane];
-    Mix(weights, s, lane, mixes, sums + g * stride + warp * kWarpMixes);
-  }
+  Mix(weights, streams, kStreams * kLanes, count, lane, mixes, sums + warp * kWarpMixes, stride);
 }
 
 // ---- The same sums on tensor cores. fn is the sum of three BF16 numbers, so that every product is
@@ -495,6 +520,11 @@ __global__ void __launch_bounds__(kSumsThreads, 2)
   const int64_t channel = int64_t{tile} * kMhcTile + lane * kChannels;
   float* const sums = p.scratch + (first * params.tiles + tile) * kMhcSumStride;
   const int64_t stride = int64_t{params.tiles} * kMhcSumStride;
+  // fn is needed later on, for the first time by whoever is first.
+  constexpr int kLines = kMhcTile * sizeof(float) / 128;
+  for (int i = threadIdx.x; i < p.mixes * kStreams * kLines; i += kSumsThreads) {
+    Prefetch(p.fn + (i / kLines * static_cast<int>(p.d) + tile * kMhcTile + i % kLines * 32));
+  }
   constexpr int kAtOnce = 2;
   for (int g = warp; g < count; g += kAtOnce * kMixWarps) {
     TokenStreams tokens[kAtOnce];
@@ -597,6 +627,11 @@ __global__ void __launch_bounds__(kFinishThreads, 2)
   const int64_t token = p.t - 1 - static_cast<int64_t>(blockIdx.x);
   const float static_scale = StaticScale(p);
   const LaneMix mix(p, lane);
+  if (lane < 2) {
+    for (int tile = warp; tile < tiles; tile += workers + 1) {
+      Prefetch(p.norm + tile * kMhcTile + lane * (kMhcTile / 2));
+    }
+  }
   LetNextBegin();
   WaitForPrevious();
   if (warp == workers) {
@@ -663,9 +698,34 @@ struct TwoLaunches {
   bool mma;
   int per_group = kSumsTokens;  // without
   int64_t many_combs = kManyCombs;
+  int64_t chunk = INT32_MAX;  // tokens, one chunk after the other: their streams stay in the L2
 };
 
-cudaError_t LaunchTwo(const MhcParams& p, cudaStream_t stream, const TwoLaunches& how) {
+// Tokens first .. first + count - 1.
+MhcParams SliceOf(const MhcParams& p, int64_t first, int64_t count) {
+  MhcParams slice = p;
+  const auto move = [first](auto& pointer, int64_t per_token) {
+    if (pointer != nullptr) pointer += first * per_token;
+  };
+  const int64_t d = p.d;
+  move(slice.streams, kStreams * d);
+  move(slice.branch, d);
+  move(slice.post, kStreams);
+  move(slice.comb, kStreams * kStreams);
+  move(slice.new_streams, kStreams * d);
+  move(slice.next_post, kStreams);
+  move(slice.next_comb, kStreams * kStreams);
+  move(slice.x, d);
+  move(slice.code4, d / 2);
+  move(slice.block_scale, d / kNvfp4Block);
+  move(slice.token_scale, 1);
+  move(slice.code8, d);
+  move(slice.scale8, d / kMhcTile);
+  slice.t = count;
+  return slice;
+}
+
+cudaError_t LaunchChunk(const MhcParams& p, cudaStream_t stream, const TwoLaunches& how) {
   const int tiles = static_cast<int>(p.d / kMhcTile);
   const int per_group = how.mma ? kMmaTokens : how.per_group;
   const int64_t blocks = (p.t + per_group - 1) / per_group * tiles;
@@ -687,6 +747,15 @@ cudaError_t LaunchTwo(const MhcParams& p, cudaStream_t stream, const TwoLaunches
   if (error != cudaSuccess || !logits) return error;
   const auto combs = static_cast<unsigned>((p.t + kCombThreads - 1) / kCombThreads);
   return LaunchDependent(CombKernel, dim3(combs), kCombThreads, 0, stream, CombParams{p});
+}
+
+cudaError_t LaunchTwo(const MhcParams& p, cudaStream_t stream, const TwoLaunches& how) {
+  for (int64_t first = 0; first < p.t; first += how.chunk) {
+    const MhcParams slice = SliceOf(p, first, std::min(how.chunk, p.t - first));
+    const cudaError_t error = LaunchChunk(slice, stream, how);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 // ---- Few tokens: a cluster for each, or for some.
@@ -775,12 +844,9 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   SyncWarps(kWorkersBarrier, kMaxWorkers);
   for (int own = tile_from; own < mine; own += kTilesAtOnce) {
     if (own != tile_from) weights.Load(p, mixes_from, channel_of(own));
-    for (int g = 0; g < count && mixes > 0; ++g) {
-      const uint2* const from = streams + (g * local + own) * kStreams * kLanes + lane;
-      uint2 s[kStreams];
-#pragma unroll
-      for (int j = 0; j < kStreams; ++j) s[j] = from[j * kLanes];
-      Mix(weights, s, lane, mixes, own_sums + (g * local + own) * kMhcSumStride + mixes_from);
+    if (mixes > 0) {
+      Mix(weights, streams + own * kStreams * kLanes, local * kStreams * kLanes, count, lane, mixes,
+          own_sums + own * kMhcSumStride + mixes_from, local * kMhcSumStride);
     }
   }
   SyncWarps(kWorkersBarrier, kMaxWorkers);
