@@ -15,6 +15,7 @@ Target Fp8LinearTarget();
 Target IndexQueryFinishTarget();
 Target IndexTopkTarget();
 Target KeyFinishTarget();
+Target MhcTarget();
 Target MoeTarget();
 Target Mxfp4LinearTarget();
 Target Nvfp4LinearTarget();
@@ -25,10 +26,12 @@ Target RouterTarget();
 
 inline auto Targets() {
   return std::array{
-      AttentionTarget(),  CacheWriteTarget(),       CompressorTarget(),  DenseLinearTarget(),
-      Fp8LinearTarget(),  IndexQueryFinishTarget(), IndexTopkTarget(),   KeyFinishTarget(),
-      MoeTarget(),        Mxfp4LinearTarget(),      Nvfp4LinearTarget(), QueryFinishTarget(),
-      RmsnormFp8Target(), RmsnormNvfp4Target(),     RouterTarget(),
+      AttentionTarget(),   CacheWriteTarget(),  CompressorTarget(),
+      DenseLinearTarget(), Fp8LinearTarget(),   IndexQueryFinishTarget(),
+      IndexTopkTarget(),   KeyFinishTarget(),   MhcTarget(),
+      MoeTarget(),         Mxfp4LinearTarget(), Nvfp4LinearTarget(),
+      QueryFinishTarget(), RmsnormFp8Target(),  RmsnormNvfp4Target(),
+      RouterTarget(),
   };
 }
 

@@ -352,26 +352,12 @@ __device__ __forceinline__ void StoreIndexKey(const CompressorJob& job, int d, f
   }
 }
 
-__device__ __forceinline__ void ArriveAtCluster() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void WaitForCluster() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// A float into another thread block of the cluster, which counts its bytes on its barrier.
-__device__ __forceinline__ void StoreIn(const float* at, uint32_t barrier, int rank, float x) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
-                   AddressIn(SharedAddress(at), rank)),
-               "r"(__float_as_uint(x)), "r"(AddressIn(barrier, rank))
-               : "memory");
-}
-
 // A barrier that other thread blocks of the cluster count `floats` on, and the sign that it is
 // there. All threads.
 __device__ __forceinline__ void ExpectFloats(uint32_t barrier, int floats) {
   if (threadIdx.x == 0) {
     InitBarrier(barrier, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    FenceBarrierInit();
     ArriveExpecting(barrier, floats * sizeof(float));
   }
   __syncwarp();

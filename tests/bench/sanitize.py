@@ -26,6 +26,7 @@ from dsv4_jax.ops.fp8_linear import fp8_linear
 from dsv4_jax.ops.index_query_finish import index_query_finish
 from dsv4_jax.ops.index_topk import index_topk
 from dsv4_jax.ops.key_finish import key_finish
+from dsv4_jax.ops.mhc import Read, Write, mhc
 from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
@@ -369,6 +370,29 @@ def _index_query_finish() -> Iterator[Any]:
         yield index_query_finish(q, positions, frequencies, form="fp8")
 
 
+def _mhc() -> Iterator[Any]:
+    """Clusters of one, of several with tiles left over, of 16; several tokens in one; two launches;
+    every form, reads without writes and the reverse."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
+    eps = {"hc_eps": 1e-6, "rms_eps": 1e-6}
+    for t, d in ((3, 128), (2, 640), (1, 2048), (2, 4224), (20, 640), (40, 128), (130, 256)):
+        streams = normal(t, 4, d, dtype=jnp.bfloat16)
+        write = Write(normal(t, d, dtype=jnp.bfloat16), normal(t, 4), normal(t, 4, 4))
+        norm = normal(d, dtype=jnp.bfloat16)
+        branch = Read(normal(24, 4 * d), normal(24), normal(3), norm)
+        head = Read(normal(4, 4 * d), normal(4), normal(1), norm)
+        forms = ("bfloat16", "nvfp4", "fp8")
+        yield mhc(streams, write, branch, iters=20, **eps, forms=forms)
+        scale = jnp.float32(0.01)
+        yield mhc(streams, None, branch, scale, iters=20, **eps, forms=("nvfp4",))
+        yield mhc(streams, write, head, iters=1, **eps)
+        yield mhc(streams, write, None, iters=1, **eps)
+
+
 CASES: dict[str, Callable[[], Iterator[Any]]] = {
     "dsv4.attention": _attention,
     "dsv4.cache_write": _cache_write,
@@ -376,6 +400,7 @@ CASES: dict[str, Callable[[], Iterator[Any]]] = {
     "dsv4.index_topk": _index_topk,
     "dsv4.key_finish": _key_finish,
     "dsv4.compressor": _compressor,
+    "dsv4.mhc": _mhc,
     "dsv4.moe": _moe,
     "dsv4.dense_linear": _dense_linear,
     "dsv4.fp8_linear": _fp8_linear,

@@ -30,6 +30,7 @@ from dsv4_jax.ops.fp8_linear import fp8_linear
 from dsv4_jax.ops.index_query_finish import index_query_finish
 from dsv4_jax.ops.index_topk import index_topk
 from dsv4_jax.ops.key_finish import key_finish
+from dsv4_jax.ops.mhc import Read, Write, mhc
 from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
@@ -266,6 +267,28 @@ TARGETS = {
             {"abi": ABI},
         ),
         compressor_call(True),
+        RawCall(
+            "mhc",
+            (
+                *(s("3 4 256"), s("3 256"), s("3 4", F32), s("3 4 4", F32)),
+                *(s("24 1024", F32), s("24", F32), s("3", F32), s("256"), s("", F32)),
+            ),
+            (
+                *(s("3 4 256"), s("3 4", F32), s("3 4 4", F32), s("3 256")),
+                *(s("3 256", E2M1), s("3 16", E4M3), s("3", F32)),
+                *(s("3 256", E4M3), s("3 2", UE8M0), s("672", U8)),  # scratch of exactly the size
+            ),
+            {
+                "abi": ABI,
+                "write": np.int32(1),
+                "mixes": np.int32(24),
+                "forms": np.int32(7),
+                "iters": np.int32(20),
+                "regime": np.int32(0),
+                "hc_eps": np.float32(1e-6),
+                "rms_eps": np.float32(1e-6),
+            },
+        ),
         moe_call(2, 1, lambda n, k: s(f"2 {n} {k // 32}", UE8M0)),
         RawCall(
             "dense_linear",
@@ -877,6 +900,53 @@ SHAPES: list[tuple[str, str, Mutation, str]] = [
         alone(all_of(operand(7, "2 15 96", F32), operand(8, "2 15 96", F32))),
         r"job 0 kv_state must be .*ring of at least 16, got \[2, 15, 96\]",
     ),
+    ("mhc", "streams-rank", operand(0, "3 1024"), r"streams must be \[t, 4, d\] .*got \[3, 1024\]"),
+    ("mhc", "streams-dtype", operand(0, "3 4 256", F32), "streams must be bfloat16, got float32"),
+    (
+        "mhc",
+        "streams-two",
+        operand(0, "3 2 256"),
+        r"streams must be \[t, 4, d\] .*got \[3, 2, 256\]",
+    ),
+    ("mhc", "streams-odd", operand(0, "3 4 192"), "streams must be .*up to 16384, got"),
+    ("mhc", "streams-too-wide", operand(0, "3 4 16512"), "streams must be .*up to 16384, got"),
+    ("mhc", "branch-shape", operand(1, "2 256"), r"branch must be \[3, 256\], got \[2, 256\]"),
+    ("mhc", "branch-dtype", operand(1, "3 256", F32), "branch must be bfloat16, got float32"),
+    ("mhc", "post-shape", operand(2, "3 3", F32), r"post must be \[3, 4\], got \[3, 3\]"),
+    ("mhc", "comb-shape", operand(3, "3 16", F32), r"comb must be \[3, 4, 4\], got \[3, 16\]"),
+    ("mhc", "fn-shape", operand(4, "24 256", F32), r"fn must be \[24, 1024\], got \[24, 256\]"),
+    ("mhc", "fn-dtype", operand(4, "24 1024"), "fn must be float32, got bfloat16"),
+    ("mhc", "base-shape", operand(5, "4", F32), r"base must be \[24\], got \[4\]"),
+    ("mhc", "scale-shape", operand(6, "1", F32), r"scale must be \[3\], got \[1\]"),
+    ("mhc", "norm-shape", operand(7, "128"), r"norm must be \[256\], got \[128\]"),
+    ("mhc", "global-scale-shape", operand(8, "1", F32), r"global_scale must be \[\], got \[1\]"),
+    ("mhc", "global-scale-dtype", operand(8, ""), "global_scale must be float32, got bfloat16"),
+    (
+        "mhc",
+        "operands-too-few",
+        first(operands=7),
+        "must have 7 operands .* 10 results, got 6 and 10",
+    ),
+    ("mhc", "operands-none", first(operands=0), LAYER),
+    ("mhc", "results-too-few", first(results=9), "must have 7 operands .* 10 results, got 8 and 9"),
+    ("mhc", "write", attributes(write=np.int32(2)), "write must be 0 or 1, got 2"),
+    ("mhc", "mixes", attributes(mixes=np.int32(20)), r"mixes must be 0 \(no read\), 4 .*got 20"),
+    ("mhc", "forms", attributes(forms=np.int32(8)), "forms must be 1..7 with a read, .*got 8"),
+    ("mhc", "forms-none", attributes(forms=np.int32(0)), "forms must be 1..7 with a read, .*got 0"),
+    ("mhc", "regime", attributes(regime=np.int32(4)), r"regime must be 0 \(any\), .*got 4"),
+    ("mhc", "iters", attributes(iters=np.int32(0)), "iters must be at least 1, got 0"),
+    (
+        "mhc",
+        "nothing-to-do",
+        attributes(write=np.int32(0), mixes=np.int32(0)),
+        "write and mixes must not both be 0",
+    ),
+    ("mhc", "result-streams", result(0, "3 4 128"), r"new streams must be \[3, 4, 256\], got"),
+    ("mhc", "result-post", result(1, "3 3", F32), r"next post must be \[3, 4\], got \[3, 3\]"),
+    ("mhc", "result-x", result(3, "3 256", F32), "x must be bfloat16, got float32"),
+    ("mhc", "result-code", result(4, "3 128", U8), "NVFP4 code must be float4_e2m1fn, got uint8"),
+    ("mhc", "result-scale", result(8, "3 3", UE8M0), r"FP8 scale must be \[3, 2\], got \[3, 3\]"),
+    ("mhc", "scratch", result(9, "671", U8), r"scratch must be \[672\], got \[671\]"),
     ("rmsnorm_nvfp4", "x-rank", operand(0, "96"), r"x must be \[t, d\], got \[96\]"),
     ("rmsnorm_nvfp4", "x-rank-3", operand(0, "1 3 32"), r"x must be \[t, d\], got \[1, 3, 32\]"),
     (
@@ -1749,6 +1819,16 @@ LARGE: list[tuple[Callable[..., Any], tuple[Spec, ...], list[tuple[int, ...]]]] 
         [(1, 1 << 20, 4096), (1, 1 << 20, 256), (1, 1 << 20)],
     ),
     (
+        lambda x, f, post, comb, *read: mhc(
+            *(x, Write(f, post, comb), Read(*read)), iters=20, hc_eps=1e-6, rms_eps=1e-6
+        )[:4],
+        (
+            *(s("262144 4 4096"), s("262144 4096"), s("262144 4", F32), s("262144 4 4", F32)),
+            *(s("24 16384", F32), s("24", F32), s("3", F32), s("4096")),
+        ),
+        [(1 << 18, 4, 4096), (1 << 18, 4), (1 << 18, 4, 4), (1 << 18, 4096)],
+    ),
+    (
         lambda x, w, b: router(x, w, b, None, k=6, scale=1.0),
         (s("67108864 64"), s("8 64"), s("8", F32)),
         [(1 << 26, 6), (1 << 26, 6)],
@@ -1859,7 +1939,7 @@ LARGE: list[tuple[Callable[..., Any], tuple[Spec, ...], list[tuple[int, ...]]]] 
     ),
 ]
 LARGE_IDS = [
-    *("A23-rmsnorm_nvfp4", "A23-router", "A23-moe", "A23-attention", "A23-index_topk"),
+    *("A23-rmsnorm_nvfp4", "A23-mhc", "A23-router", "A23-moe", "A23-attention", "A23-index_topk"),
     *("A23-cache_write", "A23-cache_write-packed", "A23-compressor"),
     *("A23-rmsnorm_fp8", "A23-query_finish", "A23-key_finish", "A23-index_query_finish"),
     *("A23-dense_linear", "A23-fp8_linear", "A23-mxfp4_linear", "A23-nvfp4_linear"),

@@ -23,6 +23,7 @@ from dsv4_jax.ops.head_norm import head_norm
 from dsv4_jax.ops.index_query_finish import index_query_finish
 from dsv4_jax.ops.index_topk import index_topk
 from dsv4_jax.ops.key_finish import key_finish
+from dsv4_jax.ops.mhc import Read, Write, mhc
 from dsv4_jax.ops.mhc_head import mhc_head
 from dsv4_jax.ops.mhc_post import mhc_post
 from dsv4_jax.ops.mhc_pre import mhc_pre
@@ -106,6 +107,35 @@ def _mhc_head(
 ) -> Any:
     op = lambda *a: mhc_head(*a, hc_eps=EPS, rms_eps=EPS)  # noqa: E731
     return jax.eval_shape(op, streams, fn, base, scale)
+
+
+def _mhc(
+    streams: Any = s("5 4 256"),
+    branch: Any = s("5 256"),
+    post: Any = s("5 4", F32),
+    comb: Any = s("5 4 4", F32),
+    fn: Any = s("24 1024", F32),
+    base: Any = s("24", F32),
+    scale: Any = s("3", F32),
+    norm: Any = s("256"),
+    global_scale: Any = None,
+    write: bool = True,
+    read: bool = True,
+    iters: int = 20,
+    forms: Any = ("nvfp4",),
+    regime: Any = None,
+) -> Any:
+    def op(streams: Any, writes: Any, reads: Any, scale: Any) -> Any:
+        settings = {"iters": iters, "hc_eps": EPS, "rms_eps": EPS, "forms": forms, "regime": regime}
+        return mhc(
+            streams,
+            Write(*writes) if write else None,
+            Read(*reads) if read else None,
+            scale,
+            **settings,
+        )
+
+    return jax.eval_shape(op, streams, (branch, post, comb), (fn, base, scale, norm), global_scale)
 
 
 def _hadamard(x: Any = s("5 128")) -> Any:
@@ -324,6 +354,7 @@ CALLS: list[Callable[..., Any]] = [
     _mhc_pre,
     _mhc_post,
     _mhc_head,
+    _mhc,
     _hadamard,
     _router,
     _dense_linear,
@@ -367,6 +398,9 @@ RANK: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_mhc_post, "streams", {"streams": s("5 192")}),
     (_mhc_post, "comb", {"comb": s("5 16", F32)}),
     (_mhc_head, "streams", {"streams": s("1 5 4 48")}),
+    (_mhc, "streams", {"streams": s("5 1024")}),
+    (_mhc, "fn", {"fn": s("24576", F32)}),
+    (_mhc, "global_scale", {"global_scale": s("1", F32)}),
     (_hadamard, "x", {"x": s("")}),
     (_router, "x", {"x": s("1 5 96")}),
     (_router, "weight", {"weight": s("96")}),
@@ -450,6 +484,25 @@ AXIS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_mhc_post, r"branch must be \[5, 48\] .*got \[4, 48\]", {"branch": s("4 48")}),
     (_mhc_post, r"comb must be \[5, 4, 4\] .*got \[5, 4, 3\]", {"comb": s("5 4 3", F32)}),
     (_mhc_head, r"fn must be \[4, 192\] .*got \[24, 192\]", {"fn": s("24 192", F32)}),
+    (_mhc, r"branch must be \[5, 256\] .*got \[4, 256\]", {"branch": s("4 256")}),
+    (_mhc, r"post must be \[5, 4\] .*got \[5, 3\]", {"post": s("5 3", F32)}),
+    (_mhc, r"comb must be \[5, 4, 4\] .*got \[5, 16\]", {"comb": s("5 16", F32)}),
+    (_mhc, r"fn must be \[24, 1024\] .*got \[24, 256\]", {"fn": s("24 256", F32)}),
+    (_mhc, r"rows of fn must be one of \[24, 4\], got 23", {"fn": s("23 1024", F32)}),
+    (_mhc, r"base must be \[24\] .*got \[4\]", {"base": s("4", F32)}),
+    (_mhc, r"scale must be \[3\] .*got \[1\]", {"scale": s("1", F32)}),
+    (_mhc, r"norm must be \[256\] .*got \[128\]", {"norm": s("128")}),
+    (_mhc, "one of write and read must be given, got None", {"write": False, "read": False}),
+    (_mhc, "iters must be at least 1, got 0", {"iters": 0}),
+    (_mhc, "regime must be one of .*got 'fast'", {"regime": "fast"}),
+    (_mhc, r"forms must name at least one form of x, got \(\)", {"forms": ()}),
+    (_mhc, "forms must be one of .*got 'mxfp4'", {"forms": ("mxfp4",)}),
+    (
+        _mhc,
+        "global_scale must come with the form nvfp4, got .*fp8",
+        {"global_scale": s("", F32), "forms": ("fp8",)},
+    ),
+    (_mhc, "global_scale must come with a read", {"global_scale": s("", F32), "read": False}),
     (_hadamard, "last axis must be a power of two, got 96", {"x": s("5 96")}),
     (_hadamard, "last axis must be a power of two, got 0", {"x": s("5 0")}),
     (_router, r"x and weight must agree .*\[5, 96\] and \[32, 95\]", {"weight": s("32 95")}),
@@ -733,6 +786,12 @@ DTYPE: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_mhc_post, "branch must be .*got float16", {"branch": s("5 48", F16)}),
     (_mhc_post, "post must be float32, got bfloat16", {"post": s("5 4")}),
     (_mhc_head, "base must be float32, got bfloat16", {"base": s("4")}),
+    (_mhc, "streams must be bfloat16, got float32", {"streams": s("5 4 256", F32)}),
+    (_mhc, "branch must be bfloat16, got float32", {"branch": s("5 256", F32)}),
+    (_mhc, "post must be float32, got bfloat16", {"post": s("5 4")}),
+    (_mhc, "fn must be float32, got bfloat16", {"fn": s("24 1024")}),
+    (_mhc, "norm must be bfloat16, got float32", {"norm": s("256", F32)}),
+    (_mhc, "global_scale must be float32, got bfloat16", {"global_scale": s("")}),
     (_hadamard, "x must be .*got float8_e4m3fn", {"x": s("5 128", E4M3)}),
     (_router, "x must be .*got float16", {"x": s("5 96", F16)}),
     (_router, "bias must be float32, got bfloat16", {"bias": s("32")}),
@@ -933,6 +992,10 @@ SCALES: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
 SPECIALISED: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_rmsnorm_fp8, r"16..16384, got \[5, 16400\]", {"x": s("5 16400"), "weight": s("16400")}),
     (_rmsnorm_fp8, r"16..16384, got \[5, 0\]", {"x": s("5 0"), "weight": s("0")}),
+    (_mhc, r"multiple of 128 up to 16384, got \[5, 2, 256\]", {"streams": s("5 2 256")}),
+    (_mhc, r"multiple of 128 up to 16384, got \[5, 4, 192\]", {"streams": s("5 4 192")}),
+    (_mhc, r"multiple of 128 up to 16384, got \[5, 4, 0\]", {"streams": s("5 4 0")}),
+    (_mhc, r"multiple of 128 up to 16384, got \[5, 4, 16512\]", {"streams": s("5 4 16512")}),
     (_rmsnorm_nvfp4, r"16..16384, got \[5, 16400\]", {"x": s("5 16400"), "weight": s("16400")}),
     (_rmsnorm_nvfp4, r"16..16384, got \[5, 0\]", {"x": s("5 0"), "weight": s("0")}),
     (
@@ -1012,6 +1075,7 @@ def test_precision_of_other_experts_has_no_powers_of_two() -> None:
 NAMES = list(CASES)
 # The same program as under jit, compiled once more: the ops with the most in them.
 AHEAD_OF_TIME = (
+    "mhc-branch",
     "mhc_pre",
     "moe-mxfp4_w4a8",
     "attention-topk",
@@ -1069,6 +1133,7 @@ def test_settings_of_jax(name: str) -> None:
         "rmsnorm_nvfp4-static",
         "rope",
         "mhc_pre",
+        "mhc-branch",
         "router-score",
         "dense_linear-bfloat16",
         "dense_linear-groups",

@@ -35,6 +35,7 @@ from dsv4_jax.ops.index_query_finish import index_query_finish
 from dsv4_jax.ops.index_topk import index_topk
 from dsv4_jax.ops.key_finish import FinishedKeys
 from dsv4_jax.ops.key_finish import key_finish as key_finish_op
+from dsv4_jax.ops.mhc import Read, Write, mhc
 from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
@@ -95,6 +96,7 @@ ALIASES: dict[str, Callable[[int], dict[int, int]]] = {
     "index_topk": lambda n: {},
     # Behind x, weight, start, frequencies and count; a chunk longer than a draft has no ring.
     "key_finish": lambda n: {i: i + 2 for i in range(3, n)},
+    "mhc": lambda n: {0: 0},
     "moe": lambda n: {},
     "mxfp4_linear": lambda n: {},
     "nvfp4_linear": lambda n: {},
@@ -613,6 +615,18 @@ LARGE = {
             *(typed(jnp.float32, 8, 8192, 512), typed(jnp.float32, 128, 512), bf16(512)),
             *(typed(jnp.float32, 8, 128, 512), typed(jnp.float32, 8, 128, 512)),
             keys(8, 1 << 13),
+        ),
+    ),
+    "mhc": (
+        lambda streams, *parts: mhc(
+            *(streams, Write(*parts[:3]), Read(*parts[3:])),
+            **{"iters": 20, "hc_eps": 1e-6, "rms_eps": 1e-6, "forms": ("nvfp4", "fp8")},
+        ),
+        (
+            *(bf16(8192, 4, 7168), bf16(8192, 7168)),
+            *(typed(jnp.float32, 8192, 4), typed(jnp.float32, 8192, 4, 4)),
+            *(typed(jnp.float32, 24, 4 * 7168), typed(jnp.float32, 24), typed(jnp.float32, 3)),
+            bf16(7168),
         ),
     ),
     "moe": (

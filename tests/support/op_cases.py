@@ -23,6 +23,7 @@ from dsv4_jax.ops.head_norm import head_norm
 from dsv4_jax.ops.index_query_finish import index_query_finish
 from dsv4_jax.ops.index_topk import index_topk
 from dsv4_jax.ops.key_finish import key_finish
+from dsv4_jax.ops.mhc import Read, Write, mhc
 from dsv4_jax.ops.mhc_head import mhc_head
 from dsv4_jax.ops.mhc_post import mhc_post
 from dsv4_jax.ops.mhc_pre import mhc_pre
@@ -180,6 +181,36 @@ def _mhc_head() -> OpCase:
         lambda s: mhc_head(s, fn, base, scale, hc_eps=EPS, rms_eps=EPS),
         (normal(0, MAX_ROWS, 4, 48, dtype=jnp.bfloat16),),
     )
+
+
+def _mhc(mixes: int) -> OpCase:
+    d = 256
+    read = Read(
+        normal(4, mixes, 4 * d, scale=0.1),
+        normal(5, mixes),
+        jnp.array([0.7, 1.1, 0.9], jnp.float32)[: 3 if mixes == 24 else 1],
+        normal(6, d, dtype=jnp.bfloat16),
+    )
+    rows = (
+        normal(0, MAX_ROWS, 4, d, dtype=jnp.bfloat16),
+        normal(1, MAX_ROWS, d, dtype=jnp.bfloat16),
+        normal(2, MAX_ROWS, 4),
+        normal(3, MAX_ROWS, 4, 4),
+    )
+    forms = ("bfloat16", "nvfp4", "fp8") if mixes == 24 else ("bfloat16",)
+
+    def fn(streams: jax.Array, *write: jax.Array) -> Any:
+        eps = {"hc_eps": EPS, "rms_eps": EPS}
+        return mhc(streams, Write(*write), read, iters=20, **eps, forms=forms)
+
+    return OpCase(fn, rows)
+
+
+def _mhc_write() -> OpCase:
+    def fn(streams: jax.Array, *write: jax.Array) -> jax.Array:
+        return mhc(streams, Write(*write), None, iters=1, hc_eps=EPS, rms_eps=EPS).streams
+
+    return OpCase(fn, _mhc(24).arguments)
 
 
 def _hadamard() -> OpCase:
@@ -392,6 +423,9 @@ CASES: dict[str, Callable[[], OpCase]] = {
         "mhc_pre": _mhc_pre,
         "mhc_post": _mhc_post,
         "mhc_head": _mhc_head,
+        "mhc-branch": lambda: _mhc(24),
+        "mhc-head": lambda: _mhc(4),
+        "mhc-write": _mhc_write,
         "hadamard": _hadamard,
         "router-score": lambda: _router(False),
         "router-hash": lambda: _router(True),
