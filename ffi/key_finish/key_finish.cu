@@ -66,6 +66,12 @@ __device__ __forceinline__ void Store(const KeyFinishParams& p,
   }
 }
 
+// A number that the compiler cannot see.
+__device__ __forceinline__ int Opaque(int x) {
+  asm volatile("mov.b32 %0, %0;" : "+r"(x));
+  return x;
+}
+
 template <int kLanes, bool kWhole, bool kAligned>
 __global__ void __launch_bounds__(kThreads)
     KeyFinishKernel(const __grid_constant__ KeyFinishParams p) {
@@ -114,10 +120,15 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   const int32_t count = p.slots > 0 ? __ldg(p.count + b) : 0;
-#pragma unroll
-  for (int i = 0; i < kTurns / kLanes; ++i) {
-    turns[key][lane * (kTurns / kLanes) + i] = TurnAt(KeyPosition(start, j), frequency[i]);
-  }
+  // A loop, even of one round, so that nothing after it, which waits for the key, is put before.
+  float2* turn = turns[key] + lane * (kTurns / kLanes);
+  int left = Opaque(kTurns / kLanes);
+#pragma unroll 1
+  do {
+    *turn = TurnAt(KeyPosition(start, j), frequency[0]);
+    if (kLanes == 16) frequency[0] = frequency[kTurns / kLanes - 1];
+    ++turn;
+  } while (--left > 0);
 
   const float squares = SumOfLanes<kLanes>(y);
   const float scale = __frsqrt_rn(squares * p.reciprocal_d + p.eps);
