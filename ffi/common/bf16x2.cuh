@@ -29,4 +29,13 @@ __device__ __forceinline__ uint32_t MulBf16x2(uint32_t a, uint32_t b) {
   return product;
 }
 
+// |a| * b + c, rounded once.
+__device__ __forceinline__ uint32_t FmaMagnitudeBf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t sum;
+  asm("{\n.reg .b32 x;\nabs.bf16x2 x, %1;\nfma.rn.bf16x2 %0, x, %2, %3;\n}"
+      : "=r"(sum)
+      : "r"(a), "r"(b), "r"(c));
+  return sum;
+}
+
 }  // namespace dsv4

@@ -73,29 +73,32 @@ __device__ __forceinline__ float SumOfLanes(const Eight (&x)[2 * kRowLanes / kLa
   }
 }
 
-// The largest magnitude as bits of BF16, NaN above all.
-__device__ __forceinline__ uint32_t LargestBf16(const Eight& x) {
-  const uint32_t pair =
-      MaxMagnitudes(MaxMagnitudes(x.word[0], x.word[1]), MaxMagnitudes(x.word[2], x.word[3]));
+// The largest magnitudes of the even and of the odd channels, NaN above all; signs as MaxMagnitudes
+// leaves them.
+__device__ __forceinline__ uint32_t LargestPair(const Eight& x) {
+  return MaxMagnitudes(MaxMagnitudes(x.word[0], x.word[1]), MaxMagnitudes(x.word[2], x.word[3]));
+}
+
+// Of kLanes neighbours, a power of two.
+template <int kLanes>
+__device__ __forceinline__ uint32_t LargestOfLanes(uint32_t pair) {
+#pragma unroll
+  for (int half = 1; half < kLanes; half *= 2) {
+    pair = MaxMagnitudes(pair, __shfl_xor_sync(kWarpLanes, pair, half));
+  }
+  return pair;
+}
+
+// The larger one as bits of BF16.
+__device__ __forceinline__ uint32_t LargerOf(uint32_t pair) {
   return max(pair & 0x7FFFu, pair >> 16 & 0x7FFFu);
 }
 
-// Of `lanes` neighbours, a power of two.
-__device__ __forceinline__ uint32_t LargestOfLanes(uint32_t largest, int lanes) {
-#pragma unroll
-  for (int half = 1; half < kRowLanes; half *= 2) {
-    if (half >= lanes) break;
-    largest = max(largest, __shfl_xor_sync(kWarpLanes, largest, half));
-  }
-  return largest;
-}
-
-// Four pairs, each by its own (cosine, sine); `turns` in shared memory, aligned to 16 bytes.
-__device__ __forceinline__ void Rotate(Eight& x, const float2* turns) {
-  const float4* both = reinterpret_cast<const float4*>(turns);
+// Four pairs, each by its own (cosine, sine), two of them in each of `turns`.
+__device__ __forceinline__ void Rotate(Eight& x, const float4* turns) {
 #pragma unroll
   for (int i = 0; i < 4; i += 2) {
-    const float4 turn = both[i / 2];
+    const float4 turn = turns[i / 2];
     const Pair a = Turned(Low(x.word[i]), High(x.word[i]), {turn.y, turn.x});
     const Pair b = Turned(Low(x.word[i + 1]), High(x.word[i + 1]), {turn.w, turn.z});
     x.word[i] = PackBf16(a.even, a.odd);
@@ -103,18 +106,25 @@ __device__ __forceinline__ void Rotate(Eight& x, const float2* turns) {
   }
 }
 
+// In shared memory, aligned to 16 bytes.
+__device__ __forceinline__ void Rotate(Eight& x, const float2* turns) {
+  Rotate(x, reinterpret_cast<const float4*>(turns));
+}
+
 __device__ __forceinline__ float2 TurnAt(int32_t position, float frequency) {
   const SinCos turn = SinCosAt(position, frequency);
   return make_float2(turn.cos, turn.sin);
 }
 
-// E4M3 codes of 8 channels; what is NaN becomes 0x7F.
-__device__ __forceinline__ uint2 EncodeE4m3(const Eight& x, float inverse) {
+// E4M3 codes of 8 channels times a power of two, BF16 in both halves; what is NaN becomes 0x7F. The
+// product is exact but where its code is 0.
+__device__ __forceinline__ uint2 EncodeE4m3(const Eight& x, uint32_t inverse) {
   uint32_t pair[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float2 scaled = make_float2(Low(x.word[i]) * inverse, High(x.word[i]) * inverse);
-    pair[i] = __nv_cvt_float2_to_fp8x2(scaled, __NV_SATFINITE, __NV_E4M3);
+    const uint32_t scaled = MulBf16x2(x.word[i], inverse);
+    pair[i] = __nv_cvt_float2_to_fp8x2(make_float2(Low(scaled), High(scaled)), __NV_SATFINITE,
+                                       __NV_E4M3);
   }
   return make_uint2(pair[0] | pair[1] << 16, pair[2] | pair[3] << 16);
 }

@@ -29,6 +29,7 @@
 #include "common/parallel.h"
 #include "common/rope.h"
 #include "common/testing.h"
+#include "common/ue8m0.h"
 
 namespace dsv4 {
 namespace {
@@ -146,6 +147,17 @@ TEST(FormatsOverAllBf16) {
     EXPECT_EQ(EncodeE2m1(-x), Nearest(kE2m1Values, x) + 0x8, x);
     EXPECT_EQ(EncodeE4m3(x), Nearest(e4m3_values, x), x);
     EXPECT_EQ(EncodeE4m3(-x), Nearest(e4m3_values, x) + 0x80, x);
+  }
+}
+
+TEST(PowerOfTwoScalesOfAllBf16) {
+  for (uint32_t bits = 0; bits <= 0x7FFF; ++bits) {
+    EXPECT_EQ(Fp8ScaleByteOfBf16(bits), Fp8ScaleByte(bits << 16), bits);
+    EXPECT_EQ(Mxfp4ScaleByteOfBf16(bits), Mxfp4ScaleByte(bits << 16), bits);
+    for (const uint32_t byte : {Fp8ScaleByteOfBf16(bits), Mxfp4ScaleByteOfBf16(bits)}) {
+      const uint32_t inverse = FloatBits(InverseScale(byte)) >> 16;
+      EXPECT_EQ(InverseScaleBf16x2(byte), inverse << 16 | inverse, byte);
+    }
   }
 }
 

@@ -32,4 +32,20 @@ DSV4_HOST_DEVICE inline uint32_t Mxfp4ScaleByte(uint32_t amax_bits) {
   return ScaleByte(amax_bits, 6.0f * 0x1p-126f, 1.0f / 6.0f);
 }
 
+// The same of a BF16 magnitude: 448 is 1.75 * 2^8, so that from a mantissa beyond that on it takes
+// the next power of two; 6 is 1.5 * 2^2.
+DSV4_HOST_DEVICE inline uint32_t Fp8ScaleByteOfBf16(uint32_t magnitude) {
+  const int32_t byte = static_cast<int32_t>((magnitude + 0x1F) >> 7) - 8;
+  return magnitude > 0x7F80u ? kUe8m0Nan : static_cast<uint32_t>(byte > 105 ? byte : 105);
+}
+DSV4_HOST_DEVICE inline uint32_t Mxfp4ScaleByteOfBf16(uint32_t magnitude) {
+  const int32_t byte = static_cast<int32_t>((magnitude + 0x3F) >> 7) - 2;
+  return magnitude > 0x7F80u ? kUe8m0Nan : static_cast<uint32_t>(byte > 1 ? byte : 1);
+}
+
+// InverseScale as BF16, in both halves.
+DSV4_HOST_DEVICE inline uint32_t InverseScaleBf16x2(uint32_t byte) {
+  return byte == kUe8m0Nan ? 0x7FC07FC0u : (254u - byte) * 0x00800080u;
+}
+
 }  // namespace dsv4

@@ -14,15 +14,26 @@ namespace {
 constexpr int kWarps = 4;  // of a thread block
 constexpr int kThreads = kWarps * kRowLanes;
 
-// The code of E2M1 (common/e2m1.h): below 1 it counts halves, from 1 on it is the float's exponent
-// and first bit. Nearest even both, NaN becomes the largest.
-__device__ __forceinline__ uint32_t E2m1Code(float x) {
-  const uint32_t bits = __float_as_uint(x);
-  const float a = fminf(__uint_as_float(bits & 0x7FFFFFFFu), 6.0f);
-  const uint32_t word = __float_as_uint(a);
-  const uint32_t below = __float_as_uint(a + 0x1p22f) & 3;
-  const uint32_t above = (word + 0x1FFFFFu + (word >> 22 & 1)) >> 22;
-  return (a < 1.0f ? below : above - (126 << 1)) | bits >> 31 << 3;
+// Of 8 values times a power of two, the e-th and the (e + 4)-th in word e, the codes of E2M1
+// (common/e2m1.h), nearest even. Up to 2 codes count halves, up to 4 ones from -2 on, beyond twos
+// from -4 on, and where one of them does not apply it is not the least. Added to 64, 128 or 256, a
+// BF16 number is rounded to halves, ones or twos, and its bits count them. Beyond 6, and NaN: 6.
+__device__ __forceinline__ uint32_t EncodeE2m1(const Eight& x, uint32_t inverse, bool nan) {
+  constexpr uint32_t kBase = 0x42804280u;  // 64
+  uint32_t codes = 0, signs = 0;
+#pragma unroll
+  for (int e = 3; e >= 0; --e) {
+    const uint32_t halves = FmaMagnitudeBf16x2(x.word[e], inverse, kBase);
+    const uint32_t ones = FmaMagnitudeBf16x2(x.word[e], inverse, 0x43004300u);
+    const uint32_t twos = FmaMagnitudeBf16x2(x.word[e], inverse, 0x43804380u);
+    // 0x80 a binade, less 2 each.
+    uint32_t least = __vminu2(halves, kBase + 0x00070007u);
+    least = __viaddmin_u16x2(ones, 0xFF82FF82u, least);
+    least = __viaddmin_u16x2(twos, 0xFF04FF04u, least);
+    codes = codes * 16 + least;
+    signs |= x.word[e] >> (12 - 4 * e) & 0x00080008u << 4 * e;
+  }
+  return (codes - kBase * 0x1111u) | (nan ? 0u : signs);
 }
 
 // Stages of butterflies among 8 * kLanes channels, neighbours first.
@@ -51,33 +62,46 @@ __device__ __forceinline__ void Transform(float (&y)[kChunkChannels], int lane) 
 }
 
 // kLanes: threads of a head.
-template <int kLanes, bool kAligned>
+template <int kLanes, bool kFp8, bool kAligned>
 __global__ void __launch_bounds__(kThreads)
     IndexQueryFinishKernel(const __grid_constant__ IndexQueryFinishParams p, int heads) {
   constexpr int kWidth = kLanes * kChunkChannels;
   constexpr int kHeads = kThreads / kLanes;  // at a time
   __shared__ __align__(16) float2 turns[kMaxRotary / 2];
-  const int lane = threadIdx.x % kLanes;
-  const int groups = (static_cast<int>(p.h) + heads - 1) / heads;
-  const int64_t token = blockIdx.x / groups;
-  const int first = static_cast<int>(blockIdx.x % groups) * heads;
-  const int last = min(first + heads, static_cast<int>(p.h));
-  const int channel = lane * kChunkChannels, nope = kWidth - static_cast<int>(p.rotary);
+  constexpr int kScaleLanes = kFp8 ? kLanes : kIndexQueryBlock / kChunkChannels;
+  const uint32_t lane = threadIdx.x % kLanes;
+  const auto h = static_cast<uint32_t>(p.h);
+  const uint32_t groups = (h + heads - 1) / heads;
+  const uint32_t token = blockIdx.x / groups;
+  const uint32_t first = (blockIdx.x - token * groups) * heads, last = min(first + heads, h);
+  const uint32_t channel = lane * kChunkChannels, nope = kWidth - static_cast<uint32_t>(p.rotary);
 
-  int head = first + threadIdx.x / kLanes;
+  uint32_t head = first + threadIdx.x / kLanes;
   Eight x = {};
-  const uint16_t* const from = p.x + token * p.h * kWidth + channel;
-  if (head < last) x = LoadEight<kAligned>(from + head * int64_t{kWidth});
+  const uint64_t row = uint64_t{token} * h + head;
+  const uint16_t* from = p.x + row * kWidth + channel;
+  uint8_t* codes = p.code + (row * kWidth + channel) / (kFp8 ? 1 : 2);
+  uint8_t* scales = p.scale + row * (kLanes / kScaleLanes) + lane / kScaleLanes;
+  if (head < last) x = LoadEight<kAligned>(from);
   if (threadIdx.x < p.rotary / 2) {
     turns[threadIdx.x] = TurnAt(__ldg(p.positions + token), __ldg(p.frequencies + threadIdx.x));
   }
   __syncthreads();
+  // A lane has the same channels of every head.
+  const bool turned = channel >= nope;
+  float4 turn[2] = {};
+  if (turned) {
+    const auto* from_shared = reinterpret_cast<const float4*>(turns + (channel - nope) / 2);
+    turn[0] = from_shared[0];
+    turn[1] = from_shared[1];
+  }
   // All of a warp go on while any of it has a head.
   while (__any_sync(kWarpLanes, head < last)) {
-    const int next = head + kHeads;
+    const uint32_t next = head + kHeads;
     Eight ahead = {};
-    if (next < last) ahead = LoadEight<kAligned>(from + next * int64_t{kWidth});
-    if (channel >= nope) Rotate(x, turns + (channel - nope) / 2);
+    from += kHeads * kWidth;
+    if (next < last) ahead = LoadEight<kAligned>(from);
+    if (turned) Rotate(x, turn);
     float y[kChunkChannels];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -86,41 +110,34 @@ __global__ void __launch_bounds__(kThreads)
     }
     Transform<kLanes>(y, lane);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      x.word[i] = PackBf16(y[2 * i] * p.norm, y[2 * i + 1] * p.norm);
-    }
-    const bool fp8 = p.form == IndexQueryForm::kFp8;
-    const int lanes = fp8 ? kLanes : kIndexQueryBlock / kChunkChannels;
-    const uint32_t largest = LargestOfLanes(LargestBf16(x), lanes) << 16;
-    const uint32_t byte = fp8 ? Fp8ScaleByte(largest) : Mxfp4ScaleByte(largest);
-    const float inverse = InverseScale(byte);
-    const int64_t row = token * p.h + head;
-    if (head < last) {
-      if (fp8) {
-        StoreVector(p.code + row * kWidth + channel, EncodeE4m3(x, inverse));
-      } else {
-        uint32_t codes = 0;
+    for (int i = 0; i < kChunkChannels; ++i) y[i] *= p.norm;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          codes |= E2m1Code(Low(x.word[i]) * inverse) << 8 * i;
-          codes |= E2m1Code(High(x.word[i]) * inverse) << (8 * i + 4);
-        }
-        *reinterpret_cast<uint32_t*>(p.code + (row * kWidth + channel) / 2) = codes;
-      }
-      if (lane % lanes == 0) {
-        p.scale[row * (kLanes / lanes) + lane / lanes] = static_cast<uint8_t>(byte);
-      }
+    for (int i = 0; i < 4; ++i) {  // as the codes are made
+      x.word[i] = kFp8 ? PackBf16(y[2 * i], y[2 * i + 1]) : PackBf16(y[i], y[i + 4]);
     }
+    const uint32_t largest = LargerOf(LargestOfLanes<kScaleLanes>(LargestPair(x)));
+    const uint32_t byte = kFp8 ? Fp8ScaleByteOfBf16(largest) : Mxfp4ScaleByteOfBf16(largest);
+    const uint32_t inverse = InverseScaleBf16x2(byte);
+    if (head < last) {
+      if constexpr (kFp8) {
+        StoreVector(codes, EncodeE4m3(x, inverse));
+      } else {
+        *reinterpret_cast<uint32_t*>(codes) = EncodeE2m1(x, inverse, byte == kUe8m0Nan);
+      }
+      if (lane % kScaleLanes == 0) *scales = static_cast<uint8_t>(byte);
+    }
+    codes += kHeads * kWidth / (kFp8 ? 1 : 2);
+    scales += kHeads * (kLanes / kScaleLanes);
     x = ahead;
     head = next;
   }
 }
 
 // Thread blocks that an SM holds at a time: where there are more, a thread takes several heads.
-constexpr int64_t kResident = 16;
+constexpr int64_t kResident = 12;
 constexpr int kMostRounds = 8;
 
-template <int kLanes>
+template <int kLanes, bool kFp8>
 cudaError_t Launch(const IndexQueryFinishParams& params, cudaStream_t stream) {
   constexpr int kHeads = kThreads / kLanes;
   int heads = kHeads;  // of a thread block
@@ -132,20 +149,26 @@ cudaError_t Launch(const IndexQueryFinishParams& params, cudaStream_t stream) {
   if (blocks > INT32_MAX || params.h > INT32_MAX) return cudaErrorInvalidConfiguration;
   const auto grid = static_cast<unsigned>(blocks);
   if (reinterpret_cast<uintptr_t>(params.x) % 16 != 0) {  // a slice
-    IndexQueryFinishKernel<kLanes, false><<<grid, kThreads, 0, stream>>>(params, heads);
+    IndexQueryFinishKernel<kLanes, kFp8, false><<<grid, kThreads, 0, stream>>>(params, heads);
   } else {
-    IndexQueryFinishKernel<kLanes, true><<<grid, kThreads, 0, stream>>>(params, heads);
+    IndexQueryFinishKernel<kLanes, kFp8, true><<<grid, kThreads, 0, stream>>>(params, heads);
   }
   return cudaGetLastError();
+}
+
+template <bool kFp8>
+cudaError_t LaunchForm(const IndexQueryFinishParams& params, cudaStream_t stream) {
+  if (params.d == 32) return Launch<4, kFp8>(params, stream);
+  if (params.d == 64) return Launch<8, kFp8>(params, stream);
+  return Launch<16, kFp8>(params, stream);
 }
 
 }  // namespace
 
 cudaError_t IndexQueryFinishCuda(const IndexQueryFinishParams& params, cudaStream_t stream) {
   if (params.t == 0 || params.h == 0) return cudaSuccess;
-  if (params.d == 32) return Launch<4>(params, stream);
-  if (params.d == 64) return Launch<8>(params, stream);
-  return Launch<16>(params, stream);
+  if (params.form == IndexQueryForm::kFp8) return LaunchForm<true>(params, stream);
+  return LaunchForm<false>(params, stream);
 }
 
 }  // namespace dsv4

@@ -24,15 +24,21 @@ struct Finished {
   Eight rope[kChunks];
 };
 
-// kWhole: a key has kRowMaxChannels, so that but the last chunk of a lane none is rotary.
+// kWhole: a key has kRowMaxChannels, kMaxRotary of them rotary: none but in a lane's last chunk.
 template <int kLanes, bool kWhole>
 struct Layout {
   static constexpr int kChunks = kRowMaxChannels / kChunkChannels / kLanes;
 
-  __device__ __forceinline__ static bool AreCodes(int c, int channel, int nope) {
+  __device__ __forceinline__ static uint32_t Channels(const KeyFinishParams& p) {
+    return static_cast<uint32_t>(kWhole ? kRowMaxChannels : p.d);
+  }
+  __device__ __forceinline__ static uint32_t Rotary(const KeyFinishParams& p) {
+    return static_cast<uint32_t>(kWhole ? kMaxRotary : p.rotary);
+  }
+  __device__ __forceinline__ static bool AreCodes(int c, uint32_t channel, uint32_t nope) {
     return (kWhole && c + 1 < kChunks) || channel < nope;
   }
-  __device__ __forceinline__ static bool IsThere(int channel, int d) {
+  __device__ __forceinline__ static bool IsThere(uint32_t channel, uint32_t d) {
     return kWhole || channel < d;
   }
 };
@@ -40,24 +46,30 @@ struct Layout {
 template <int kLanes, bool kWhole>
 __device__ __forceinline__ void Store(const KeyFinishParams& p,
                                       const Finished<Layout<kLanes, kWhole>::kChunks>& y,
-                                      const KeyStore& store, int64_t row, int lane) {
+                                      const KeyStore& store, int64_t row, uint32_t lane) {
   using Chunks = Layout<kLanes, kWhole>;
-  const int d = kWhole ? kRowMaxChannels : static_cast<int>(p.d);
-  const int nope = d - static_cast<int>(p.rotary);
+  const uint32_t d = Chunks::Channels(p), rotary = Chunks::Rotary(p), nope = d - rotary;
+  uint8_t* const codes = store.nope + row * nope + lane * kChunkChannels;
+  uint8_t* const scales = store.scale + row * (nope / kKeyBlock) + lane / kBlockLanes;
 #pragma unroll
   for (int c = 0; c < Chunks::kChunks; ++c) {
-    const int channel = (lane + c * kLanes) * kChunkChannels;
+    const uint32_t channel = (lane + c * kLanes) * kChunkChannels;
     if (!Chunks::IsThere(channel, d)) continue;
     if (Chunks::AreCodes(c, channel, nope)) {
-      StoreVector(store.nope + row * nope + channel, y.codes[c]);
+      StoreVector(codes + c * kLanes * kChunkChannels, y.codes[c]);
       if (lane % kBlockLanes == 0) {
-        store.scale[row * (nope / kKeyBlock) + channel / kKeyBlock] =
-            static_cast<uint8_t>(y.scale[c]);
+        scales[c * kLanes / kBlockLanes] = static_cast<uint8_t>(y.scale[c]);
       }
     } else {
-      StoreEight(y.rope[c], store.rope + row * p.rotary + channel - nope);
+      StoreEight(y.rope[c], store.rope + row * rotary + (channel - nope));
     }
   }
+}
+
+// A number that the compiler cannot see.
+__device__ __forceinline__ int Opaque(int x) {
+  asm volatile("mov.b32 %0, %0;" : "+r"(x));
+  return x;
 }
 
 template <int kLanes, bool kWhole, bool kAligned>
@@ -67,56 +79,83 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kChunks = Chunks::kChunks, kKeys = kThreads / kLanes;
   constexpr int kTurns = kMaxRotary / 2;
   __shared__ __align__(16) float2 turns[kKeys][kTurns];
-  const int lane = threadIdx.x % kLanes, key = threadIdx.x / kLanes;
+  const uint32_t lane = threadIdx.x % kLanes, key = threadIdx.x / kLanes;
   const auto rows = static_cast<uint32_t>(p.b * p.t);
   // A warp's second key may not be there: it does what the last one does, and stores nothing.
   const uint32_t index = blockIdx.x * kKeys + key, row = min(index, rows - 1);
   if (blockIdx.x * kKeys + threadIdx.x / kRowLanes * (kRowLanes / kLanes) >= rows) return;
   const auto t = static_cast<uint32_t>(p.t);
-  const uint32_t b = t == 1 ? row : row / t, j = t == 1 ? 0 : row - b * t;
-  const int d = kWhole ? kRowMaxChannels : static_cast<int>(p.d);
-  const int nope = d - static_cast<int>(p.rotary);
+  const uint32_t d = Chunks::Channels(p), rotary = Chunks::Rotary(p), nope = d - rotary;
+  // What the angles need is asked for first: sines are made while the key is on its way.
+  float frequency[kTurns / kLanes];
+  if constexpr (kLanes == 16) {
+    const float2 two = __ldg(reinterpret_cast<const float2*>(p.frequencies) + lane);
+    frequency[0] = two.x;
+    frequency[1] = two.y;
+  } else {
+    frequency[0] = lane < rotary / 2 ? __ldg(p.frequencies + lane) : 0.0f;
+  }
+  uint32_t b = 0, j = row;
+  if (t == 1) {
+    b = row;
+    j = 0;
+  } else if (p.b > 1) {
+    b = row / t;
+    j = row - b * t;
+  }
   const int32_t start = __ldg(p.start + b);
-  const int32_t count = p.slots > 0 ? __ldg(p.count + b) : 0;
-  const uint16_t* const x = p.x + row * int64_t{d};
+  const uint16_t* const x = p.x + row * uint64_t{d} + lane * kChunkChannels;
+  const uint16_t* const weight_in = p.weight + lane * kChunkChannels;
   Eight y[kChunks] = {}, weight[kChunks] = {};
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    const int channel = (lane + c * kLanes) * kChunkChannels;
-    if (!Chunks::IsThere(channel, d)) continue;
-    y[c] = LoadEight<kAligned>(x + channel);
-    weight[c] = LoadEight<kAligned>(p.weight + channel);
+    const uint32_t channel = (lane + c * kLanes) * kChunkChannels;
+    if (Chunks::IsThere(channel, d)) y[c] = LoadEight<kAligned>(x + c * kLanes * kChunkChannels);
   }
 #pragma unroll
-  for (int i = 0; i < kTurns / kLanes; ++i) {
-    const int pair = lane + i * kLanes;
-    const float frequency = pair < p.rotary / 2 ? __ldg(p.frequencies + pair) : 0.0f;
-    turns[key][pair] = TurnAt(KeyPosition(start, j), frequency);
+  for (int c = 0; c < kChunks; ++c) {
+    const uint32_t channel = (lane + c * kLanes) * kChunkChannels;
+    if (Chunks::IsThere(channel, d)) {
+      weight[c] = LoadEight<kAligned>(weight_in + c * kLanes * kChunkChannels);
+    }
   }
+  const int32_t count = p.slots > 0 ? __ldg(p.count + b) : 0;
+  // A loop, even of one round, so that nothing after it, which waits for the key, is put before.
+  float2* turn = turns[key] + lane * (kTurns / kLanes);
+  int left = Opaque(kTurns / kLanes);
+#pragma unroll 1
+  do {
+    *turn = TurnAt(KeyPosition(start, j), frequency[0]);
+    if (kLanes == 16) frequency[0] = frequency[kTurns / kLanes - 1];
+    ++turn;
+  } while (--left > 0);
 
   const float squares = SumOfLanes<kLanes>(y);
   const float scale = __frsqrt_rn(squares * p.reciprocal_d + p.eps);
   __syncwarp();
   Finished<kChunks> out;
-  uint32_t largest[kChunks];
+  uint32_t largest[kChunks / 2];  // of two chunks, one a half
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    const int channel = (lane + c * kLanes) * kChunkChannels;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t x2 = y[c].word[i], w2 = weight[c].word[i];
       y[c].word[i] = PackBf16(Low(w2) * (Low(x2) * scale), High(w2) * (High(x2) * scale));
     }
-    largest[c] = LargestOfLanes(LargestBf16(y[c]), kBlockLanes);
+    if (c % 2 == 0) continue;
+    const uint32_t one = LargestPair(y[c - 1]), other = LargestPair(y[c]);
+    largest[c / 2] = LargestOfLanes<kBlockLanes>(
+        MaxMagnitudes(__byte_perm(one, other, 0x5410), __byte_perm(one, other, 0x7632)));
+  }
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    const uint32_t channel = (lane + c * kLanes) * kChunkChannels;
+    out.scale[c] = Fp8ScaleByteOfBf16(largest[c / 2] >> c % 2 * 16 & 0x7FFFu);
+    out.codes[c] = EncodeE4m3(y[c], InverseScaleBf16x2(out.scale[c]));
     out.rope[c] = y[c];
     if (!Chunks::AreCodes(c, channel, nope) && Chunks::IsThere(channel, d)) {
       Rotate(out.rope[c], turns[key] + (channel - nope) / 2);
     }
-  }
-#pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    out.scale[c] = Fp8ScaleByte(largest[c] << 16);
-    out.codes[c] = EncodeE4m3(y[c], InverseScale(out.scale[c]));
   }
   if (index >= rows) return;
   Store<kLanes, kWhole>(p, out, p.rows, row, lane);
@@ -145,8 +184,12 @@ cudaError_t KeyFinishCuda(const KeyFinishParams& params, cudaStream_t stream) {
   const uintptr_t addresses =
       reinterpret_cast<uintptr_t>(params.x) | reinterpret_cast<uintptr_t>(params.weight);
   if (addresses % 16 != 0) return Launch<32, false, false>(params, stream);  // a slice
-  if (params.d != kRowMaxChannels) return Launch<32, false, true>(params, stream);
-  if (rows > kManyKeys) return Launch<16, true, true>(params, stream);
+  if (params.d != kRowMaxChannels || params.rotary != kMaxRotary) {
+    return Launch<32, false, true>(params, stream);
+  }
+  if (rows > kManyKeys && reinterpret_cast<uintptr_t>(params.frequencies) % 8 == 0) {
+    return Launch<16, true, true>(params, stream);
+  }
   return Launch<32, true, true>(params, stream);
 }
 

@@ -1,5 +1,6 @@
 // A thread block per token, the token in registers from its one read to its one write; one
-// reduction over the thread block, and one over the 8 threads of a scale.
+// reduction over the thread block, and one over the 8 threads of a scale. Many small tokens have a
+// warp each: nothing waits for other warps, and the weight is there with the token.
 #include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
@@ -14,6 +15,43 @@ namespace dsv4 {
 namespace {
 
 constexpr int kScaleThreads = kActBlock / kNormBlock;  // side by side
+
+// A block as BF16 and its scale, by kScaleThreads neighbours.
+struct Quantised {
+  uint4 codes;
+  uint32_t scale;
+};
+
+__device__ __forceinline__ Quantised Quantise(const float (&values)[kNormBlock]) {
+  uint32_t words[kNormWords];
+  uint32_t pair_max = 0;
+#pragma unroll
+  for (int i = 0; i < kNormWords; ++i) {
+    words[i] = PackBf16(values[2 * i], values[2 * i + 1]);
+    pair_max = MaxMagnitudes(pair_max, words[i]);
+  }
+#pragma unroll
+  for (int half = 1; half < kScaleThreads; half *= 2) {
+    pair_max = MaxMagnitudes(pair_max, __shfl_xor_sync(kNormLanes, pair_max, half));
+  }
+  Quantised y;
+  y.scale = Fp8ScaleByteOfBf16(max(pair_max & 0x7FFFu, pair_max >> 16 & 0x7FFFu));
+  const uint32_t inverse = InverseScaleBf16x2(y.scale);
+  uint32_t codes[kNormWords / 2];
+#pragma unroll
+  for (int i = 0; i < kNormWords / 2; ++i) {
+    uint32_t pair[2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {  // exact but where the code is 0
+      const uint32_t scaled = MulBf16x2(words[2 * i + k], inverse);
+      pair[k] = __nv_cvt_float2_to_fp8x2(make_float2(Low(scaled), High(scaled)), __NV_SATFINITE,
+                                         __NV_E4M3);
+    }
+    codes[i] = pair[0] | pair[1] << 16;
+  }
+  y.codes = make_uint4(codes[0], codes[1], codes[2], codes[3]);
+  return y;
+}
 
 // kParts thread blocks may share a token: each sums all of it, which takes no word between them,
 // and quantises its part of the warps. kResident thread blocks share an SM's registers.
@@ -32,40 +70,78 @@ __global__ void __launch_bounds__(kMaxThreads, kResident)
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) {
     NormBlock<kBlocks, kAligned>(params.weight, b, y);
-    uint32_t words[kNormWords];
-    uint32_t pair_max = 0;
-#pragma unroll
-    for (int i = 0; i < kNormWords; ++i) {
-      words[i] = PackBf16(y.values[b][2 * i], y.values[b][2 * i + 1]);
-      pair_max = MaxMagnitudes(pair_max, words[i]);
-    }
-    uint32_t largest = max(pair_max & 0x7FFFu, pair_max >> 16 & 0x7FFFu);
-#pragma unroll
-    for (int half = 1; half < kScaleThreads; half *= 2) {
-      largest = max(largest, __shfl_xor_sync(kNormLanes, largest, half));
-    }
-    const uint32_t byte = Fp8ScaleByte(largest << 16);
-    const float inverse = InverseScale(byte);
+    const Quantised block_out = Quantise(y.values[b]);
     const uint32_t block = thread + b * threads;
     if (kBlocks == 1 && block >= blocks) return;
-    uint32_t codes[kNormWords / 2];
-#pragma unroll
-    for (int i = 0; i < kNormWords / 2; ++i) {
-      uint32_t pair[2];
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const uint32_t word = words[2 * i + k];
-        pair[k] = __nv_cvt_float2_to_fp8x2(make_float2(Low(word) * inverse, High(word) * inverse),
-                                           __NV_SATFINITE, __NV_E4M3);
-      }
-      codes[i] = pair[0] | pair[1] << 16;
-    }
-    StoreVector(params.code + (token * blocks + block) * kNormBlock,
-                make_uint4(codes[0], codes[1], codes[2], codes[3]));
+    StoreVector(params.code + (token * blocks + block) * kNormBlock, block_out.codes);
     if (block % kScaleThreads == 0) {
-      params.scale[token * scales + block / kScaleThreads] = static_cast<uint8_t>(byte);
+      params.scale[token * scales + block / kScaleThreads] = static_cast<uint8_t>(block_out.scale);
     }
   }
+}
+
+constexpr int kTokens = 4;  // of a thread block, where a warp has one
+constexpr int kTokenThreads = 32 * kTokens;
+
+// A token has kBlocks * 32 blocks.
+template <int kBlocks, int kResident>
+__global__ void __launch_bounds__(kTokenThreads, kResident)
+    RmsnormFp8WarpKernel(const __grid_constant__ RmsnormFp8Params params) {
+  constexpr uint32_t kChannels = kBlocks * 32 * kNormBlock;
+  const uint32_t lane = threadIdx.x % 32, token = blockIdx.x * kTokens + threadIdx.x / 32;
+  if (token >= params.t) return;
+  const uint16_t* const x = params.x + uint64_t{token} * kChannels + lane * kNormBlock;
+  const uint16_t* const weight_in = params.weight + lane * kNormBlock;
+  uint32_t words[kBlocks][kNormWords], weight[kBlocks][kNormWords];
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) LoadBlock<true>(words[b], x + b * 32 * kNormBlock);
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) LoadBlock<true>(weight[b], weight_in + b * 32 * kNormBlock);
+  float sums[kBlocks];
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) {
+    sums[b] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kNormWords; ++i) {  // the squares are exact
+      sums[b] = __fmaf_rn(Low(words[b][i]), Low(words[b][i]), sums[b]);
+      sums[b] = __fmaf_rn(High(words[b][i]), High(words[b][i]), sums[b]);
+    }
+  }
+#pragma unroll
+  for (int half = 16; half > 0; half /= 2) {
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      sums[b] = __fadd_rn(sums[b], __shfl_xor_sync(kNormLanes, sums[b], half));
+    }
+  }
+  float sum = sums[0];
+#pragma unroll
+  for (int b = 1; b < kBlocks; ++b) sum = __fadd_rn(sum, sums[b]);
+  const float scale = __frsqrt_rn(__fadd_rn(__fmul_rn(sum, params.reciprocal_d), params.eps));
+  uint8_t* const code = params.code + uint64_t{token} * kChannels + lane * kNormBlock;
+  uint8_t* const scale_out =
+      params.scale + uint64_t{token} * (kChannels / kActBlock) + lane / kScaleThreads;
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) {
+    float values[kNormBlock];
+#pragma unroll
+    for (int i = 0; i < kNormWords; ++i) {
+      values[2 * i] = __fmul_rn(Low(weight[b][i]), __fmul_rn(Low(words[b][i]), scale));
+      values[2 * i + 1] = __fmul_rn(High(weight[b][i]), __fmul_rn(High(words[b][i]), scale));
+    }
+    const Quantised y = Quantise(values);
+    StoreVector(code + b * 32 * kNormBlock, y.codes);
+    if (lane % kScaleThreads == 0) {
+      scale_out[b * 32 / kScaleThreads] = static_cast<uint8_t>(y.scale);
+    }
+  }
+}
+
+template <int kBlocks, int kResident>
+cudaError_t LaunchWarps(const RmsnormFp8Params& params, cudaStream_t stream) {
+  const auto grid = static_cast<unsigned>((params.t + kTokens - 1) / kTokens);
+  RmsnormFp8WarpKernel<kBlocks, kResident><<<grid, kTokenThreads, 0, stream>>>(params);
+  return cudaGetLastError();
 }
 
 struct Launch {
@@ -87,6 +163,10 @@ struct Launch {
 cudaError_t RmsnormFp8Cuda(const RmsnormFp8Params& params, cudaStream_t stream) {
   const uintptr_t addresses =
       reinterpret_cast<uintptr_t>(params.x) | reinterpret_cast<uintptr_t>(params.weight);
+  if (addresses % 16 == 0 && params.t > kManyTokens && params.t <= INT32_MAX) {
+    if (params.d == 32 * kNormBlock) return LaunchWarps<1, 12>(params, stream);
+    if (params.d == 64 * kNormBlock) return LaunchWarps<2, 8>(params, stream);
+  }
   return ForTokens(params.t, params.d, addresses, Launch{params, stream});
 }
 
