@@ -39,23 +39,19 @@ cudaError_t LaunchClusters(void (*kernel)(Params), dim3 grid, int threads, int c
 cudaError_t LaunchOverlap(const CompressorParams& params, cudaStream_t stream) {
   OverlapParams kernel{};
   kernel.p = params;
-  const int64_t items = std::max<int64_t>((params.t + kOverlapRatio - 1) / kOverlapRatio - 1, 1);
+  const int64_t windows = (params.t + kOverlapRatio - 1) / kOverlapRatio;
+  const int64_t items = (windows + kOverlapCluster - 1) / kOverlapCluster * kOverlapCluster;
   int64_t blocks = 0;
   for (int j = 0; j < params.n_jobs; ++j) {
-    const int64_t per_block = kOverlapWarps / TilesOf(params.jobs[j].d);
+    const int64_t per_cluster = kOverlapWarps / TilesOf(params.jobs[j].d) * kOverlapCluster;
     kernel.width[j] = WidthOf(params.jobs[j].d);
-    blocks += (params.b * items + per_block - 1) / per_block;
+    blocks += (params.b * items + per_cluster - 1) / per_cluster * kOverlapCluster;
     if (j == 0) kernel.first_job_blocks = static_cast<uint32_t>(blocks);
   }
   if (!FitsGrid(params.b * items) || !FitsGrid(blocks)) return cudaErrorInvalidConfiguration;
   kernel.items = static_cast<uint32_t>(items);
-  const auto grid = static_cast<unsigned>(blocks);
-  if (items == 1) {
-    OverlapKernel<true><<<grid, kOverlapThreads, 0, stream>>>(kernel);
-  } else {
-    OverlapKernel<false><<<grid, kOverlapThreads, 0, stream>>>(kernel);
-  }
-  return cudaGetLastError();
+  return LaunchClusters(OverlapKernel, dim3(static_cast<unsigned>(blocks)), kOverlapThreads,
+                        kOverlapCluster, stream, kernel);
 }
 
 cudaError_t LaunchOverlapToken(const CompressorParams& params, cudaStream_t stream) {

@@ -396,14 +396,16 @@ __device__ __forceinline__ void StoreIn(const float* at, uint32_t barrier, int r
                : "memory");
 }
 
-// A barrier that other thread blocks of the cluster count `floats` on, and the sign that it is
-// there. All threads.
+// A barrier that other thread blocks of the cluster count on; all of this one meet before
+// ExpectFloats.
+__device__ __forceinline__ void MakeBarrier(uint32_t barrier) {
+  if (threadIdx.x != 0) return;
+  InitBarrier(barrier, 1);
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+// How many floats it counts, and the sign that it is there. All threads.
 __device__ __forceinline__ void ExpectFloats(uint32_t barrier, int floats) {
-  if (threadIdx.x == 0) {
-    InitBarrier(barrier, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    ArriveExpecting(barrier, floats * sizeof(float));
-  }
+  if (threadIdx.x == 0) ArriveExpecting(barrier, floats * sizeof(float));
   __syncwarp();
   ArriveAtCluster();
 }
