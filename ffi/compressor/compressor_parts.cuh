@@ -35,6 +35,11 @@ __device__ __forceinline__ float2 LoadPair(const float* from) {
   asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "l"(from) : "memory");
   return x;
 }
+__device__ __forceinline__ float LoadOne(const float* from) {
+  float x;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(from) : "memory");
+  return x;
+}
 __device__ __forceinline__ float2 LoadShared(const float* from) {
   return *reinterpret_cast<const float2*>(from);
 }
@@ -79,6 +84,11 @@ __device__ __forceinline__ void CopyPair(float* to, const float* from) {
 __device__ __forceinline__ void CopyWord(int32_t* to, const int32_t* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(SharedAddress(to)), "l"(from)
                : "memory");
+}
+// Those so far are a group; and all groups but the last are there.
+__device__ __forceinline__ void EndGroup() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void WaitForAllButLast() {
+  asm volatile("cp.async.wait_group 1;" ::: "memory");
 }
 __device__ __forceinline__ void WaitForCopies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 // A load of a constant or a length that is asked for here, not where it is used.
