@@ -189,7 +189,8 @@ __device__ __forceinline__ void RunOverlap(const OverlapParams& params, int whic
   const int team_of = threadIdx.x / kLanes / warps;
   const uint32_t index = block * per_block + team_of;
   if (team_of >= per_block || index >= static_cast<uint32_t>(p.b) * params.items) return;
-  const uint32_t b = index / params.items, item = index - b * params.items;
+  const auto row_of = [&](uint32_t at) { return p.b == 1 ? 0 : at / params.items; };
+  const uint32_t b = row_of(index), item = index - b * params.items;
   const int base = team_of * warps;  // warp
   const int first = (threadIdx.x - base * kLanes) * kChannels;
   const bool mine = d % kSumChannels == 0 || first < d;
@@ -206,7 +207,8 @@ __device__ __forceinline__ void RunOverlap(const OverlapParams& params, int whic
   const bool closes = window < closed;
   // So say all of the cluster: a row's first items are in it.
   const uint32_t cluster_items = kOverlapCluster * per_block;
-  const uint32_t cluster_first = block / kOverlapCluster * cluster_items % params.items;
+  uint32_t cluster_first = block / kOverlapCluster * cluster_items;
+  cluster_first -= row_of(cluster_first) * params.items;
   const bool meets = cluster_first == 0 || cluster_first + cluster_items > params.items;
   float2 x;
   Turn turn;

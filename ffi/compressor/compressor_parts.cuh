@@ -260,9 +260,10 @@ struct Constants {
 __device__ __forceinline__ Constants ConstantsOf(const CompressorParams& p,
                                                  const CompressorJob& job, int d, int first) {
   const int nope = d - static_cast<int>(p.rotary);
-  Constants constants = {
-      {LoadNow(job.norm + first), LoadNow(job.norm + first + 1)}, 0.0f, first >= nope};
+  Constants constants = {{}, 0.0f, first >= nope};
   if (constants.rotary) constants.frequency = LoadNow(p.frequencies + (first - nope) / 2);
+  constants.norm[0] = LoadNow(job.norm + first);
+  constants.norm[1] = LoadNow(job.norm + first + 1);
   return constants;
 }
 
@@ -270,12 +271,13 @@ struct Turn {
   float sin, cos;
 };
 
-__device__ __forceinline__ Turn TurnOf(const Constants& constants, uint32_t position) {
+__device__ __forceinline__ Turn TurnOf(bool rotary, float frequency, uint32_t position) {
   Turn turn = {0.0f, 1.0f};
-  if (constants.rotary) {
-    SinCos(static_cast<float>(position) * constants.frequency, turn.sin, turn.cos);
-  }
+  if (rotary) SinCos(static_cast<float>(position) * frequency, turn.sin, turn.cos);
   return turn;
+}
+__device__ __forceinline__ Turn TurnOf(const Constants& constants, uint32_t position) {
+  return TurnOf(constants.rotary, constants.frequency, position);
 }
 
 // Sum of squares of a warp's 64 channels, in its odd lanes.

@@ -155,6 +155,12 @@ struct WholeSlots {
     return kModel || at < ring ? at : at - ring;
   }
 
+  template <typename Float>
+  __device__ __forceinline__ Float* InState(Float* state, uint32_t columns, int i) const {
+    if (kModel) return state + uint64_t{in_ring + slot_lane} * columns + i * kSlotLanes * columns;
+    return state + uint64_t{InRing(i)} * columns;
+  }
+
   // use(i, from) for each: of the chunk's rows, or the ring's.
   template <typename Use>
   __device__ __forceinline__ void ForEach(const float* chunk, const float* state, uint32_t columns,
@@ -172,9 +178,11 @@ struct WholeSlots {
 #pragma unroll
     for (int i = 0; i < kSlotsPerThread; ++i) {
       if (!There(i)) continue;
-      const float* at = kModel ? old + i * kSlotLanes * columns
-                               : state + uint64_t{InRing(i)} * columns;
-      use(i, New(i) ? fresh + i * kSlotLanes * columns : at);
+      if (kModel) {
+        use(i, (New(i) ? fresh : old) + i * kSlotLanes * columns);
+      } else {
+        use(i, New(i) ? fresh + i * kSlotLanes * columns : InState(state, columns, i));
+      }
     }
   }
 };
@@ -189,7 +197,8 @@ struct WholeShared {
     };
   };
   alignas(16) float x[kOwn == 1 ? kModelWidth : 1];
-  float4 ahead[kLanes];     // norm, sine, cosine
+  float2 norm_of[kLanes], turn[kLanes];
+  float frequency[kLanes];
   int order[kOwn][kLanes];  // of the largest gates
   float tile_sum[kMaxTiles];
   Lengths lengths;
@@ -218,6 +227,8 @@ __global__ void __launch_bounds__(kWholeThreads, kModel && kOwn == 2 ? 3 : 2)
   const bool mine = kModel || first < d;
   AskForLengths(p, b, shared.lengths);
   Rows rows(p, job, b, d, mine ? first : 0);
+  Constants constants = {};
+  if (slot_lane == 0) constants = ConstantsOf(p, job, d, mine ? pair : 0);
   // While the lengths are on their way: about the rows that it will read. Gates of a long chunk are
   // not to wait for values.
   constexpr int kLine = 32;  // floats
@@ -232,6 +243,8 @@ __global__ void __launch_bounds__(kWholeThreads, kModel && kOwn == 2 ? 3 : 2)
   const uint32_t barrier = SharedAddress(&shared.sums_barrier);
   if (cluster > 1) MakeBarrier(barrier);
   if (slot_lane == 0) {
+    shared.norm_of[lane] = constants.Norm();
+    shared.frequency[lane] = constants.frequency;
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) shared.order[c][lane] = OrderOf(-Infinity());
   }
@@ -277,12 +290,6 @@ __global__ void __launch_bounds__(kWholeThreads, kModel && kOwn == 2 ? 3 : 2)
   });
   EndGroup();
   if (cluster > 1) ExpectFloats(barrier, kOwn == 1 ? kModelWidth : cluster);
-  if (slot_lane == 0) {
-    const Constants constants = ConstantsOf(p, job, d, mine ? pair : 0);
-    const Turn turn = TurnOf(constants, own);
-    const float2 norm = constants.Norm();
-    shared.ahead[lane] = make_float4(norm.x, norm.y, turn.sin, turn.cos);
-  }
   WaitForAllButLast();
   if (slots.AnyNew()) {
 #pragma unroll
@@ -310,7 +317,7 @@ __global__ void __launch_bounds__(kWholeThreads, kModel && kOwn == 2 ? 3 : 2)
 #pragma unroll
     for (int i = 0; i < kSlotsPerThread; ++i) {
       if (slots.There(i) && own + slots.Slot(i) >= kept) {
-        StoreOwn(rows.GateState(slots.InRing(i)), g[i]);
+        StoreOwn(slots.InState(rows.GateState(0), d, i), g[i]);
       }
     }
   }
@@ -338,11 +345,25 @@ __global__ void __launch_bounds__(kWholeThreads, kModel && kOwn == 2 ? 3 : 2)
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) product.at[c] = g[i].at[c] * z.at[c];
     values = Add(values, product);
-    if (keeps && own + slots.Slot(i) >= kept) StoreOwn(rows.KvState(slots.InRing(i)), z);
   }
   StoreSharedOwn(&shared.value[slot_lane][column], values);
+  if (keeps) {
+#pragma unroll
+    for (int i = 0; i < kSlotsPerThread; ++i) {
+      if (slots.There(i) && own + slots.Slot(i) >= kept) {
+        StoreOwn(slots.InState(rows.KvState(0), d, i),
+                 SharedOwn<kOwn>(&shared.z[i][slot_lane][column]));
+      }
+    }
+  }
   __syncthreads();
   if (cluster > 1) WaitForCluster();  // all have begun, and made their barriers
+  const bool stores = kOwn == 2 || rank % 2 == 0, rotary = pair >= d - p.rotary;
+  if (slot_lane == 1 && stores) {
+    const Turn turn = TurnOf(rotary, shared.frequency[lane], own);
+    shared.turn[lane] = make_float2(turn.sin, turn.cos);
+    Meet(1, 2 * kLanes);
+  }
   if (slot_lane == 0) {
     values = SumLanes<kOwn>(shared.value, column);
     norms = SumLanes<kOwn>(shared.norm, column);
@@ -352,7 +373,7 @@ __global__ void __launch_bounds__(kWholeThreads, kModel && kOwn == 2 ? 3 : 2)
       const float one = RoundBf16(make_float2(values.at[0] / norms.at[0], 0.0f)).x;
 #pragma unroll
       for (int i = 0; i < kModelTiles; ++i) StoreIn(&shared.x[first], barrier, 2 * i, one);
-      if (rank % 2 == 0) {
+      if (stores) {
         Wait(barrier, 0);
         float sums[kModelTiles];
 #pragma unroll
@@ -375,11 +396,11 @@ __global__ void __launch_bounds__(kWholeThreads, kModel && kOwn == 2 ? 3 : 2)
         squares = RowSquares(shared.tile_sum, TilesOf(d));
       }
     }
-    if (tile < TilesOf(d) && (kOwn == 2 || rank % 2 == 0)) {
+    if (stores) Meet(1, 2 * kLanes);
+    if (stores && tile < TilesOf(d)) {
+      const float2 turn = shared.turn[lane];
       const float mean = squares * params.width[blockIdx.y].mean;
-      const float4 c = shared.ahead[lane];
-      const float2 y =
-          NormAndRope(make_float2(c.x, c.y), {c.z, c.w}, pair >= d - p.rotary, mean, p.eps, x);
+      const float2 y = NormAndRope(shared.norm_of[lane], {turn.x, turn.y}, rotary, mean, p.eps, x);
       StoreKey(p, job, b * job.slots + window, pair, mine, y);
     }
   }
