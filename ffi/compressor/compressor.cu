@@ -16,6 +16,8 @@ namespace {
 
 using namespace compressor;
 
+constexpr int64_t kFewWindows = 8;  // 128 thread blocks
+
 Width WidthOf(int64_t d) {
   return {1.0f / static_cast<float>(d),
           static_cast<float>(1.0 / std::sqrt(static_cast<double>(d)))};
@@ -25,11 +27,12 @@ bool FitsGrid(int64_t blocks) { return blocks <= INT32_MAX; }
 
 template <typename Params>
 cudaError_t LaunchClusters(void (*kernel)(Params), dim3 grid, int threads, int cluster,
-                           cudaStream_t stream, const Params& params) {
+                           cudaStream_t stream, const Params& params, int shared_bytes = 0) {
   cudaLaunchAttribute attribute = ClusterOf(cluster);
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
@@ -39,23 +42,19 @@ cudaError_t LaunchClusters(void (*kernel)(Params), dim3 grid, int threads, int c
 cudaError_t LaunchOverlap(const CompressorParams& params, cudaStream_t stream) {
   OverlapParams kernel{};
   kernel.p = params;
-  const int64_t items = std::max<int64_t>((params.t + kOverlapRatio - 1) / kOverlapRatio - 1, 1);
+  const int64_t windows = (params.t + kOverlapRatio - 1) / kOverlapRatio;
+  const int64_t items = (windows + kOverlapCluster - 1) / kOverlapCluster * kOverlapCluster;
   int64_t blocks = 0;
   for (int j = 0; j < params.n_jobs; ++j) {
-    const int64_t per_block = kOverlapWarps / TilesOf(params.jobs[j].d);
+    const int64_t per_cluster = kOverlapWarps / TilesOf(params.jobs[j].d) * kOverlapCluster;
     kernel.width[j] = WidthOf(params.jobs[j].d);
-    blocks += (params.b * items + per_block - 1) / per_block;
+    blocks += (params.b * items + per_cluster - 1) / per_cluster * kOverlapCluster;
     if (j == 0) kernel.first_job_blocks = static_cast<uint32_t>(blocks);
   }
   if (!FitsGrid(params.b * items) || !FitsGrid(blocks)) return cudaErrorInvalidConfiguration;
   kernel.items = static_cast<uint32_t>(items);
-  const auto grid = static_cast<unsigned>(blocks);
-  if (items == 1) {
-    OverlapKernel<true><<<grid, kOverlapThreads, 0, stream>>>(kernel);
-  } else {
-    OverlapKernel<false><<<grid, kOverlapThreads, 0, stream>>>(kernel);
-  }
-  return cudaGetLastError();
+  return LaunchClusters(OverlapKernel, dim3(static_cast<unsigned>(blocks)), kOverlapThreads,
+                        kOverlapCluster, stream, kernel);
 }
 
 cudaError_t LaunchOverlapToken(const CompressorParams& params, cudaStream_t stream) {
@@ -77,23 +76,40 @@ cudaError_t LaunchOverlapToken(const CompressorParams& params, cudaStream_t stre
                         cluster, stream, kernel);
 }
 
+template <bool kModel, int kOwn>
+cudaError_t RunWhole(const WholeParams& params, cudaStream_t stream) {
+  constexpr auto kKernel = WholeKernel<kModel, kOwn>;
+  constexpr int kSharedBytes = sizeof(WholeShared<kOwn>);
+  cudaError_t error =
+      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (kOwn == 1 && error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  if (error != cudaSuccess) return error;
+  const int64_t blocks = params.p.b * params.windows * params.cluster;
+  return LaunchClusters(kKernel,
+                        dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(params.p.n_jobs)),
+                        kWholeThreads, params.cluster, stream, params, kSharedBytes);
+}
+
 cudaError_t LaunchWhole(const CompressorParams& params, cudaStream_t stream) {
   WholeParams kernel{};
   kernel.p = params;
-  kernel.tiles = 1;
+  kernel.cluster = 1;
+  bool model = params.ratio == kCompressorMaxRatio;
   for (int j = 0; j < params.n_jobs; ++j) {
-    kernel.width[j] = WidthOf(params.jobs[j].d);
-    kernel.tiles = std::max(kernel.tiles, TilesOf(params.jobs[j].d));
+    const CompressorJob& job = params.jobs[j];
+    kernel.width[j] = WidthOf(job.d);
+    kernel.cluster = std::max(kernel.cluster, TilesOf(job.d));
+    model = model && job.d == kModelWidth && job.ring % params.ratio == 0;
   }
   const int64_t windows = (params.t + params.ratio - 1) / params.ratio;
-  const int64_t blocks = params.b * windows * kernel.tiles;
-  if (!FitsGrid(blocks)) return cudaErrorInvalidConfiguration;
   kernel.windows = static_cast<uint32_t>(windows);
-  bool model = params.ratio == kCompressorMaxRatio;
-  for (int j = 0; j < params.n_jobs; ++j) model = model && params.jobs[j].d == kModelWidth;
-  return LaunchClusters(model ? WholeKernel<true> : WholeKernel<false>,
-                        dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(params.n_jobs)),
-                        kWholeThreads, kernel.tiles, stream, kernel);
+  if (!FitsGrid(params.b * windows * kernel.cluster * 2)) return cudaErrorInvalidConfiguration;
+  if (!model) return RunWhole<false, 2>(kernel, stream);
+  if (params.b * windows * params.n_jobs > kFewWindows) return RunWhole<true, 2>(kernel, stream);
+  kernel.cluster *= 2;
+  return RunWhole<true, 1>(kernel, stream);
 }
 
 }  // namespace

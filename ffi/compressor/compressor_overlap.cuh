@@ -1,7 +1,7 @@
 // Ratio 4: a thread has all 8 slots of its channels.
 //
-// A state is read and written by the threads of a row's first two windows alone, each its own
-// columns, so that it can be written as soon as the loads of the last of these are on their way.
+// A state is read by a row's first two windows alone. They lie in one cluster, which writes it when
+// both have read.
 // One token a row is a kernel of its own: the parts of an entry lie on several SMs, and the token's
 // rows do not wait for the lengths.
 #pragma once
@@ -58,14 +58,25 @@ __device__ __forceinline__ void LoadSlots(const Rows& rows, uint32_t window, int
   }
 }
 
+struct Ape {
+  float2 of[kOverlapSlots];
+};
+
+__device__ __forceinline__ void LoadApe(const Rows& rows, int d, Ape& ape) {
+  const float* from = rows.Ape(0);
+#pragma unroll
+  for (int s = 0; s < kOverlapSlots; ++s) {
+    ape.of[s] = LoadPair(from + s % kRatio * 2 * d + (s < kRatio ? 0 : d));
+  }
+}
+
 // To the gates of the chunk, those of the state have it.
-__device__ __forceinline__ void AddApe(const Rows& rows, uint32_t window, int d, Slots& slots) {
-  const float* ape = rows.job.ape + Anew(rows.channel);
+__device__ __forceinline__ void AddApe(const Rows& rows, uint32_t window, const Ape& ape,
+                                       Slots& slots) {
 #pragma unroll
   for (int s = 0; s < kOverlapSlots; ++s) {
     if (window * kRatio + s < rows.start + kRatio) continue;
-    const int ahead = s % kRatio * 2 * d + (s < kRatio ? 0 : d);
-    slots.g[s] = Add(slots.g[s], LoadConstant(ape + ahead));
+    slots.g[s] = Add(slots.g[s], ape.of[s]);
   }
 }
 
@@ -110,43 +121,42 @@ __device__ __forceinline__ float2 Pool(const Slots& slots) {
   return RoundBf16(x);
 }
 
-// The last positions, a few at a time: their loads go out together.
-template <int kAtOnce>
-__device__ __forceinline__ void WriteOverlapState(const Rows& rows, int d) {
-  uint32_t to = Modulo(rows.Kept(), rows.ring);
+// Of the last positions every `step`th four, from the `which`th on: their loads go out together.
+__device__ __forceinline__ void WriteOverlapState(const Rows& rows, int d, uint32_t which,
+                                                  uint32_t step) {
 #pragma unroll 1
-  for (uint32_t at = rows.Kept(); at < rows.end; at += kAtOnce) {
-    float2 z[kAtOnce][2], g[kAtOnce][2], ape[kAtOnce][2];
+  for (uint32_t at = rows.Kept() + which * kRatio; at < rows.end; at += step * kRatio) {
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (at + i >= rows.end) continue;
+    for (int half = 0; half < 2; ++half) {
+      float2 z[kRatio], g[kRatio], ape[kRatio];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        z[i][half] = LoadPair(rows.Kv(at + i - rows.start) + half * d);
-        g[i][half] = LoadPair(rows.Gate(at + i - rows.start) + half * d);
-        ape[i][half] = LoadConstant(rows.Ape((at + i) % kRatio) + half * d);
+      for (int i = 0; i < kRatio; ++i) {
+        if (at + i >= rows.end) continue;
+        z[i] = LoadPair(rows.Kv(at + i - rows.start) + half * d);
+        g[i] = LoadPair(rows.Gate(at + i - rows.start) + half * d);
+        ape[i] = LoadConstant(rows.Ape((at + i) % kRatio) + half * d);
       }
-    }
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (at + i >= rows.end) continue;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        StorePair(rows.KvState(to) + half * d, z[i][half]);
-        StorePair(rows.GateState(to) + half * d, Add(g[i][half], ape[i][half]));
+      for (int i = 0; i < kRatio; ++i) {
+        if (at + i >= rows.end) continue;
+        const uint32_t to = Modulo(at + i, rows.ring);
+        StorePair(rows.KvState(to) + half * d, z[i]);
+        StorePair(rows.GateState(to) + half * d, Add(g[i], ape[i]));
       }
-      if (++to == rows.ring) to = 0;
     }
   }
 }
 
 constexpr int kOverlapThreads = 256;
 constexpr int kOverlapWarps = kOverlapThreads / kLanes;
+constexpr int kOverlapCluster = 2;
+constexpr int kOverlapBlocks = 3;  // of a multiprocessor
+constexpr uint32_t kOverlapAhead = 132 * kOverlapBlocks;
 
 struct OverlapParams {
   CompressorParams p;
   Width width[kMaxCompressorJobs];
-  uint32_t items;  // of a batch row: its first two windows and its states, then a window each
+  uint32_t items;  // of a batch row: a window each; even
   uint32_t first_job_blocks;
 };
 
@@ -155,13 +165,21 @@ __host__ __device__ inline int TilesOf(int64_t d) {
 }
 
 struct OverlapShared {
-  float tile_sum[2][kOverlapWarps];  // of a round
+  float tile_sum[kOverlapWarps];
   float2 exchange[kOverlapWarps][kLanes];
   uint32_t largest[kOverlapWarps];
 };
 
+// A line each of the chunk's four rows that are about an item's.
+__device__ __forceinline__ void PrefetchItem(const CompressorParams& p, const CompressorJob& job,
+                                             int d, uint32_t b, uint32_t item, int thread) {
+  constexpr int kLine = 32;  // floats
+  const int lines = 2 * d / kLine, row = thread / lines, ahead = thread % lines * kLine;
+  const int64_t at = int64_t{item} * kRatio + row % kRatio;
+  if (at < p.t) Prefetch((row < kRatio ? job.gate : job.kv) + (b * p.t + at) * (2 * d) + ahead);
+}
+
 // A thread block's items of a job that is d wide.
-template <bool kFew>
 __device__ __forceinline__ void RunOverlap(const OverlapParams& params, int which, int d,
                                            OverlapShared& shared) {
   const CompressorParams& p = params.p;
@@ -171,69 +189,74 @@ __device__ __forceinline__ void RunOverlap(const OverlapParams& params, int whic
   const int team_of = threadIdx.x / kLanes / warps;
   const uint32_t index = block * per_block + team_of;
   if (team_of >= per_block || index >= static_cast<uint32_t>(p.b) * params.items) return;
-  const uint32_t b = kFew ? index : index / params.items, item = index - b * params.items;
-  const int team_first = team_of * warps * kLanes;  // thread
-  const int first = (threadIdx.x - team_first) * kChannels;
+  const auto row_of = [&](uint32_t at) { return p.b == 1 ? 0 : at / params.items; };
+  const uint32_t b = row_of(index), item = index - b * params.items;
+  const int base = team_of * warps;  // warp
+  const int first = (threadIdx.x - base * kLanes) * kChannels;
   const bool mine = d % kSumChannels == 0 || first < d;
   const Lengths lengths = LengthsOf(p, b);
+  if (d % kSumChannels == 0) PrefetchItem(p, job, d, b, item, first / kChannels);
   Rows rows(p, job, b, 2 * d, mine ? first : 0);
-  Constants constants;
-  if (kFew) constants = ConstantsOf(p, job, d, rows.channel);
+  Ape ape;
+  LoadApe(rows, d, ape);
+  const Constants constants = ConstantsOf(p, job, d, rows.channel);
   rows.Take(lengths, p.t);
 
-  const uint32_t oldest = rows.start / kRatio + (item == 0 ? 0 : item + 1);
+  const uint32_t oldest = rows.start / kRatio, window = oldest + item;
   const uint32_t closed = min(static_cast<int64_t>(rows.end / kRatio), job.slots);
-  const uint32_t rounds = closed > oldest ? min(closed - oldest, item == 0 ? 2u : 1u) : 0;
-#pragma unroll 1
-  for (uint32_t round = 0; round < rounds; ++round) {
-    const uint32_t window = oldest + round;
+  const bool closes = window < closed;
+  // So say all of the cluster: a row's first items are in it.
+  const uint32_t cluster_items = kOverlapCluster * per_block;
+  uint32_t cluster_first = block / kOverlapCluster * cluster_items;
+  cluster_first -= row_of(cluster_first) * params.items;
+  const bool meets = cluster_first == 0 || cluster_first + cluster_items > params.items;
+  float2 x;
+  SinCos turn = {};
+  if (closes) {
     Slots slots;
     LoadSlots(rows, window, d, slots);
-    // Nothing reads the state any more but loads of this very thread that are on their way.
-    if (kFew && mine && round + 1 == rounds) WriteOverlapState<4>(rows, d);
-    SinCos turn = {};
-    if (kFew) turn = TurnOf(constants, window * kRatio);
-    AddApe(rows, window, d, slots);
-    float2 x = Pool(slots);
+    if (d % kSumChannels == 0) {
+      PrefetchItem(p, job, d, b, item + kOverlapAhead * per_block, first / kChannels);
+    }
+    turn = TurnOf(constants, window * kRatio);
+    AddApe(rows, window, ape, slots);
+    x = Pool(slots);
     if (!mine) x = make_float2(0.0f, 0.0f);
     const float sum = TileSquares(x);
-    // Registers are free again.
-    const uint32_t thread = Anew(threadIdx.x), row = Anew(b), base = Anew(team_first) / kLanes;
-    const int channel = (thread - base * kLanes) * kChannels;
-    if (!kFew) {
-      constants = ConstantsOf(p, job, d, mine ? channel : 0);
-      turn = TurnOf(constants, window * kRatio);
-    }
-    const Team team = {warps, static_cast<int>(base) / warps + 1, shared.exchange + base,
-                       shared.largest + base};
-    float* tile_sum = shared.tile_sum[round] + base;
-    if (thread % kLanes == 1) tile_sum[channel / kSumChannels] = sum;
-    team.Sync();
-    const float mean = RowSquares(tile_sum, warps) * params.width[which].mean;
+    if (threadIdx.x % kLanes == 1) shared.tile_sum[base + first / kSumChannels] = sum;
+    Meet(team_of + 1, warps * kLanes);
+  }
+  if (meets) ArriveAtCluster();  // what this one reads of a state is read
+  if (closes) {
+    const float mean = RowSquares(shared.tile_sum + base, warps) * params.width[which].mean;
     const float2 y = NormAndRope(constants.Norm(), turn, constants.rotary, mean, p.eps, x);
-    const int64_t entry = row * job.slots + window;
+    const int64_t entry = b * job.slots + window;
     if (job.form == EntryForm::kKv) {
-      StoreKey(p, job, entry, channel, mine, y);
+      StoreKey(p, job, entry, first, mine, y);
     } else {
-      StoreIndexKey(job, d, params.width[which].hadamard, entry, channel, mine, y, team);
+      const Team team = {warps, team_of + 1, shared.exchange + base, shared.largest + base};
+      StoreIndexKey(job, d, params.width[which].hadamard, entry, first, mine, y, team);
     }
   }
-  if (mine && item == 0 && (!kFew || rounds == 0)) WriteOverlapState<kFew ? 4 : 2>(rows, d);
+  if (!meets) return;
+  WaitForCluster();
+  if (!mine || item >= kOverlapCluster) return;
+  // Half of it each, or all if the other has a window and this one has not.
+  const bool alone = closed == oldest + 1;
+  if (!alone || !closes) WriteOverlapState(rows, d, alone ? 0 : item, alone ? 1 : 2);
 }
 
-// kFew: an item a row. It is latency that counts, not how many thread blocks an SM has.
-template <bool kFew>
-__global__ void __launch_bounds__(kOverlapThreads, kFew ? 1 : 4)
+__global__ void __launch_bounds__(kOverlapThreads, kOverlapBlocks)
     OverlapKernel(const __grid_constant__ OverlapParams params) {
   __shared__ OverlapShared shared;
   const int which = blockIdx.x >= params.first_job_blocks ? 1 : 0;
   const int d = static_cast<int>(params.p.jobs[which].d);
   if (d == kModelWidth) {
-    RunOverlap<kFew>(params, which, kModelWidth, shared);
+    RunOverlap(params, which, kModelWidth, shared);
   } else if (d == kModelIndexWidth) {
-    RunOverlap<kFew>(params, which, kModelIndexWidth, shared);
+    RunOverlap(params, which, kModelIndexWidth, shared);
   } else {
-    RunOverlap<kFew>(params, which, d, shared);
+    RunOverlap(params, which, d, shared);
   }
 }
 
@@ -300,9 +323,10 @@ __device__ __forceinline__ void RunToken(const TokenParams& params, int which, i
     PrefetchTile(rows.KvState(0) + back + half * d, 2 * d, kOverlapSlots, channels);
     PrefetchTile(rows.GateState(0) + back + half * d, 2 * d, kOverlapSlots, channels);
   }
+  const uint32_t barrier = SharedAddress(&shared.sums_barrier);
+  if (parts > 1) MakeBarrier(barrier);
   WaitForLengths();
   rows.Take(shared.lengths, p.t);
-  const uint32_t barrier = SharedAddress(&shared.sums_barrier);
   if (rows.end == rows.start) return;
   const uint32_t window = rows.start / kRatio, phase = rows.start % kRatio;
   const float* ape = rows.Ape(phase);

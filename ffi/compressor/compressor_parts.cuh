@@ -37,6 +37,11 @@ __device__ __forceinline__ float2 LoadPair(const float* from) {
   asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "l"(from) : "memory");
   return x;
 }
+__device__ __forceinline__ float LoadOne(const float* from) {
+  float x;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(from) : "memory");
+  return x;
+}
 __device__ __forceinline__ float2 LoadShared(const float* from) {
   return *reinterpret_cast<const float2*>(from);
 }
@@ -81,6 +86,11 @@ __device__ __forceinline__ void CopyPair(float* to, const float* from) {
 __device__ __forceinline__ void CopyWord(int32_t* to, const int32_t* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(SharedAddress(to)), "l"(from)
                : "memory");
+}
+// Those so far are a group; and all groups but the last are there.
+__device__ __forceinline__ void EndGroup() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void WaitForAllButLast() {
+  asm volatile("cp.async.wait_group 1;" ::: "memory");
 }
 __device__ __forceinline__ void WaitForCopies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 // A load of a constant or a length that is asked for here, not where it is used.
@@ -226,15 +236,19 @@ struct Constants {
 __device__ __forceinline__ Constants ConstantsOf(const CompressorParams& p,
                                                  const CompressorJob& job, int d, int first) {
   const int nope = d - static_cast<int>(p.rotary);
-  Constants constants = {
-      {LoadNow(job.norm + first), LoadNow(job.norm + first + 1)}, 0.0f, first >= nope};
+  Constants constants = {{}, 0.0f, first >= nope};
   if (constants.rotary) constants.frequency = LoadNow(p.frequencies + (first - nope) / 2);
+  constants.norm[0] = LoadNow(job.norm + first);
+  constants.norm[1] = LoadNow(job.norm + first + 1);
   return constants;
 }
 
+__device__ __forceinline__ SinCos TurnOf(bool rotary, float frequency, uint32_t position) {
+  if (!rotary) return {0.0f, 1.0f};
+  return SinCosAt(static_cast<int32_t>(position), frequency);
+}
 __device__ __forceinline__ SinCos TurnOf(const Constants& constants, uint32_t position) {
-  if (!constants.rotary) return {0.0f, 1.0f};
-  return SinCosAt(static_cast<int32_t>(position), constants.frequency);
+  return TurnOf(constants.rotary, constants.frequency, position);
 }
 
 // Sum of squares of a warp's 64 channels, in its odd lanes.
@@ -352,14 +366,16 @@ __device__ __forceinline__ void StoreIndexKey(const CompressorJob& job, int d, f
   }
 }
 
-// A barrier that other thread blocks of the cluster count `floats` on, and the sign that it is
-// there. All threads.
+// A barrier that other thread blocks of the cluster count on; all of this one meet before
+// ExpectFloats.
+__device__ __forceinline__ void MakeBarrier(uint32_t barrier) {
+  if (threadIdx.x != 0) return;
+  InitBarrier(barrier, 1);
+  FenceBarrierInit();
+}
+// How many floats it counts, and the sign that it is there. All threads.
 __device__ __forceinline__ void ExpectFloats(uint32_t barrier, int floats) {
-  if (threadIdx.x == 0) {
-    InitBarrier(barrier, 1);
-    FenceBarrierInit();
-    ArriveExpecting(barrier, floats * sizeof(float));
-  }
+  if (threadIdx.x == 0) ArriveExpecting(barrier, floats * sizeof(float));
   __syncwarp();
   ArriveAtCluster();
 }

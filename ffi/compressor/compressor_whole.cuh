@@ -1,6 +1,10 @@
-// Ratios but 4: a thread block takes 64 channels of a window, a warp of it a slot lane, so that 512
-// KB of HCA's window are read by 8 SMs; they exchange their sums of squares, and nothing else,
-// through the cluster. Gates come first: all exponentials are done while the values arrive.
+// Ratios but 4: a thread block takes 64 or 32 channels of a window, a warp of it a slot lane, so
+// that 512 KB of HCA's window are read by 8 or 16 SMs, as a cluster. Gates come first: all
+// exponentials are done while the values arrive, in shared memory.
+//
+// 64 channels are a tile: thread blocks exchange its sum of squares, and nothing else. Of few rows
+// it is the exponentials that take long: then 32 channels, and of each two thread blocks one has
+// both's tile.
 //
 // A window's thread block also writes its own positions to the state, unless the row's first window
 // reads older ones there: then that one's thread block writes all, having read.
@@ -17,13 +21,67 @@ namespace compressor {
 
 constexpr int kWholeThreads = kSlotLanes * kLanes;
 constexpr int kSlotsPerThread = kCompressorMaxRatio / kSlotLanes;
+constexpr int kModelTiles = kModelWidth / kSumChannels;
 
 struct WholeParams {
   CompressorParams p;
   Width width[kMaxCompressorJobs];
   uint32_t windows;  // of a batch row
-  int tiles;         // thread blocks of a cluster
+  int cluster;       // thread blocks
 };
+
+// A thread's channels of a slot.
+template <int kOwn>
+struct Own {
+  float at[kOwn];
+};
+
+template <int kOwn>
+__device__ __forceinline__ Own<kOwn> LoadOwn(const float* from) {
+  if constexpr (kOwn == 1) {
+    return {LoadOne(from)};
+  } else {
+    const float2 x = LoadPair(from);
+    return {x.x, x.y};
+  }
+}
+template <int kOwn>
+__device__ __forceinline__ Own<kOwn> SharedOwn(const float* from) {
+  if constexpr (kOwn == 1) {
+    return {*from};
+  } else {
+    const float2 x = LoadShared(from);
+    return {x.x, x.y};
+  }
+}
+template <int kOwn>
+__device__ __forceinline__ void StoreOwn(float* to, const Own<kOwn>& x) {
+  if constexpr (kOwn == 1) {
+    *to = x.at[0];
+  } else {
+    StorePair(to, make_float2(x.at[0], x.at[1]));
+  }
+}
+template <int kOwn>
+__device__ __forceinline__ void StoreSharedOwn(float* to, const Own<kOwn>& x) {
+#pragma unroll
+  for (int c = 0; c < kOwn; ++c) to[c] = x.at[c];
+}
+template <int kOwn>
+__device__ __forceinline__ void CopyOwn(float* to, const float* from) {
+  if constexpr (kOwn == 1) {
+    CopyWord(reinterpret_cast<int32_t*>(to), reinterpret_cast<const int32_t*>(from));
+  } else {
+    CopyPair(to, from);
+  }
+}
+template <int kOwn>
+__device__ __forceinline__ Own<kOwn> Add(const Own<kOwn>& a, const Own<kOwn>& b) {
+  Own<kOwn> sum;
+#pragma unroll
+  for (int c = 0; c < kOwn; ++c) sum.at[c] = a.at[c] + b.at[c];
+  return sum;
+}
 
 // Floats as integers of the same order, for atomicMax.
 __device__ __forceinline__ int OrderOf(float x) {
@@ -34,55 +92,48 @@ __device__ __forceinline__ float FloatOf(int order) {
   return __int_as_float(order >= 0 ? order : order ^ 0x7FFFFFFF);
 }
 
-// The sum of of(first) .. of(first + kCount - 1), by halves.
-template <int kCount, typename Of>
-__device__ __forceinline__ float Halved(const Of& of, int first = 0, int step = 1) {
+// The sum of all slot lanes, by halves.
+template <int kOwn, int kWidth, int kCount = kSlotLanes>
+__device__ __forceinline__ Own<kOwn> SumLanes(const float (&lanes)[kSlotLanes][kWidth], int column,
+                                              int first = 0, int step = 1) {
   if constexpr (kCount == 1) {
-    return of(first);
+    return SharedOwn<kOwn>(&lanes[first][column]);
   } else {
-    return Halved<kCount / 2>(of, first, 2 * step) + Halved<kCount / 2>(of, first + step, 2 * step);
+    return Add(SumLanes<kOwn, kWidth, kCount / 2>(lanes, column, first, 2 * step),
+               SumLanes<kOwn, kWidth, kCount / 2>(lanes, column, first + step, 2 * step));
   }
 }
 
-// Two channels' sums of all slot lanes, by halves.
-__device__ __forceinline__ float2 SumLanes(const float (&lanes)[kSlotLanes][kSumChannels],
-                                           int column) {
-  float2 part[kSlotLanes];
-#pragma unroll
-  for (int s = 0; s < kSlotLanes; ++s) part[s] = LoadShared(&lanes[s][column]);
-  return make_float2(Halved<kSlotLanes>([&](int s) { return part[s].x; }),
-                     Halved<kSlotLanes>([&](int s) { return part[s].y; }));
-}
-
 // Positions from + kSlotLanes * i, of those that are kept and below `to`, to the state.
+template <int kOwn>
 __device__ __forceinline__ void CopyToState(const Rows& rows, uint32_t ratio, uint32_t from,
                                             uint32_t to) {
-  constexpr int kAtOnce = 4;
+  constexpr int kAtOnce = 2;
   const uint32_t kept = rows.Kept();
   if (from < kept) from += (kept - from + kSlotLanes - 1) / kSlotLanes * kSlotLanes;
 #pragma unroll 1
   for (uint32_t at = from; at < to; at += kAtOnce * kSlotLanes) {
-    float2 z[kAtOnce], g[kAtOnce], ape[kAtOnce];
+    Own<kOwn> z[kAtOnce], g[kAtOnce], ape[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const uint32_t now = at + i * kSlotLanes;
       if (now >= to) continue;
-      z[i] = LoadPair(rows.Kv(now - rows.start));
-      g[i] = LoadPair(rows.Gate(now - rows.start));
-      ape[i] = LoadConstant(rows.Ape(now % ratio));
+      z[i] = LoadOwn<kOwn>(rows.Kv(now - rows.start));
+      g[i] = LoadOwn<kOwn>(rows.Gate(now - rows.start));
+      ape[i] = LoadOwn<kOwn>(rows.Ape(now % ratio));
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const uint32_t now = at + i * kSlotLanes;
       if (now >= to) continue;
-      StorePair(rows.KvState(Modulo(now, rows.ring)), z[i]);
-      StorePair(rows.GateState(Modulo(now, rows.ring)), Add(g[i], ape[i]));
+      StoreOwn(rows.KvState(Modulo(now, rows.ring)), z[i]);
+      StoreOwn(rows.GateState(Modulo(now, rows.ring)), Add(g[i], ape[i]));
     }
   }
 }
 
 // A thread's slots of a window: slot_lane + kSlotLanes * i.
-template <bool kAll>  // a window has kCompressorMaxRatio slots
+template <bool kModel>  // a window has kCompressorMaxRatio slots, side by side in the ring
 struct WholeSlots {
   uint32_t slot_lane, ratio, own, start, ring, in_ring;  // own: the window's first position
 
@@ -93,22 +144,31 @@ struct WholeSlots {
   }
 
   __device__ __forceinline__ uint32_t Slot(int i) const { return slot_lane + i * kSlotLanes; }
-  __device__ __forceinline__ bool There(int i) const { return kAll || Slot(i) < ratio; }
+  __device__ __forceinline__ bool There(int i) const { return kModel || Slot(i) < ratio; }
+  __device__ __forceinline__ bool AllNew() const { return own >= start; }
   __device__ __forceinline__ bool New(int i) const { return There(i) && own + Slot(i) >= start; }
+  __device__ __forceinline__ bool AnyNew() const {
+    return own + Slot(kSlotsPerThread - 1) >= start;
+  }
   __device__ __forceinline__ uint32_t InRing(int i) const {
     const uint32_t at = in_ring + Slot(i);
-    return at < ring ? at : at - ring;
+    return kModel || at < ring ? at : at - ring;
+  }
+
+  template <typename Float>
+  __device__ __forceinline__ Float* InState(Float* state, uint32_t columns, int i) const {
+    if (kModel) return state + uint64_t{in_ring + slot_lane} * columns + i * kSlotLanes * columns;
+    return state + uint64_t{InRing(i)} * columns;
   }
 
   // use(i, from) for each: of the chunk's rows, or the ring's.
   template <typename Use>
   __device__ __forceinline__ void ForEach(const float* chunk, const float* state, uint32_t columns,
                                           const Use& use) const {
-    const bool chunks = own >= start;
-    const bool rings = own + Slot(kSlotsPerThread - 1) < start && in_ring + ratio <= ring;
-    if (chunks || rings) {
-      const uint32_t row = slot_lane + (chunks ? own - start : in_ring);
-      const float* from = (chunks ? chunk : state) + uint64_t{row} * columns;
+    const float* fresh = chunk + (int64_t{own} - start + slot_lane) * columns;
+    const float* old = state + uint64_t{in_ring + slot_lane} * columns;
+    if (AllNew() || (kModel && !AnyNew())) {
+      const float* from = AllNew() ? fresh : old;
 #pragma unroll
       for (int i = 0; i < kSlotsPerThread; ++i) {
         if (There(i)) use(i, from + i * kSlotLanes * columns);
@@ -117,51 +177,76 @@ struct WholeSlots {
     }
 #pragma unroll
     for (int i = 0; i < kSlotsPerThread; ++i) {
-      const uint32_t row = New(i) ? own - start + Slot(i) : InRing(i);
-      if (There(i)) use(i, (New(i) ? chunk : state) + uint64_t{row} * columns);
+      if (!There(i)) continue;
+      if (kModel) {
+        use(i, (New(i) ? fresh : old) + i * kSlotLanes * columns);
+      } else {
+        use(i, New(i) ? fresh + i * kSlotLanes * columns : InState(state, columns, i));
+      }
     }
   }
 };
 
+template <int kOwn>
 struct WholeShared {
-  alignas(16) float ape[kSlotsPerThread][kSlotLanes][kSumChannels];
-  float norm[kSlotLanes][kSumChannels], value[kSlotLanes][kSumChannels];
-  float4 ahead[kLanes];          // norm, sine, cosine
-  int order[kChannels][kLanes];  // of the largest gates
+  alignas(16) float z[kSlotsPerThread][kSlotLanes][kLanes * kOwn];
+  union {  // the sums when nothing of ape is read any more
+    alignas(16) float ape[kSlotsPerThread][kSlotLanes][kLanes * kOwn];
+    struct {
+      alignas(16) float norm[kSlotLanes][kLanes * kOwn], value[kSlotLanes][kLanes * kOwn];
+    };
+  };
+  alignas(16) float x[kOwn == 1 ? kModelWidth : 1];
+  float2 norm_of[kLanes], turn[kLanes];
+  float frequency[kLanes];
+  int order[kOwn][kLanes];  // of the largest gates
   float tile_sum[kMaxTiles];
   Lengths lengths;
   alignas(8) uint64_t sums_barrier;
 };
 
-// kModel: the ratio and the width are the model's.
-template <bool kModel>
-__global__ void __launch_bounds__(kWholeThreads, 2)
+// kModel: the ratio and the width are the model's. kOwn: channels a thread has, 1 only if kModel.
+template <bool kModel, int kOwn>
+__global__ void __launch_bounds__(kWholeThreads, kModel&& kOwn == 2 ? 3 : 2)
     WholeKernel(const __grid_constant__ WholeParams params) {
-  __shared__ WholeShared shared;
+  static_assert(kOwn == kChannels || (kModel && kOwn == 1), "");
+  extern __shared__ __align__(16) char shared_bytes[];
+  auto& shared = *reinterpret_cast<WholeShared<kOwn>*>(shared_bytes);
   const CompressorParams& p = params.p;
   const CompressorJob& job = p.jobs[blockIdx.y];
   const int lane = threadIdx.x % kLanes, slot_lane = threadIdx.x / kLanes;
-  const int d = kModel ? kModelWidth : static_cast<int>(job.d), column = lane * kChannels;
-  const int tiles = kModel ? TilesOf(kModelWidth) : params.tiles;
+  const int d = kModel ? kModelWidth : static_cast<int>(job.d), column = lane * kOwn;
+  const int cluster = kModel ? kModelWidth / (kLanes * kOwn) : params.cluster;
   const uint32_t ratio = kModel ? kCompressorMaxRatio : static_cast<uint32_t>(p.ratio);
-  const uint32_t index = blockIdx.x / tiles, tile = blockIdx.x - index * tiles;
+  const uint32_t index = blockIdx.x / cluster, rank = blockIdx.x - index * cluster;
   const uint32_t b = params.windows == 1 ? index : index / params.windows;
   const uint32_t item = index - b * params.windows;
-  const int first = static_cast<int>(tile) * kSumChannels + column;
+  const int first = static_cast<int>(rank) * kLanes * kOwn + column;
+  const int tile = kOwn == 1 ? rank / 2 : rank;
+  const int pair = tile * kSumChannels + lane * kChannels;  // of what is stored
   const bool mine = kModel || first < d;
   AskForLengths(p, b, shared.lengths);
   Rows rows(p, job, b, d, mine ? first : 0);
   Constants constants = {};
-  if (slot_lane == 0) constants = ConstantsOf(p, job, d, rows.channel);
+  if (slot_lane == 0) constants = ConstantsOf(p, job, d, mine ? pair : 0);
   // While the lengths are on their way: about the rows that it will read. Gates of a long chunk are
   // not to wait for values.
+  constexpr int kLine = 32;  // floats
   static_assert(kWholeThreads == 4 * kCompressorMaxRatio, "a line each");
   const uint32_t ahead_row = threadIdx.x / 4, ahead = item * ratio + ahead_row;
-  const uint32_t ahead_channel = tile * kSumChannels + threadIdx.x % 2 * (kSumChannels / 2);
+  const uint32_t ahead_channel = (first - column) + threadIdx.x % 2 * kLine;
   const bool of_gate = threadIdx.x % 4 >= 2;
   if ((kModel || (ahead_row < ratio && ahead_channel < d)) && ahead < p.t &&
-      (of_gate || p.t < ratio)) {
+      (kOwn == 2 || threadIdx.x % 2 == 0) && (of_gate || p.t < ratio)) {
     Prefetch((of_gate ? job.gate : job.kv) + (b * p.t + ahead) * d + ahead_channel);
+  }
+  const uint32_t barrier = SharedAddress(&shared.sums_barrier);
+  if (cluster > 1) MakeBarrier(barrier);
+  if (slot_lane == 0) {
+    shared.norm_of[lane] = constants.Norm();
+    shared.frequency[lane] = constants.frequency;
+#pragma unroll
+    for (int c = 0; c < kOwn; ++c) shared.order[c][lane] = OrderOf(-Infinity());
   }
   WaitForLengths();
   rows.Take(shared.lengths, p.t);
@@ -174,43 +259,57 @@ __global__ void __launch_bounds__(kWholeThreads, 2)
 
   if (next > rows.end || window >= job.slots) {
     if (mine && writes) {
-      CopyToState(rows, ratio, own + slot_lane, min(next, rows.end));
-      if (read) CopyToState(rows, ratio, next + slot_lane, rows.end);
+      CopyToState<kOwn>(rows, ratio, own + slot_lane, min(next, rows.end));
+      if (read) CopyToState<kOwn>(rows, ratio, next + slot_lane, rows.end);
     }
     return;
   }
-  const uint32_t barrier = SharedAddress(&shared.sums_barrier);
-  if (slot_lane == 0) {
-    shared.order[0][lane] = shared.order[1][lane] = OrderOf(-Infinity());
-  }
   const WholeSlots<kModel> slots(rows, own, slot_lane, ratio);
-  float2 g[kSlotsPerThread], z[kSlotsPerThread];
+  Own<kOwn> g[kSlotsPerThread];
   slots.ForEach(rows.Gate(0), rows.GateState(0), d,
-                [&](int i, const float* from) { g[i] = LoadPair(from); });
+                [&](int i, const float* from) { g[i] = LoadOwn<kOwn>(from); });
+  const float* ape = rows.Ape(slot_lane);
+  const auto copy_ape = [&](int i) {
+    CopyOwn<kOwn>(&shared.ape[i][slot_lane][column], ape + i * kSlotLanes * d);
+  };
+  if (slots.AllNew()) {
+#pragma unroll
+    for (int i = 0; i < kSlotsPerThread; ++i) {
+      if (slots.There(i)) copy_ape(i);
+    }
+  } else if (slots.AnyNew()) {
+#pragma unroll 1
+    for (int i = 0; i < kSlotsPerThread; ++i) {
+      if (slots.New(i)) copy_ape(i);
+    }
+  }
+  EndGroup();
+  if (p.t >= ratio) __syncthreads();  // all gates have been asked for
+  slots.ForEach(rows.Kv(0), rows.KvState(0), d, [&](int i, const float* from) {
+    CopyOwn<kOwn>(&shared.z[i][slot_lane][column], from);
+  });
+  EndGroup();
+  if (cluster > 1) ExpectFloats(barrier, kOwn == 1 ? kModelWidth : cluster);
+  WaitForAllButLast();
+  if (slots.AnyNew()) {
+#pragma unroll
+    for (int i = 0; i < kSlotsPerThread; ++i) {
+      if (slots.New(i)) g[i] = Add(g[i], SharedOwn<kOwn>(&shared.ape[i][slot_lane][column]));
+    }
+  }
+  Own<kOwn> top;
+#pragma unroll
+  for (int c = 0; c < kOwn; ++c) top.at[c] = -Infinity();
 #pragma unroll
   for (int i = 0; i < kSlotsPerThread; ++i) {
-    if (slots.New(i)) CopyPair(&shared.ape[i][slot_lane][column], rows.Ape(slots.Slot(i)));
-  }
-  if (tiles > 1) ExpectFloats(barrier, tiles);
-  __syncthreads();  // all gates have been asked for; order is set
-  slots.ForEach(rows.Kv(0), rows.KvState(0), d,
-                [&](int i, const float* from) { z[i] = LoadPair(from); });
-  if (slot_lane == 0) {
-    const SinCos turn = TurnOf(constants, own);
-    const float2 norm = constants.Norm();
-    shared.ahead[lane] = make_float4(norm.x, norm.y, turn.sin, turn.cos);
-  }
-  WaitForCopies();
-  float2 top = make_float2(-Infinity(), -Infinity());
 #pragma unroll
-  for (int i = 0; i < kSlotsPerThread; ++i) {
-    if (!slots.There(i)) g[i] = make_float2(-Infinity(), -Infinity());
-    if (slots.New(i)) g[i] = Add(g[i], LoadShared(&shared.ape[i][slot_lane][column]));
-    top.x = fmaxf(top.x, g[i].x);
-    top.y = fmaxf(top.y, g[i].y);
+    for (int c = 0; c < kOwn; ++c) {
+      if (!slots.There(i)) g[i].at[c] = -Infinity();
+      top.at[c] = fmaxf(top.at[c], g[i].at[c]);
+    }
   }
-  atomicMax(&shared.order[0][lane], OrderOf(top.x));
-  atomicMax(&shared.order[1][lane], OrderOf(top.y));
+#pragma unroll
+  for (int c = 0; c < kOwn; ++c) atomicMax(&shared.order[c][lane], OrderOf(top.at[c]));
   // Its own positions to the state: those that it reads there are other slots.
   const uint32_t kept = max(rows.Kept(), own);
   const bool keeps = mine && writes && own + slots.Slot(kSlotsPerThread - 1) >= kept;
@@ -218,59 +317,95 @@ __global__ void __launch_bounds__(kWholeThreads, 2)
 #pragma unroll
     for (int i = 0; i < kSlotsPerThread; ++i) {
       if (slots.There(i) && own + slots.Slot(i) >= kept) {
-        StorePair(rows.GateState(slots.InRing(i)), g[i]);
+        StoreOwn(slots.InState(rows.GateState(0), d, i), g[i]);
       }
     }
   }
   __syncthreads();
-  top = make_float2(FloatOf(shared.order[0][lane]), FloatOf(shared.order[1][lane]));
+  Own<kOwn> norms = {}, values = {};
+#pragma unroll
+  for (int c = 0; c < kOwn; ++c) {
+    top.at[c] = FloatOf(shared.order[c][lane]);
+#pragma unroll
+    for (int i = 0; i < kSlotsPerThread; ++i) {
+      g[i].at[c] = ExpOfNegative(g[i].at[c] - top.at[c]);
+    }
+  }
 #pragma unroll
   for (int i = 0; i < kSlotsPerThread; ++i) {
-    g[i].x = ExpOfNegative(g[i].x - top.x);
-    g[i].y = ExpOfNegative(g[i].y - top.y);
+    if (slots.There(i)) norms = Add(norms, g[i]);
   }
-  float2 norms = make_float2(0.0f, 0.0f), values = make_float2(0.0f, 0.0f);
+  StoreSharedOwn(&shared.norm[slot_lane][column], norms);  // so all exponentials are ahead of this
+  WaitForCopies();
 #pragma unroll
   for (int i = 0; i < kSlotsPerThread; ++i) {
     if (!slots.There(i)) continue;
-    norms = Add(norms, g[i]);
-    values = Add(values, make_float2(g[i].x * z[i].x, g[i].y * z[i].y));
+    const Own<kOwn> z = SharedOwn<kOwn>(&shared.z[i][slot_lane][column]);
+    Own<kOwn> product;
+#pragma unroll
+    for (int c = 0; c < kOwn; ++c) product.at[c] = g[i].at[c] * z.at[c];
+    values = Add(values, product);
   }
-  StoreShared(&shared.norm[slot_lane][column], norms);
-  StoreShared(&shared.value[slot_lane][column], values);
+  StoreSharedOwn(&shared.value[slot_lane][column], values);
   if (keeps) {
 #pragma unroll
     for (int i = 0; i < kSlotsPerThread; ++i) {
       if (slots.There(i) && own + slots.Slot(i) >= kept) {
-        StorePair(rows.KvState(slots.InRing(i)), z[i]);
+        StoreOwn(slots.InState(rows.KvState(0), d, i),
+                 SharedOwn<kOwn>(&shared.z[i][slot_lane][column]));
       }
     }
   }
   __syncthreads();
-  if (tiles > 1) WaitForCluster();  // all have begun, and made their barriers
+  if (cluster > 1) WaitForCluster();  // all have begun, and made their barriers
+  const bool stores = kOwn == 2 || rank % 2 == 0, rotary = pair >= d - p.rotary;
+  if (slot_lane == 1 && stores) {
+    const SinCos turn = TurnOf(rotary, shared.frequency[lane], own);
+    shared.turn[lane] = make_float2(turn.sin, turn.cos);
+    Meet(1, 2 * kLanes);
+  }
   if (slot_lane == 0) {
-    values = SumLanes(shared.value, column);
-    norms = SumLanes(shared.norm, column);
-    float2 x = RoundBf16(make_float2(values.x / norms.x, values.y / norms.y));
-    if (!mine) x = make_float2(0.0f, 0.0f);
-    const float sum = TileSquares(x);
-    float squares = __shfl_sync(kAllLanes, sum, 1);
-    if (tiles > 1) {
-      if (lane % 2 == 1 && lane / 2 < tiles) {
-        StoreIn(&shared.tile_sum[tile], barrier, lane / 2, sum);
+    values = SumLanes<kOwn>(shared.value, column);
+    norms = SumLanes<kOwn>(shared.norm, column);
+    float2 x;
+    float squares;
+    if constexpr (kOwn == 1) {
+      const float one = RoundBf16(make_float2(values.at[0] / norms.at[0], 0.0f)).x;
+#pragma unroll
+      for (int i = 0; i < kModelTiles; ++i) StoreIn(&shared.x[first], barrier, 2 * i, one);
+      if (stores) {
+        Wait(barrier, 0);
+        float sums[kModelTiles];
+#pragma unroll
+        for (int i = 0; i < kModelTiles; ++i) {
+          sums[i] = TileSquares(LoadShared(&shared.x[i * kSumChannels + lane * kChannels]));
+        }
+        squares = __shfl_sync(kAllLanes, RowSquares(sums, kModelTiles), 1);
+        x = LoadShared(&shared.x[pair]);
       }
-      Wait(barrier, 0);
-      squares = RowSquares(shared.tile_sum, TilesOf(d));
+    } else {
+      x = RoundBf16(make_float2(values.at[0] / norms.at[0], values.at[1] / norms.at[1]));
+      if (!mine) x = make_float2(0.0f, 0.0f);
+      const float sum = TileSquares(x);
+      squares = __shfl_sync(kAllLanes, sum, 1);
+      if (cluster > 1) {
+        if (lane % 2 == 1 && lane / 2 < cluster) {
+          StoreIn(&shared.tile_sum[tile], barrier, lane / 2, sum);
+        }
+        Wait(barrier, 0);
+        squares = RowSquares(shared.tile_sum, TilesOf(d));
+      }
     }
-    const float mean = squares * params.width[blockIdx.y].mean;
-    const float4 c = shared.ahead[lane];
-    const float2 y =
-        NormAndRope(make_float2(c.x, c.y), {c.z, c.w}, first >= d - p.rotary, mean, p.eps, x);
-    const int64_t entry = b * job.slots + window;
-    if (static_cast<int>(tile) < TilesOf(d)) StoreKey(p, job, entry, first, mine, y);
+    if (stores) Meet(1, 2 * kLanes);
+    if (stores && tile < TilesOf(d)) {
+      const float2 turn = shared.turn[lane];
+      const float mean = squares * params.width[blockIdx.y].mean;
+      const float2 y = NormAndRope(shared.norm_of[lane], {turn.x, turn.y}, rotary, mean, p.eps, x);
+      StoreKey(p, job, b * job.slots + window, pair, mine, y);
+    }
   }
   // All of this thread block have read the state.
-  if (mine && writes && read) CopyToState(rows, ratio, next + slot_lane, rows.end);
+  if (mine && writes && read) CopyToState<kOwn>(rows, ratio, next + slot_lane, rows.end);
 }
 
 }  // namespace compressor
