@@ -1,13 +1,15 @@
-// What bounds it: a few tokens are latency: 1.6 or 2.8 MB of fn to be fetched and multiplied, two
-// reductions over the token, 39 normalisations of comb in a row. So a cluster of thread blocks
-// shares a token: each takes a slice of the channels, with fn in registers before the streams are
-// there, and writes its sums into all the others, who wait for nothing else; the branch input goes
-// to one of them, which norms and stores it, while a warp of its own is busy with comb. Some more
-// tokens share a cluster, and its fn. Many tokens are memory, as long as
-// fn costs little: two launches, of which the first writes the streams back and sums over tiles of
-// 128 channels for 32 tokens, on tensor cores; the second takes a token a thread block.
+// Two launches: the first writes the streams back and sums tiles of 128 channels for some tokens, so
+// that fn is read once for them; the second takes a token a thread block, its streams out of the L2
+// if the tokens are few.
 //
-// A lane has 4 neighbouring channels of a tile, a warp the tile; see mhc.h for the order of sums.
+// What bounds it: a few tokens are latency, as many loads at once as there can be, two reductions
+// over the token, 39 normalisations of comb in a row, by a warp of their own beside all else. Many
+// tokens are memory, as long as instructions are few: so fn is multiplied on tensor cores, and
+// combs are left to a third launch, a thread each.
+//
+// In the first launch a lane has 4 neighbouring channels of a tile, a warp the tile; see mhc.h for
+// the order of sums. In the second a lane has 16 neighbouring channels.
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -15,12 +17,12 @@
 #include "common/barrier.cuh"
 #include "common/bf16x2.cuh"
 #include "common/bits.h"
-#include "common/e2m1.h"
-#include "common/e4m3.h"
 #include "common/halved.cuh"
 #include "common/mma.cuh"
-#include "common/nvfp4.h"
+#include "common/nvfp4.cuh"
+#include "common/rmsnorm.cuh"
 #include "common/ue8m0.h"
+#include "common/vector_store.cuh"
 #include "mhc/mhc.h"
 #include "mhc/mhc_weights.h"
 
@@ -31,9 +33,6 @@ constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr int kStreams = kMhcStreams, kChannels = kMhcLaneChannels, kLanes = kMhcLanes;
 constexpr int kWarpMixes = 3;                      // of a warp
 constexpr int kMixWarps = kMhcMixes / kWarpMixes;  // for all of them
-constexpr int kMaxTiles = static_cast<int>(kMhcMaxDim / kMhcTile);
-constexpr int kMaxWorkers = 16;                // warps, beside the one for comb
-constexpr int kSumChunks = kMhcSumStride / 4;  // of 16 bytes
 
 __device__ __forceinline__ void Unpack(uint2 pairs, float (&x)[kChannels]) {
   x[0] = __uint_as_float(pairs.x << 16);
@@ -57,6 +56,11 @@ __device__ __forceinline__ void Prefetch(const void* at) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
 }
 
+// The number of this warp, known to the compiler to be the same in all of its lanes.
+__device__ __forceinline__ int UniformWarp() {
+  return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kLanes, 0);
+}
+
 // Of some of a thread block's warps; number 0 is that of __syncthreads.
 __device__ __forceinline__ void SyncWarps(int barrier, int warps) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(warps * kLanes) : "memory");
@@ -66,35 +70,46 @@ __device__ __forceinline__ void ArriveWarps(int barrier, int warps) {
 }
 constexpr int kWorkersBarrier = 1, kPreBarrier = 2;
 
-// A token's streams at four channels, packed: what is stored of them, or what a write-back makes of
-// it and stores. The thread that reads is the one that writes, so that it may be in place.
-struct TokenStreams {
-  uint2 s[kStreams], branch;
+// What a token's write-back is weighted by: post, and the rows of comb.
+struct BackWeights {
   float4 post, rows[kStreams];
 
-  __device__ __forceinline__ void Load(const MhcParams& p, int64_t token, int64_t channel) {
-    const int d = static_cast<int>(p.d);
-    const uint16_t* const from = p.streams + token * kStreams * d + channel;
-#pragma unroll
-    for (int j = 0; j < kStreams; ++j) s[j] = *reinterpret_cast<const uint2*>(from + j * d);
-    if (p.branch == nullptr) return;
-    branch = __ldg(reinterpret_cast<const uint2*>(p.branch + token * d + channel));
+  __device__ __forceinline__ void Load(const MhcParams& p, int64_t token) {
     post = __ldg(reinterpret_cast<const float4*>(p.post) + token);
 #pragma unroll
     for (int j = 0; j < kStreams; ++j) {
       rows[j] = __ldg(reinterpret_cast<const float4*>(p.comb) + token * kStreams + j);
     }
   }
+};
 
-  __device__ __forceinline__ void WriteBack(const MhcParams& p, int64_t token, int64_t channel) {
+// A token's streams at four channels, packed: what is stored of them, or what a write-back makes of
+// it and stores. The thread that reads is the one that writes, so that it may be in place. The token
+// is number `index` from `first` on: offsets from there are 32-bit numbers.
+struct TokenStreams {
+  uint2 s[kStreams], branch;
+
+  __device__ __forceinline__ void Load(const MhcParams& p, int64_t first, int index, int channel) {
+    const int d = static_cast<int>(p.d), at = index * d;
+    const uint16_t* const from = p.streams + first * kStreams * p.d;
+#pragma unroll
+    for (int j = 0; j < kStreams; ++j) {
+      s[j] = *reinterpret_cast<const uint2*>(from + (at * kStreams + j * d + channel));
+    }
     if (p.branch == nullptr) return;
+    branch = __ldg(reinterpret_cast<const uint2*>(p.branch + first * p.d + (at + channel)));
+  }
+
+  __device__ __forceinline__ void WriteBack(const MhcParams& p, const BackWeights& weights,
+                                            int64_t first, int index, int channel) {
     float x[kStreams][kChannels], f[kChannels];
     Unpack(branch, f);
 #pragma unroll
     for (int j = 0; j < kStreams; ++j) Unpack(s[j], x[j]);
+    const float4 post = weights.post;
     const float posts[kStreams] = {post.x, post.y, post.z, post.w};
-    const int d = static_cast<int>(p.d);
-    uint16_t* const to = p.new_streams + token * kStreams * d + channel;
+    const int d = static_cast<int>(p.d), at = index * d * kStreams + channel;
+    uint16_t* const to = p.new_streams + first * kStreams * p.d;
 #pragma unroll
     for (int k = 0; k < kStreams; ++k) {
       float sum[kChannels];
@@ -102,23 +117,27 @@ struct TokenStreams {
       for (int i = 0; i < kChannels; ++i) sum[i] = __fmul_rn(posts[k], f[i]);
 #pragma unroll
       for (int j = 0; j < kStreams; ++j) {
-        const float comb[kStreams] = {rows[j].x, rows[j].y, rows[j].z, rows[j].w};
+        const float4 row = weights.rows[j];
+        const float comb[kStreams] = {row.x, row.y, row.z, row.w};
 #pragma unroll
         for (int i = 0; i < kChannels; ++i) sum[i] = __fmaf_rn(comb[k], x[j][i], sum[i]);
       }
       s[k] = Pack(sum);
-      *reinterpret_cast<uint2*>(to + k * d) = s[k];
+      *reinterpret_cast<uint2*>(to + (at + k * d)) = s[k];
     }
   }
 };
 
-__device__ __forceinline__ void LoadStreams(const MhcParams& p, int64_t token, int64_t channel,
-                                            uint2 (&s)[kStreams]) {
+__device__ __forceinline__ TokenStreams WrittenStreams(const MhcParams& p, int64_t first, int index,
+                                                       int channel) {
   TokenStreams streams;
-  streams.Load(p, token, channel);
-  streams.WriteBack(p, token, channel);
-#pragma unroll
-  for (int j = 0; j < kStreams; ++j) s[j] = streams.s[j];
+  streams.Load(p, first, index, channel);
+  if (p.branch != nullptr) {
+    BackWeights weights;
+    weights.Load(p, first + index);
+    streams.WriteBack(p, weights, first, index, channel);
+  }
+  return streams;
 }
 
 // Sum of the squares of a tile's streams.
@@ -153,16 +172,6 @@ struct Weights {
         if (first + m < p.mixes) of[m][j] = __ldg(reinterpret_cast<const float4*>(at));
         at += static_cast<int>(p.d);
       }
-    }
-  }
-
-  // 128 bytes of each row, into the L2.
-  __device__ __forceinline__ static void PrefetchLines(const MhcParams& p, int first, int channel) {
-    const int rows = min(kWarpMixes, p.mixes - first) * kStreams;
-    const float* at = At(p, first, channel);
-    for (int row = 0; row < rows; ++row) {
-      Prefetch(at);
-      at += static_cast<int>(p.d);
     }
   }
 };
@@ -286,135 +295,6 @@ __device__ __forceinline__ void StorePostAndLogits(const MhcParams& p, int64_t t
   }
 }
 
-__device__ __forceinline__ uint2 BranchInput(const uint2 (&s)[kStreams],
-                                             const float (&pre)[kStreams]) {
-  float sum[kChannels];
-#pragma unroll
-  for (int j = 0; j < kStreams; ++j) {
-    float x[kChannels];
-    Unpack(s[j], x);
-#pragma unroll
-    for (int i = 0; i < kChannels; ++i) {
-      sum[i] = j == 0 ? __fmul_rn(pre[j], x[i]) : __fmaf_rn(pre[j], x[i], sum[i]);
-    }
-  }
-  return Pack(sum);
-}
-
-__device__ __forceinline__ uint32_t Largest(const float (&x)[kChannels]) {
-  uint32_t bits = 0;
-#pragma unroll
-  for (int i = 0; i < kChannels; ++i) bits = max(bits, __float_as_uint(x[i]) & 0x7FFFFFFFu);
-  return bits;
-}
-
-__device__ __forceinline__ void StoreFp8(const MhcParams& p, int64_t token, int tile, int lane,
-                                         const float (&x)[kChannels]) {
-  const uint32_t byte = Fp8ScaleByte(__reduce_max_sync(kAllLanes, Largest(x)));
-  const float inverse = InverseScale(byte);
-  uint32_t codes = 0;
-#pragma unroll
-  for (int i = 0; i < kChannels; ++i) codes |= uint32_t{EncodeE4m3(x[i] * inverse)} << 8 * i;
-  const int64_t at = token * (p.d / kMhcTile) + tile;
-  reinterpret_cast<uint32_t*>(p.code8)[at * kLanes + lane] = codes;
-  if (lane == 0) p.scale8[at] = static_cast<uint8_t>(byte);
-}
-
-// The code of x / step, by its reciprocal where that cannot matter: not near a tie, all of which
-// are odd multiples of a quarter.
-__device__ __forceinline__ uint32_t EncodeQuotient(float x, float step, float inverse) {
-  float quotient = __fmul_rn(x, inverse);
-  const float quarters = __fmul_rn(quotient, 4.0f);
-  if (!(fabsf(quarters - rintf(quarters)) > 1e-4f)) quotient = __fdiv_rn(x, step);
-  return EncodeE2m1(copysignf(quotient, x));
-}
-
-__device__ __forceinline__ void StoreNvfp4(const MhcParams& p, int64_t token, int tile, int lane,
-                                           const float (&x)[kChannels], float global) {
-  constexpr int kBlockLanes = kNvfp4Block / kChannels;
-  uint32_t bits = Largest(x);
-#pragma unroll
-  for (int half = kBlockLanes / 2; half > 0; half /= 2) {
-    bits = max(bits, __shfl_xor_sync(kAllLanes, bits, half));
-  }
-  const float six_global = __fmul_rn(kE2m1Max, global);
-  const uint8_t scale = EncodeE4m3(UnroundedBlockScale(__uint_as_float(bits), six_global));
-  const float step = __fmul_rn(DecodeE4m3(scale), global), inverse = __frcp_rn(step);
-  uint32_t codes = 0;
-#pragma unroll
-  for (int i = 0; i < kChannels; ++i) codes |= EncodeQuotient(x[i], step, inverse) << 4 * i;
-  const int64_t at = (token * (p.d / kMhcTile) + tile) * kLanes + lane;
-  reinterpret_cast<uint16_t*>(p.code4)[at] = static_cast<uint16_t>(codes);
-  if (lane % kBlockLanes == 0) p.block_scale[at / kBlockLanes] = scale;
-}
-
-struct FinishShared {
-  float tile_squares[kMaxTiles];
-  uint32_t warp_max[kMaxWorkers];
-};
-
-// Norm and forms of a token whose branch input is y [tiles][lane], in shared memory; by `workers`
-// warps, of which each wrote the tiles that it takes here, or has waited for them.
-__device__ __forceinline__ void Finish(const MhcParams& p, float static_scale, int64_t token,
-                                       uint2* y, FinishShared& shared, int warp, int workers,
-                                       int lane) {
-  const int tiles = static_cast<int>(p.d / kMhcTile);
-  for (int tile = warp; tile < tiles; tile += workers) {
-    float x[kChannels], sum = 0.0f;
-    Unpack(y[tile * kLanes + lane], x);
-#pragma unroll
-    for (int i = 0; i < kChannels; ++i) sum = __fmaf_rn(x[i], x[i], sum);
-    sum = HalvedLanes(sum);
-    if (lane == 0) shared.tile_squares[tile] = sum;
-  }
-  const uint2* const weights = reinterpret_cast<const uint2*>(p.norm) + lane;
-  uint2 next_weight = warp < tiles ? __ldg(weights + warp * kLanes) : make_uint2(0, 0);
-  SyncWarps(kWorkersBarrier, workers);
-  float squares = 0.0f;
-  for (int first = 0; first < tiles; first += kMhcTileGroup) {
-    const float sum = first + lane < tiles ? shared.tile_squares[first + lane] : 0.0f;
-    squares = __fadd_rn(squares, HalvedLanes(sum));
-  }
-  const float mean = __fmul_rn(squares, p.reciprocal_d);
-  const float norm = __frsqrt_rn(__fadd_rn(mean, p.rms_eps));
-  uint32_t largest = 0;
-  for (int tile = warp; tile < tiles; tile += workers) {
-    float x[kChannels], weight[kChannels];
-    Unpack(y[tile * kLanes + lane], x);
-    Unpack(next_weight, weight);
-    if (tile + workers < tiles) next_weight = __ldg(weights + (tile + workers) * kLanes);
-#pragma unroll
-    for (int i = 0; i < kChannels; ++i) x[i] = __fmul_rn(weight[i], __fmul_rn(x[i], norm));
-    const uint2 pairs = Pack(x);
-    if (p.x != nullptr) {
-      reinterpret_cast<uint2*>(p.x)[(token * tiles + tile) * kLanes + lane] = pairs;
-    }
-    y[tile * kLanes + lane] = pairs;
-    Unpack(pairs, x);
-    largest = max(largest, Largest(x));
-    if (p.code8 != nullptr) StoreFp8(p, token, tile, lane, x);
-  }
-  if (p.code4 == nullptr) return;
-  float global = static_scale;
-  if (p.global_scale == nullptr) {
-    largest = __reduce_max_sync(kAllLanes, largest);
-    if (lane == 0) shared.warp_max[warp] = largest;
-    SyncWarps(kWorkersBarrier, workers);
-    largest = __reduce_max_sync(kAllLanes, lane < workers ? shared.warp_max[lane] : 0u);
-    global = TokenGlobalScale(__uint_as_float(largest));
-  }
-  if (warp == 0 && lane == 0) p.token_scale[token] = global;
-  for (int tile = warp; tile < tiles; tile += workers) {
-    float x[kChannels];
-    Unpack(y[tile * kLanes + lane], x);
-    StoreNvfp4(p, token, tile, lane, x, global);
-  }
-}
-
-__device__ __forceinline__ float StaticScale(const MhcParams& p) {
-  return p.global_scale == nullptr ? 0.0f : StaticGlobalScale(__ldg(p.global_scale));
-}
-
 // ---- Write-back alone: a warp a tile of a token.
 
 constexpr int kWriteThreads = 256;
@@ -429,9 +309,8 @@ __global__ void __launch_bounds__(kWriteThreads)
   const uint64_t item = (uint64_t{blockIdx.x} * kWriteThreads + threadIdx.x) / kLanes;
   const int64_t token = static_cast<int64_t>(item / params.tiles);
   if (token >= params.p.t) return;
-  uint2 s[kStreams];
-  LoadStreams(params.p, token, item % params.tiles * kMhcTile + threadIdx.x % kLanes * kChannels,
-              s);
+  const auto tile = static_cast<int>(item % params.tiles);
+  WrittenStreams(params.p, token, 0, tile * kMhcTile + threadIdx.x % kLanes * kChannels);
 }
 
 cudaError_t LaunchWrite(const MhcParams& p, cudaStream_t stream) {
@@ -467,11 +346,10 @@ __global__ void __launch_bounds__(kSumsThreads, 2)
   float* const sums = p.scratch + (first * params.tiles + tile) * kMhcSumStride;
   const int64_t stride = int64_t{params.tiles} * kMhcSumStride;
   for (int g = warp; g < count; g += kMixWarps) {
-    uint2 s[kStreams];
-    LoadStreams(p, first + g, channel, s);
+    const TokenStreams token = WrittenStreams(p, first, g, channel);
 #pragma unroll
-    for (int j = 0; j < kStreams; ++j) streams[(g * kStreams + j) * kLanes + lane] = s[j];
-    const float squares = Squares(s);
+    for (int j = 0; j < kStreams; ++j) streams[(g * kStreams + j) * kLanes + lane] = token.s[j];
+    const float squares = Squares(token.s);
     if (lane == 0) sums[g * stride + kMhcSquares] = squares;
   }
   __syncthreads();
@@ -483,14 +361,30 @@ __global__ void __launch_bounds__(kSumsThreads, 2)
 // ---- The same sums on tensor cores. fn is the sum of three BF16 numbers, so that every product is
 // exact; a warp takes 64 channels of a stream for all tokens.
 
-constexpr int kMmaTokens = 32;
-constexpr int kMmaRowTiles = kMmaTokens / 16, kMmaColumnTiles = kMhcMixes / 8;
+constexpr int kMmaColumnTiles = kMhcMixes / 8;
 constexpr int kMmaSteps = kMhcTile / 2 / 16;
-// The same channels of eight tokens lie in banks of their own.
-constexpr int kMmaTokenWords = kStreams * kLanes + 4;
-constexpr int kMmaBytes = kMmaTokens * kMmaTokenWords * static_cast<int>(sizeof(uint2));
-static_assert(kMixWarps * kMmaTokens * kMhcMixes * sizeof(float) <= kMmaBytes);
+// Two tokens, 8 apart, lie as the rows of a product take them; four more: what two pairs of tokens
+// have of the same channels lies in banks of its own.
+constexpr int kMmaPairWords = kStreams * kLanes + 4;
 static_assert(kMixWarps == 2 * kStreams);
+
+#ifndef MMA_AHEAD
+#define MMA_AHEAD 4
+#endif
+#ifndef MMA_RESIDENT
+#define MMA_RESIDENT 2
+#endif
+constexpr int kMmaAhead = MMA_AHEAD;        // tokens a warp has asked for
+constexpr int kMmaResident = MMA_RESIDENT;  // thread blocks that share an SM's registers
+
+template <int kTokens>
+struct MmaShared {
+  union {
+    uint4 streams[kTokens / 2][kMmaPairWords];  // [stream][lane]
+    float parts[kMixWarps][kTokens][kMhcMixes];
+  };
+  BackWeights weights[kTokens];
+};
 
 // x = part[0] + part[1] + part[2].
 __device__ __forceinline__ void Split(float4 x, uint32_t (&part)[3][2]) {
@@ -507,90 +401,112 @@ __device__ __forceinline__ void Split(float4 x, uint32_t (&part)[3][2]) {
   }
 }
 
-__global__ void __launch_bounds__(kSumsThreads, 2)
+template <int kTokens>
+__global__ void __launch_bounds__(kSumsThreads, kMmaResident)
     MmaSumsKernel(const __grid_constant__ SumsParams params) {
-  extern __shared__ uint2 streams[];  // [token][stream][lane], a token every kMmaTokenWords
+  constexpr int kRowTiles = kTokens / 16;
+  extern __shared__ __align__(16) uint8_t dynamic[];
+  auto& shared = *reinterpret_cast<MmaShared<kTokens>*>(dynamic);
   LetNextBegin();
   const MhcParams& p = params.p;
-  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  const int warp = UniformWarp(), lane = threadIdx.x % kLanes;
   const int group = lane / 4, column = lane % 4;
   const int tile = static_cast<int>(blockIdx.x % params.tiles);
-  const int64_t first = int64_t{blockIdx.x / params.tiles} * kMmaTokens;
-  const int count = static_cast<int>(min(int64_t{kMmaTokens}, p.t - first));
-  const int64_t channel = int64_t{tile} * kMhcTile + lane * kChannels;
+  const int64_t first = int64_t{blockIdx.x / params.tiles} * kTokens;
+  const int count = static_cast<int>(min(int64_t{kTokens}, p.t - first));
+  const int channel = tile * kMhcTile + lane * kChannels;
   float* const sums = p.scratch + (first * params.tiles + tile) * kMhcSumStride;
-  const int64_t stride = int64_t{params.tiles} * kMhcSumStride;
+  const int stride = params.tiles * kMhcSumStride;
   // fn is needed later on, for the first time by whoever is first.
   constexpr int kLines = kMhcTile * sizeof(float) / 128;
   for (int i = threadIdx.x; i < p.mixes * kStreams * kLines; i += kSumsThreads) {
     Prefetch(p.fn + (i / kLines * static_cast<int>(p.d) + tile * kMhcTile + i % kLines * 32));
   }
-  constexpr int kAtOnce = 2;
-  for (int g = warp; g < count; g += kAtOnce * kMixWarps) {
-    TokenStreams tokens[kAtOnce];
+  // A warp's tokens are warp, warp + 8, ...
+  TokenStreams ahead[kMmaAhead] = {};
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      // A token that is not there is the last one once more, which nobody sees.
-      tokens[i].Load(p, first + min(g + i * kMixWarps, count - 1), channel);
-    }
+  for (int i = 0; i < kMmaAhead; ++i) {
+    const int token = warp + i * kMixWarps;
+    if (token < count) ahead[i].Load(p, first, token, channel);
+  }
+  if (p.branch != nullptr) {
+    if (threadIdx.x < count) shared.weights[threadIdx.x].Load(p, first + threadIdx.x);
+    __syncthreads();
+  }
+  for (int from = warp; from < count; from += kMmaAhead * kMixWarps) {
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int token = g + i * kMixWarps;
-      if (token >= count) break;
-      tokens[i].WriteBack(p, first + token, channel);
+    for (int i = 0; i < kMmaAhead; ++i) {
+      TokenStreams& streams = ahead[i];
+      const int token = from + i * kMixWarps;
+      if (token < count) {
+        if (p.branch != nullptr) {
+          streams.WriteBack(p, shared.weights[token], first, token, channel);
+        }
+        const float squares = Squares(streams.s);
+        if (lane == 0) sums[token * stride + kMhcSquares] = squares;
+      }
+      if (i % 2 == 0) continue;
+      uint4* const to = shared.streams[token / 16 * 8 + warp] + lane;
 #pragma unroll
       for (int j = 0; j < kStreams; ++j) {
-        streams[token * kMmaTokenWords + j * kLanes + lane] = tokens[i].s[j];
+        const uint2 upper = ahead[i - 1].s[j], lower = streams.s[j];
+        to[j * kLanes] = make_uint4(upper.x, lower.x, upper.y, lower.y);
       }
-      const float squares = Squares(tokens[i].s);
-      if (lane == 0) sums[token * stride + kMhcSquares] = squares;
+#pragma unroll
+      for (int k = i - 1; k <= i; ++k) {
+        const int later = from + (kMmaAhead + k) * kMixWarps;
+        if (later < count) ahead[k].Load(p, first, later, channel);
+      }
     }
   }
-  __syncthreads();
 
   const int stream = warp / 2, half = warp % 2;
-  float acc[kMmaRowTiles][kMmaColumnTiles][4] = {};
+  const float* const fn = p.fn + (int64_t{group} * kStreams + stream) * p.d +
+                          (tile * kMhcTile + half * (kMhcTile / 2) + column * kChannels);
+  const int64_t column_tile = int64_t{8} * kStreams * p.d;
+  const auto load_fn = [&](int n, int step) {
+    if (8 * n + group >= p.mixes) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    return __ldg(reinterpret_cast<const float4*>(fn + n * column_tile) + step * 4);
+  };
+  float4 next[kMmaColumnTiles];
+#pragma unroll
+  for (int n = 0; n < kMmaColumnTiles; ++n) next[n] = load_fn(n, 0);
+  __syncthreads();
+
+  float acc[kRowTiles][kMmaColumnTiles][4] = {};
 #pragma unroll
   for (int step = 0; step < kMmaSteps; ++step) {
     const int chunk = half * (kLanes / 2) + step * 4 + column;  // of four channels
-    uint32_t a[kMmaRowTiles][4];
+    uint32_t a[kRowTiles][4];
 #pragma unroll
-    for (int m = 0; m < kMmaRowTiles; ++m) {
-      const uint2* const row =
-          streams + (16 * m + group) * kMmaTokenWords + stream * kLanes + chunk;
-      const uint2 upper = row[0], lower = row[8 * kMmaTokenWords];
-      a[m][0] = upper.x;
-      a[m][1] = lower.x;
-      a[m][2] = upper.y;
-      a[m][3] = lower.y;
+    for (int m = 0; m < kRowTiles; ++m) {
+      const uint4 words = shared.streams[8 * m + group][stream * kLanes + chunk];
+      a[m][0] = words.x;
+      a[m][1] = words.y;
+      a[m][2] = words.z;
+      a[m][3] = words.w;
     }
 #pragma unroll
     for (int n = 0; n < kMmaColumnTiles; ++n) {
-      const int mix = 8 * n + group;
-      float4 fn = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      if (mix < p.mixes) {
-        fn = __ldg(reinterpret_cast<const float4*>(p.fn + (int64_t{mix} * kStreams + stream) * p.d +
-                                                   int64_t{tile} * kMhcTile + chunk * kChannels));
-      }
       uint32_t part[3][2];
-      Split(fn, part);
+      Split(next[n], part);
+      if (step + 1 < kMmaSteps) next[n] = load_fn(n, step + 1);
 #pragma unroll
       for (int i = 2; i >= 0; --i) {
 #pragma unroll
-        for (int m = 0; m < kMmaRowTiles; ++m) MmaBf16(acc[m][n], a[m], part[i]);
+        for (int m = 0; m < kRowTiles; ++m) MmaBf16(acc[m][n], a[m], part[i]);
       }
     }
   }
-  __syncthreads();                                         // the streams were read
-  float* const parts = reinterpret_cast<float*>(streams);  // [warp][token][mix]
+  __syncthreads();  // the streams were read
 #pragma unroll
-  for (int m = 0; m < kMmaRowTiles; ++m) {
+  for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
     for (int n = 0; n < kMmaColumnTiles; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = 16 * m + group + i / 2 * 8;
-        parts[(warp * kMmaTokens + token) * kMhcMixes + 8 * n + 2 * column + i % 2] = acc[m][n][i];
+      for (int i = 0; i < 2; ++i) {
+        float* const to = &shared.parts[warp][16 * m + group + 8 * i][8 * n + 2 * column];
+        *reinterpret_cast<float2*>(to) = make_float2(acc[m][n][2 * i], acc[m][n][2 * i + 1]);
       }
     }
   }
@@ -598,16 +514,20 @@ __global__ void __launch_bounds__(kSumsThreads, 2)
   for (int i = threadIdx.x; i < count * kMhcMixes; i += kSumsThreads) {
     const int token = i / kMhcMixes, mix = i % kMhcMixes;
     if (mix >= p.mixes) continue;
-    float sum = parts[i];
+    float sum = shared.parts[0][token][mix];
 #pragma unroll
-    for (int w = 1; w < kMixWarps; ++w) {
-      sum = __fadd_rn(sum, parts[w * kMmaTokens * kMhcMixes + i]);
-    }
+    for (int w = 1; w < kMixWarps; ++w) sum = __fadd_rn(sum, shared.parts[w][token][mix]);
     sums[token * stride + mix] = sum;
   }
 }
 
+// ---- From the sums to the forms: a token a thread block, 16 channels a lane.
+
+constexpr int kMaxWorkers = 16;  // warps, beside the one for weights and comb
 constexpr int kFinishThreads = (kMaxWorkers + 1) * kLanes;
+constexpr int kGroup = kLanes * kNormBlock;  // channels of a warp
+constexpr int kMaxGroups = static_cast<int>(kMhcMaxDim / kGroup);
+constexpr int kMaxPasses = kMaxGroups / kMaxWorkers;
 
 struct FinishParams {
   MhcParams p;
@@ -615,58 +535,201 @@ struct FinishParams {
   bool logits;  // instead of comb, for CombKernel
 };
 
-__global__ void __launch_bounds__(kFinishThreads, 2)
+struct BlockStreams {
+  uint32_t s[kStreams][kNormWords];
+
+  __device__ __forceinline__ void Load(const uint16_t* from, int64_t stride) {
+#pragma unroll
+    for (int j = 0; j < kStreams; ++j) LoadWritten(from + j * stride, s[j]);
+  }
+  // Not by __ldg: the kernel before may still be at it when this one begins.
+  __device__ __forceinline__ static void LoadWritten(const uint16_t* from,
+                                                     uint32_t (&words)[kNormWords]) {
+#pragma unroll
+    for (int i = 0; i < kNormWords; i += 4) {
+      const uint4 four = *reinterpret_cast<const uint4*>(from + 2 * i);
+      words[i] = four.x;
+      words[i + 1] = four.y;
+      words[i + 2] = four.z;
+      words[i + 3] = four.w;
+    }
+  }
+
+  __device__ __forceinline__ void Collapse(const float (&pre)[kStreams],
+                                           uint32_t (&y)[kNormWords]) const {
+#pragma unroll
+    for (int i = 0; i < kNormWords; ++i) {
+      float low = __fmul_rn(pre[0], Low(s[0][i])), high = __fmul_rn(pre[0], High(s[0][i]));
+#pragma unroll
+      for (int j = 1; j < kStreams; ++j) {
+        low = __fmaf_rn(pre[j], Low(s[j][i]), low);
+        high = __fmaf_rn(pre[j], High(s[j][i]), high);
+      }
+      y[i] = PackBf16(low, high);
+    }
+  }
+};
+
+__device__ __forceinline__ uint32_t Largest(const uint32_t (&words)[kNormWords]) {
+  uint32_t pair = 0;
+#pragma unroll
+  for (int i = 0; i < kNormWords; ++i) pair = MaxMagnitudes(pair, words[i]);
+  return max(pair & 0x7FFFu, pair >> 16 & 0x7FFFu);
+}
+
+// E4M3 codes of a block that shares a scale with 7 others in the lanes around; `at`: which block.
+__device__ __forceinline__ void StoreFp8(const MhcParams& p, int64_t at, bool valid,
+                                         uint32_t largest, const uint32_t (&words)[kNormWords]) {
+  constexpr int kScaleLanes = kMhcTile / kNormBlock;
+#pragma unroll
+  for (int half = 1; half < kScaleLanes; half *= 2) {
+    largest = max(largest, __shfl_xor_sync(kAllLanes, largest, half));
+  }
+  if (!valid) return;
+  const uint32_t byte = Fp8ScaleByte(largest << 16);
+  const float inverse = InverseScale(byte);
+  uint32_t codes[kNormWords / 2];
+#pragma unroll
+  for (int i = 0; i < kNormWords / 2; ++i) {
+    uint32_t pair[2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const uint32_t word = words[2 * i + k];
+      pair[k] = EncodeE4m3Pair(__fmul_rn(Low(word), inverse), __fmul_rn(High(word), inverse));
+    }
+    codes[i] = pair[0] | pair[1] << 16;
+  }
+  StoreVector(p.code8 + at * kNormBlock, make_uint4(codes[0], codes[1], codes[2], codes[3]));
+  if (at % kScaleLanes == 0) p.scale8[at / kScaleLanes] = static_cast<uint8_t>(byte);
+}
+
+// kPasses: groups of 512 channels that a warp takes.
+template <int kPasses>
+__global__ void __launch_bounds__(kFinishThreads, 3 - kPasses)
     FinishKernel(const __grid_constant__ FinishParams params) {
-  extern __shared__ uint2 y[];  // [tile][lane]
-  __shared__ FinishShared shared;
+  __shared__ float4 group_squares[kMaxGroups / 4 + 1];
+  __shared__ uint32_t warp_max[kMaxWorkers];
   __shared__ float pre_of[kStreams];
   const MhcParams& p = params.p;
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  const int tiles = params.tiles, workers = params.workers;
+  const int workers = params.workers;
+  float* const squares_of = reinterpret_cast<float*>(group_squares);
   // Backwards: the last tokens' streams are still in the L2.
   const int64_t token = p.t - 1 - static_cast<int64_t>(blockIdx.x);
-  const float static_scale = StaticScale(p);
-  const LaneMix mix(p, lane);
-  if (lane < 2) {
-    for (int tile = warp; tile < tiles; tile += workers + 1) {
-      Prefetch(p.norm + tile * kMhcTile + lane * (kMhcTile / 2));
-    }
-  }
-  LetNextBegin();
-  WaitForPrevious();
   if (warp == workers) {
-    const float* const sums = p.scratch + token * tiles * kMhcSumStride;
-    const float weight = mix.Weight(p, sums, tiles, lane);
+    const LaneMix mix(p, lane);
+    LetNextBegin();
+    WaitForPrevious();
+    const float* const sums = p.scratch + token * params.tiles * kMhcSumStride;
+    const float weight = mix.Weight(p, sums, params.tiles, lane);
     if (lane < kStreams) pre_of[lane] = weight;
     ArriveWarps(kPreBarrier, workers + 1);
-    if (p.mixes == kMhcMixes) {
-      if (params.logits) {
-        StorePostAndLogits(p, token, weight, lane);
-      } else {
-        StorePostAndComb(p, token, weight, lane);
-      }
+    if (p.mixes != kMhcMixes) return;
+    if (params.logits) {
+      StorePostAndLogits(p, token, weight, lane);
+    } else {
+      StorePostAndComb(p, token, weight, lane);
     }
     return;
   }
-  const uint16_t* const streams = p.branch == nullptr ? p.streams : p.new_streams;
-  const uint2* const from = reinterpret_cast<const uint2*>(streams + token * kStreams * p.d) + lane;
-  const int64_t stride = p.d / kChannels;
-  uint2 s[kStreams];
-#pragma unroll
-  for (int j = 0; j < kStreams; ++j) s[j] = from[j * stride + warp * kLanes];
+
+  const int blocks = static_cast<int>(p.d) / kNormBlock;
+  const auto block_of = [&](int pass) { return (warp + pass * workers) * kLanes + lane; };
+  const auto weights_of = [&](int pass, uint32_t(&words)[kNormWords]) {
+    if (block_of(pass) < blocks) LoadBlock<true>(words, p.norm + block_of(pass) * kNormBlock);
+  };
+  uint32_t norm_weight[kNormWords] = {};
+  weights_of(0, norm_weight);
+  const float static_scale =
+      p.global_scale == nullptr ? 0.0f : StaticGlobalScale(__ldg(p.global_scale));
+  LetNextBegin();
+  WaitForPrevious();
+  const uint16_t* const streams =
+      (p.branch == nullptr ? p.streams : p.new_streams) + token * kStreams * p.d;
+  BlockStreams of_block = {};
+  if (block_of(0) < blocks) of_block.Load(streams + block_of(0) * kNormBlock, p.d);
   SyncWarps(kPreBarrier, workers + 1);
   const float pre[kStreams] = {pre_of[0], pre_of[1], pre_of[2], pre_of[3]};
-  for (int tile = warp; tile < tiles; tile += workers) {
-    y[tile * kLanes + lane] = BranchInput(s, pre);
-    if (tile + workers >= tiles) break;
+  uint32_t y[kPasses][kNormWords];
 #pragma unroll
-    for (int j = 0; j < kStreams; ++j) s[j] = from[j * stride + (tile + workers) * kLanes];
+  for (int pass = 0; pass < kPasses; ++pass) {
+    if (pass > 0) {
+      of_block = {};
+      if (block_of(pass) < blocks) of_block.Load(streams + block_of(pass) * kNormBlock, p.d);
+    }
+    of_block.Collapse(pre, y[pass]);
+    float squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kNormWords; ++i) {
+      squares = __fmaf_rn(Low(y[pass][i]), Low(y[pass][i]), squares);
+      squares = __fmaf_rn(High(y[pass][i]), High(y[pass][i]), squares);
+    }
+    squares = HalvedLanes(squares);
+    if (lane == 0) squares_of[warp + pass * workers] = squares;
   }
-  Finish(p, static_scale, token, y, shared, warp, workers, lane);
+  if (threadIdx.x < 4) squares_of[kPasses * workers + threadIdx.x] = 0.0f;  // to a whole float4
+  SyncWarps(kWorkersBarrier, workers);
+  float squares = 0.0f;
+#pragma unroll 4
+  for (int i = 0; i * 4 < kPasses * workers; ++i) {  // in sequence
+    const float4 four = group_squares[i];
+    squares = __fadd_rn(__fadd_rn(__fadd_rn(__fadd_rn(squares, four.x), four.y), four.z), four.w);
+  }
+  const float norm = __frsqrt_rn(__fadd_rn(__fmul_rn(squares, p.reciprocal_d), p.rms_eps));
+  uint32_t largest[kPasses], token_largest = 0;
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    if (pass > 0) weights_of(pass, norm_weight);
+#pragma unroll
+    for (int i = 0; i < kNormWords; ++i) {
+      const uint32_t pair = y[pass][i], weight = norm_weight[i];
+      y[pass][i] = PackBf16(__fmul_rn(Low(weight), __fmul_rn(Low(pair), norm)),
+                            __fmul_rn(High(weight), __fmul_rn(High(pair), norm)));
+    }
+    const uint32_t(&words)[kNormWords] = y[pass];
+    const bool valid = block_of(pass) < blocks;
+    const int64_t at = token * blocks + block_of(pass);
+    largest[pass] = valid ? Largest(words) : 0;
+    token_largest = max(token_largest, largest[pass]);
+    if (p.x != nullptr && valid) {
+      uint16_t* const to = p.x + at * kNormBlock;
+      StoreVector(to, make_uint4(words[0], words[1], words[2], words[3]));
+      StoreVector(to + 8, make_uint4(words[4], words[5], words[6], words[7]));
+    }
+    if (p.code8 != nullptr) StoreFp8(p, at, valid, largest[pass], words);
+  }
+  if (p.code4 == nullptr) return;
+  float global = static_scale;
+  if (p.global_scale == nullptr) {
+    token_largest = __reduce_max_sync(kAllLanes, token_largest);
+    if (lane == 0) warp_max[warp] = token_largest;
+    SyncWarps(kWorkersBarrier, workers);
+    token_largest = __reduce_max_sync(kAllLanes, lane < workers ? warp_max[lane] : 0u);
+    global = TokenGlobalScale(__uint_as_float(token_largest << 16));
+  }
+  if (threadIdx.x == 0) p.token_scale[token] = global;
+  const Nvfp4Encoder encoder(global);
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    if (block_of(pass) >= blocks) return;
+    uint32_t words[kNormWords];  // as Encode takes them
+#pragma unroll
+    for (int i = 0; i < kNormWords; i += 4) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const uint32_t first = y[pass][i + k], fourth_after = y[pass][i + k + 2];
+        words[i + 2 * k] = __byte_perm(first, fourth_after, 0x5410);
+        words[i + 2 * k + 1] = __byte_perm(first, fourth_after, 0x7632);
+      }
+    }
+    const int64_t at = token * blocks + block_of(pass);
+    StoreVector(p.code4 + at * (kNvfp4Block / 2),
+                encoder.Encode(words, largest[pass], p.block_scale[at]));
+  }
 }
 
 // comb in place of its logits, a thread a token.
-constexpr int kCombThreads = 64;
+constexpr int kCombThreads = 32;
 
 struct CombParams {
   MhcParams p;
@@ -691,261 +754,75 @@ __global__ void __launch_bounds__(kCombThreads)
   StoreComb(p, token, comb);
 }
 
-constexpr int kSumsTokens = 32;       // of a thread block
-constexpr int64_t kManyCombs = 1024;  // so many tokens are worth a launch for their combs
-
-struct TwoLaunches {
-  bool mma;
-  int per_group = kSumsTokens;  // without
-  int64_t many_combs = kManyCombs;
-  int64_t chunk = INT32_MAX;  // tokens, one chunk after the other: their streams stay in the L2
+struct Launches {
+  bool mma;       // for tokens by the 32 or by the 64
+  int per_group;  // tokens of a thread block of sums
+  bool combs;     // by a launch of their own
 };
 
-// Tokens first .. first + count - 1.
-MhcParams SliceOf(const MhcParams& p, int64_t first, int64_t count) {
-  MhcParams slice = p;
-  const auto move = [first](auto& pointer, int64_t per_token) {
-    if (pointer != nullptr) pointer += first * per_token;
-  };
-  const int64_t d = p.d;
-  move(slice.streams, kStreams * d);
-  move(slice.branch, d);
-  move(slice.post, kStreams);
-  move(slice.comb, kStreams * kStreams);
-  move(slice.new_streams, kStreams * d);
-  move(slice.next_post, kStreams);
-  move(slice.next_comb, kStreams * kStreams);
-  move(slice.x, d);
-  move(slice.code4, d / 2);
-  move(slice.block_scale, d / kNvfp4Block);
-  move(slice.token_scale, 1);
-  move(slice.code8, d);
-  move(slice.scale8, d / kMhcTile);
-  slice.t = count;
-  return slice;
-}
-
-cudaError_t LaunchChunk(const MhcParams& p, cudaStream_t stream, const TwoLaunches& how) {
-  const int tiles = static_cast<int>(p.d / kMhcTile);
-  const int per_group = how.mma ? kMmaTokens : how.per_group;
-  const int64_t blocks = (p.t + per_group - 1) / per_group * tiles;
-  if (blocks > INT32_MAX || p.t > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const SumsParams sums{p, tiles, per_group};
-  if (how.mma) {
-    MmaSumsKernel<<<static_cast<unsigned>(blocks), kSumsThreads, kMmaBytes, stream>>>(sums);
-  } else {
-    const int bytes = per_group * kStreams * kLanes * static_cast<int>(sizeof(uint2));
-    SumsKernel<<<static_cast<unsigned>(blocks), kSumsThreads, bytes, stream>>>(sums);
-  }
-  cudaError_t error = cudaGetLastError();
+template <int kTokens>
+cudaError_t LaunchMmaSums(const SumsParams& params, unsigned blocks, cudaStream_t stream) {
+  constexpr int kBytes = sizeof(MmaShared<kTokens>);
+  const cudaError_t error = cudaFuncSetAttribute(
+      MmaSumsKernel<kTokens>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
-  const bool logits = p.mixes == kMhcMixes && p.t >= how.many_combs;
-  const FinishParams finish{p, tiles, std::min(kMaxWorkers, (tiles + 1) / 2), logits};
-  error =
-      LaunchDependent(FinishKernel, dim3(static_cast<unsigned>(p.t)), (finish.workers + 1) * kLanes,
-                      tiles * kLanes * static_cast<int>(sizeof(uint2)), stream, finish);
-  if (error != cudaSuccess || !logits) return error;
-  const auto combs = static_cast<unsigned>((p.t + kCombThreads - 1) / kCombThreads);
-  return LaunchDependent(CombKernel, dim3(combs), kCombThreads, 0, stream, CombParams{p});
+  MmaSumsKernel<kTokens><<<blocks, kSumsThreads, kBytes, stream>>>(params);
+  return cudaGetLastError();
 }
 
-cudaError_t LaunchTwo(const MhcParams& p, cudaStream_t stream, const TwoLaunches& how) {
-  for (int64_t first = 0; first < p.t; first += how.chunk) {
-    const MhcParams slice = SliceOf(p, first, std::min(how.chunk, p.t - first));
-    const cudaError_t error = LaunchChunk(slice, stream, how);
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
-}
-
-// ---- Few tokens: a cluster for each, or for some.
-
-constexpr int kClusterThreads = kMaxWorkers * kLanes;
-constexpr int kTilesAtOnce = kMaxWorkers / kMixWarps;
-constexpr int kMostClusterBytes = 200 << 10;
-
-// Rank r has the tiles r, r + cluster, ...; `local` at most. It finishes the tokens r, r + cluster,
-// ... of its group, and does the combs of those half a cluster further on.
-struct ClusterParams {
-  MhcParams p;
-  int tiles, cluster, per_group, local;
-  int shift;  // cluster = 1 << shift: divisions are long before the first load
-
-  __host__ __device__ int Slots() const { return (per_group + cluster - 1) / cluster; }
-  int Bytes() const {
-    const int tokens = per_group;
-    return tokens * local * kStreams * kLanes * 8 + tokens * tiles * kMhcSumStride * 4 +
-           tokens * local * kMhcSumStride * 4 + Slots() * tiles * kLanes * 8;
-  }
-};
-
-__global__ void __launch_bounds__(kClusterThreads, 1)
-    ClusterKernel(const __grid_constant__ ClusterParams params) {
-  extern __shared__ __align__(16) uint2 dynamic[];
-  __shared__ FinishShared shared;
-  __shared__ __align__(8) uint64_t barriers[2];
-  const MhcParams& p = params.p;
-  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  const int tiles = params.tiles, cluster = params.cluster, local = params.local;
-  const int shift = params.shift, rank = static_cast<int>(blockIdx.x) & (cluster - 1);
-  const int64_t first = int64_t{blockIdx.x >> shift} * params.per_group;
-  const int count = static_cast<int>(min(int64_t{params.per_group}, p.t - first));
-  const int mine = (tiles - rank + cluster - 1) >> shift;   // tiles
-  const int owned = (count - rank + cluster - 1) >> shift;  // tokens
-  uint2* const streams = dynamic;                           // [token][own tile][stream][lane]
-  float* const sums =  // [token][tile][sum], of the whole cluster
-      reinterpret_cast<float*>(streams + params.per_group * local * kStreams * kLanes);
-  float* const own_sums = sums + params.per_group * tiles * kMhcSumStride;  // [token][own tile]
-  uint2* const y =                                                          // [slot][tile][lane]
-      reinterpret_cast<uint2*>(own_sums + params.per_group * local * kMhcSumStride);
-  const uint32_t sums_barrier = SharedAddress(&barriers[0]);
-  const uint32_t y_barrier = SharedAddress(&barriers[1]);
-  if (threadIdx.x == 0) {
-    InitBarrier(sums_barrier, 1);
-    InitBarrier(y_barrier, 1);
-    FenceBarrierInit();
-    ArriveExpecting(sums_barrier, count * tiles * kMhcSumStride * sizeof(float));
-    ArriveExpecting(y_barrier, owned * tiles * kLanes * sizeof(uint2));
-  }
-  __syncwarp();
-  ArriveAtCluster();
-  const float static_scale = StaticScale(p);
-  const LaneMix mix(p, lane);
-
-  if (owned > 0 && warp == kMaxWorkers - 1) {
-    for (int64_t at = lane * 64; at < p.d; at += kLanes * 64) Prefetch(p.norm + at);
-  }
-  const int mixes_from = warp % kMixWarps * kWarpMixes, mixes = p.mixes - mixes_from;
-  const int tile_from = warp / kMixWarps;
-  const auto channel_of = [&](int own) {
-    return (rank + (own << shift)) * kMhcTile + lane * kChannels;
-  };
-  const auto token_of = [&](int item) { return count == 1 ? 0 : item / mine; };
-  // Streams first, everybody's fn would be ahead of them otherwise; fn is there when they are
-  // mixed.
-  const int items = count * mine;
-  TokenStreams token;
-  if (warp < items) token.Load(p, first + token_of(warp), channel_of(warp - token_of(warp) * mine));
-  Weights weights;
-  if (tile_from < mine) weights.Load(p, mixes_from, channel_of(tile_from));
-  for (int own = tile_from + kTilesAtOnce; own < mine; own += kTilesAtOnce) {
-    if (lane % 8 == 0) Weights::PrefetchLines(p, mixes_from, channel_of(own));
-  }
-  for (int item = warp; item < items; item += kMaxWorkers) {
-    const int g = token_of(item), own = item - g * mine;
-    if (item != warp) token.Load(p, first + g, channel_of(own));
-    token.WriteBack(p, first + g, channel_of(own));
-    uint2* const to = streams + (g * local + own) * kStreams * kLanes + lane;
-#pragma unroll
-    for (int j = 0; j < kStreams; ++j) to[j * kLanes] = token.s[j];
-    const float squares = Squares(token.s);
-    if (lane == 0) own_sums[(g * local + own) * kMhcSumStride + kMhcSquares] = squares;
-  }
-  SyncWarps(kWorkersBarrier, kMaxWorkers);
-  for (int own = tile_from; own < mine; own += kTilesAtOnce) {
-    if (own != tile_from) weights.Load(p, mixes_from, channel_of(own));
-    if (mixes > 0) {
-      Mix(weights, streams + own * kStreams * kLanes, local * kStreams * kLanes, count, lane, mixes,
-          own_sums + own * kMhcSumStride + mixes_from, local * kMhcSumStride);
-    }
-  }
-  SyncWarps(kWorkersBarrier, kMaxWorkers);
-  WaitForCluster();
-  for (int i = threadIdx.x; i < items * kSumChunks * cluster; i += kMaxWorkers * kLanes) {
-    const int to = i & (cluster - 1), chunk = (i >> shift) % kSumChunks;
-    const int item = (i >> shift) / kSumChunks, g = token_of(item), own = item - g * mine;
-    const uint4 words =
-        reinterpret_cast<const uint4*>(own_sums + (g * local + own) * kMhcSumStride)[chunk];
-    const int tile = rank + own * cluster;
-    StoreIn(sums + (g * tiles + tile) * kMhcSumStride + 4 * chunk, sums_barrier, to, words);
-  }
-  Wait(sums_barrier, 0);
-  float weight = 0.0f;
-  for (int item = warp, of = -1; item < items; item += kMaxWorkers) {
-    const int g = token_of(item), own = item - g * mine;
-    if (g != of) weight = mix.Weight(p, sums + g * tiles * kMhcSumStride, tiles, lane);
-    of = g;
-    float pre[kStreams];
-    uint2 s[kStreams];
-    const uint2* const from = streams + (g * local + own) * kStreams * kLanes + lane;
-#pragma unroll
-    for (int j = 0; j < kStreams; ++j) {
-      pre[j] = __shfl_sync(kAllLanes, weight, j);
-      s[j] = from[j * kLanes];
-    }
-    const int tile = rank + own * cluster;
-    StoreIn(y + ((g >> shift) * tiles + tile) * kLanes + lane, y_barrier, g & (cluster - 1),
-            BranchInput(s, pre));
-  }
-  // Combs are the last warp's, in the middle between those who finish, if there is room.
-  const int first_comb = p.mixes == kMhcMixes ? (rank + cluster / 2) & (cluster - 1) : count;
-  const int finishers = first_comb < count ? kMaxWorkers - 1 : kMaxWorkers;
-  if (warp == finishers) {
-    for (int g = first_comb; g < count; g += cluster) {
-      weight = mix.Weight(p, sums + g * tiles * kMhcSumStride, tiles, lane);
-      StorePostAndComb(p, first + g, weight, lane);
-    }
-    return;
-  }
-  if (owned == 0) return;
-  Wait(y_barrier, 0);
-  for (int slot = 0; slot < owned; ++slot) {
-    if (slot > 0) SyncWarps(kWorkersBarrier, finishers);
-    Finish(p, static_scale, first + rank + slot * cluster, y + slot * tiles * kLanes, shared, warp,
-           finishers, lane);
-  }
-}
-
-// `cluster`: a power of two.
-ClusterParams ClusterOfTokens(const MhcParams& p, int cluster, int per_group) {
-  ClusterParams params{p, static_cast<int>(p.d / kMhcTile), cluster, per_group, 0, 0};
-  while (params.cluster > params.tiles) params.cluster /= 2;
-  while (1 << params.shift < params.cluster) ++params.shift;
-  params.local = (params.tiles + params.cluster - 1) / params.cluster;
-  return params;
-}
-
-cudaError_t LaunchCluster(const ClusterParams& params, cudaStream_t stream) {
-  const int bytes = params.Bytes();
-  cudaError_t error =
-      cudaFuncSetAttribute(ClusterKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
-  if (params.cluster > 8) {
-    error = cudaFuncSetAttribute(ClusterKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error != cudaSuccess) return error;
-  }
+cudaError_t LaunchSums(const SumsParams& params, bool mma, cudaStream_t stream) {
   const int64_t groups = (params.p.t + params.per_group - 1) / params.per_group;
-  cudaLaunchAttribute attribute = ClusterOf(params.cluster);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(groups * params.cluster));
-  config.blockDim = dim3(kClusterThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(bytes);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, ClusterKernel, params);
+  if (groups * params.tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const auto blocks = static_cast<unsigned>(groups * params.tiles);
+  if (mma && params.per_group == 64) return LaunchMmaSums<64>(params, blocks, stream);
+  if (mma) return LaunchMmaSums<32>(params, blocks, stream);
+  const int bytes = params.per_group * kStreams * kLanes * static_cast<int>(sizeof(uint2));
+  SumsKernel<<<blocks, kSumsThreads, bytes, stream>>>(params);
+  return cudaGetLastError();
 }
 
-// As many thread blocks as an H200 has SMs, about.
-constexpr int kLargeCluster = 16, kLargeClusterTokens = 8;
-constexpr int kCluster = 8, kClusters = 16, kClusterTokens = 128;
+FinishParams FinishOf(const MhcParams& p, bool logits) {
+  const int groups = static_cast<int>((p.d + kGroup - 1) / kGroup);
+  return {p, static_cast<int>(p.d / kMhcTile), std::min(groups, kMaxWorkers), logits};
+}
+
+cudaError_t LaunchFinish(const FinishParams& params, cudaStream_t stream) {
+  const bool once = params.p.d <= kMaxWorkers * kGroup;
+  return LaunchDependent(once ? FinishKernel<1> : FinishKernel<kMaxPasses>,
+                         dim3(static_cast<unsigned>(params.p.t)), (params.workers + 1) * kLanes, 0,
+                         stream, params);
+}
+
+cudaError_t Launch(const MhcParams& p, cudaStream_t stream, const Launches& how) {
+  if (p.t > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const bool combs = how.combs && p.mixes == kMhcMixes;
+  cudaError_t error =
+      LaunchSums({p, static_cast<int>(p.d / kMhcTile), how.per_group}, how.mma, stream);
+  if (error == cudaSuccess) error = LaunchFinish(FinishOf(p, combs), stream);
+  if (error != cudaSuccess || !combs) return error;
+  const auto blocks = static_cast<unsigned>((p.t + kCombThreads - 1) / kCombThreads);
+  return LaunchDependent(CombKernel, dim3(blocks), kCombThreads, 0, stream, CombParams{p});
+}
+
+// Measured on H100.
+constexpr int kDecodeTokens = 32;     // in the regime kAuto
+constexpr int kMmaTokens = 2048;   // so many share fn by the 64
+constexpr int kManyCombs = 512;    // are worth a launch
+constexpr int kSumsBlocks = 128;   // about as many as there are SMs
+constexpr int kSumsTokens = 32;    // of a thread block, at most
 
 }  // namespace
 
 cudaError_t MhcCuda(const MhcParams& p, cudaStream_t stream) {
   if (p.t == 0) return cudaSuccess;
   if (p.fn == nullptr) return LaunchWrite(p, stream);
-  const bool few = p.t <= kClusterTokens;
-  if (p.regime == Regime::kPrefill || (p.regime == Regime::kAuto && !few)) {
-    return LaunchTwo(p, stream, {true});
+  const bool combs = p.t >= kManyCombs;
+  if (p.regime == Regime::kPrefill || (p.regime == Regime::kAuto && p.t > kDecodeTokens)) {
+    return Launch(p, stream, {true, p.t >= kMmaTokens ? 64 : 32, combs});
   }
-  const bool large = p.t <= kLargeClusterTokens && p.d >= kLargeCluster * kMhcTile;
-  const int per_group = static_cast<int>((p.t + kClusters - 1) / kClusters);
-  if (few) {
-    const ClusterParams params = ClusterOfTokens(p, large ? kLargeCluster : kCluster, per_group);
-    if (params.Bytes() <= kMostClusterBytes) return LaunchCluster(params, stream);
-  }
-  return LaunchTwo(p, stream, {false});
+  const int64_t tiles = p.t * (p.d / kMhcTile);
+  const auto per_group = static_cast<int>((tiles + kSumsBlocks - 1) / kSumsBlocks);
+  return Launch(p, stream, {false, std::min(per_group, kSumsTokens), combs});
 }
 
 }  // namespace dsv4

@@ -33,12 +33,11 @@ constexpr int kMhcBf16 = 1, kMhcNvfp4 = 2, kMhcFp8 = 4;
 // same order, whatever the number of tokens, so that their outputs are equal bit for bit (but for
 // the payload of a NaN). In the regime kPrefill a tile's mixes are sums of exact products on tensor
 // cores, of eight times 64 channels of a stream, in FP32 in an order of theirs; all else is the
-// same, and a token still depends on no other. kAuto: kDecode for up to 128 tokens.
+// same, and a token still depends on no other. kAuto: kDecode for up to 32 tokens.
 // - A sum over streams is a chain of fused multiply-adds, streams ascending, begun by a product.
 // - A sum over the flat streams (a mix, the squares) is a chain of 16 fused multiply-adds from zero
 //   over 4 neighbouring channels, stream by stream; 32 such lanes by halves (lane i and i + 16,
-//   ...) are a tile; 32 tiles by halves; those groups in sequence. The squares of y: the same with
-//   chains of 4.
+//   ...) are a tile; 32 tiles by halves; those groups in sequence. The norm of y: see rmsnorm.h.
 // - A mean is the product with the rounded reciprocal of the count. Four of comb are summed as
 //   (0 + 1) + (2 + 3), and multiplied by the rounded reciprocal of the sum. The exponential is that
 //   of common/exp.h.

@@ -8,6 +8,7 @@
 #include "common/denormals.h"
 #include "common/e4m3.h"
 #include "common/nvfp4_cpu.h"
+#include "common/rmsnorm.h"
 #include "common/ue8m0.h"
 #include "mhc/mhc.h"
 #include "mhc/mhc_weights.h"
@@ -101,7 +102,8 @@ class Worker {
         streams_(kMhcStreams * d_),
         next_(params.branch ? kMhcStreams * d_ : 0),
         y_(d_),
-        sums_(params.fn ? tiles_ * kMhcSumStride : 0) {}
+        sums_(params.fn ? tiles_ * kMhcSumStride : 0),
+        input_(params.fn ? d_ : 0) {}
 
   void Token(int64_t token) {
     Widen(p_.streams + token * kMhcStreams * d_, kMhcStreams * d_, streams_.data());
@@ -142,24 +144,9 @@ class Worker {
       std::memcpy(p_.next_comb + token * 16, comb, sizeof(comb));
     }
     Combine(streams_.data(), d_, weights, 1, nullptr, 0, y_.data());
-    Norm();
+    Narrow(y_.data(), d_, input_.data());
+    NormToken(input_.data(), p_.norm, d_, p_.reciprocal_d, p_.rms_eps, y_.data());
     Store(token);
-  }
-
-  void Norm() {
-    const float squares = SumOfTiles(tiles_, [&](int64_t tile) {
-      float lanes[kMhcLanes] = {};
-      for (int lane = 0; lane < kMhcLanes; ++lane) {
-        const float* y = &y_[tile * kMhcTile + lane * kMhcLaneChannels];
-        for (int i = 0; i < kMhcLaneChannels; ++i) lanes[lane] += y[i] * y[i];  // exact squares
-      }
-      return Halved(lanes, kMhcLanes);
-    });
-    const float norm = ReciprocalRoot(squares * p_.reciprocal_d + p_.rms_eps);
-    for (int64_t i = 0; i < d_; ++i) {
-      const float normed = y_[i] * norm;
-      y_[i] = Bf16ToFloat(FloatToBf16(Bf16ToFloat(p_.norm[i]) * normed));
-    }
   }
 
   void Store(int64_t token) const {
@@ -184,6 +171,7 @@ class Worker {
   const MhcParams& p_;
   const int64_t d_, tiles_;
   std::vector<float> streams_, next_, y_, sums_;
+  std::vector<uint16_t> input_;
 };
 
 }  // namespace
