@@ -1,6 +1,6 @@
-// Two launches: the first writes the streams back and sums tiles of 128 channels for some tokens, so
-// that fn is read once for them; the second takes a token a thread block, its streams out of the L2
-// if the tokens are few.
+// Two launches: the first writes the streams back and sums tiles of 128 channels for some tokens,
+// so that fn is read once for them; the second takes a token a thread block, its streams out of the
+// L2 if the tokens are few.
 //
 // What bounds it: a few tokens are latency, as many loads at once as there can be, two reductions
 // over the token, 39 normalisations of comb in a row, by a warp of their own beside all else. Many
@@ -84,8 +84,8 @@ struct BackWeights {
 };
 
 // A token's streams at four channels, packed: what is stored of them, or what a write-back makes of
-// it and stores. The thread that reads is the one that writes, so that it may be in place. The token
-// is number `index` from `first` on: offsets from there are 32-bit numbers.
+// it and stores. The thread that reads is the one that writes, so that it may be in place. The
+// token is number `index` from `first` on: offsets from there are 32-bit numbers.
 struct TokenStreams {
   uint2 s[kStreams], branch;
 
@@ -329,6 +329,7 @@ constexpr int kSumsThreads = kMixWarps * kLanes;
 struct SumsParams {
   MhcParams p;
   int tiles, per_group;  // tokens of a thread block, for one tile
+  int begin, end;        // tokens
 };
 
 __global__ void __launch_bounds__(kSumsThreads, 2)
@@ -338,8 +339,10 @@ __global__ void __launch_bounds__(kSumsThreads, 2)
   const MhcParams& p = params.p;
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const int tile = static_cast<int>(blockIdx.x % params.tiles);
-  const int64_t first = int64_t{blockIdx.x / params.tiles} * params.per_group;
-  const int count = static_cast<int>(min(int64_t{params.per_group}, p.t - first));
+  const int first_token =
+      params.begin + static_cast<int>(blockIdx.x / params.tiles) * params.per_group;
+  const int count = min(params.per_group, params.end - first_token);
+  const int64_t first = first_token;
   const int channel = tile * kMhcTile + lane * kChannels;
   Weights weights;
   weights.Load(p, warp * kWarpMixes, channel);
@@ -412,16 +415,19 @@ __global__ void __launch_bounds__(kSumsThreads, kMmaResident)
   const int warp = UniformWarp(), lane = threadIdx.x % kLanes;
   const int group = lane / 4, column = lane % 4;
   const int tile = static_cast<int>(blockIdx.x % params.tiles);
-  const int64_t first = int64_t{blockIdx.x / params.tiles} * kTokens;
-  const int count = static_cast<int>(min(int64_t{kTokens}, p.t - first));
+  const int first_token = params.begin + static_cast<int>(blockIdx.x / params.tiles) * kTokens;
+  const int count = min(kTokens, params.end - first_token);
+  const int64_t first = first_token;
   const int channel = tile * kMhcTile + lane * kChannels;
   float* const sums = p.scratch + (first * params.tiles + tile) * kMhcSumStride;
   const int stride = params.tiles * kMhcSumStride;
+#ifndef MMA_NO_PREFETCH
   // fn is needed later on, for the first time by whoever is first.
   constexpr int kLines = kMhcTile * sizeof(float) / 128;
   for (int i = threadIdx.x; i < p.mixes * kStreams * kLines; i += kSumsThreads) {
     Prefetch(p.fn + (i / kLines * static_cast<int>(p.d) + tile * kMhcTile + i % kLines * 32));
   }
+#endif
   // A warp's tokens are warp, warp + 8, ...
   TokenStreams ahead[kMmaAhead] = {};
 #pragma unroll
@@ -519,6 +525,7 @@ __global__ void __launch_bounds__(kSumsThreads, kMmaResident)
     for (int w = 1; w < kMixWarps; ++w) sum = __fadd_rn(sum, shared.parts[w][token][mix]);
     sums[token * stride + mix] = sum;
   }
+  WaitForPrevious();  // so that whoever waits for this waits for all before it
 }
 
 // ---- From the sums to the forms: a token a thread block, 16 channels a lane.
@@ -532,7 +539,8 @@ constexpr int kMaxPasses = kMaxGroups / kMaxWorkers;
 struct FinishParams {
   MhcParams p;
   int tiles, workers;
-  bool logits;  // instead of comb, for CombKernel
+  bool logits;     // instead of comb, for CombKernel
+  int begin, end;  // tokens
 };
 
 struct BlockStreams {
@@ -615,7 +623,7 @@ __global__ void __launch_bounds__(kFinishThreads, 3 - kPasses)
   const int workers = params.workers;
   float* const squares_of = reinterpret_cast<float*>(group_squares);
   // Backwards: the last tokens' streams are still in the L2.
-  const int64_t token = p.t - 1 - static_cast<int64_t>(blockIdx.x);
+  const int64_t token = params.end - 1 - static_cast<int>(blockIdx.x);
   if (warp == workers) {
     const LaneMix mix(p, lane);
     LetNextBegin();
@@ -635,7 +643,7 @@ __global__ void __launch_bounds__(kFinishThreads, 3 - kPasses)
 
   const int blocks = static_cast<int>(p.d) / kNormBlock;
   const auto block_of = [&](int pass) { return (warp + pass * workers) * kLanes + lane; };
-  const auto weights_of = [&](int pass, uint32_t(&words)[kNormWords]) {
+  const auto weights_of = [&](int pass, uint32_t (&words)[kNormWords]) {
     if (block_of(pass) < blocks) LoadBlock<true>(words, p.norm + block_of(pass) * kNormBlock);
   };
   uint32_t norm_weight[kNormWords] = {};
@@ -686,7 +694,7 @@ __global__ void __launch_bounds__(kFinishThreads, 3 - kPasses)
       y[pass][i] = PackBf16(__fmul_rn(Low(weight), __fmul_rn(Low(pair), norm)),
                             __fmul_rn(High(weight), __fmul_rn(High(pair), norm)));
     }
-    const uint32_t(&words)[kNormWords] = y[pass];
+    const uint32_t (&words)[kNormWords] = y[pass];
     const bool valid = block_of(pass) < blocks;
     const int64_t at = token * blocks + block_of(pass);
     largest[pass] = valid ? Largest(words) : 0;
@@ -758,58 +766,70 @@ struct Launches {
   bool mma;       // for tokens by the 32 or by the 64
   int per_group;  // tokens of a thread block of sums
   bool combs;     // by a launch of their own
+  int chunk;      // tokens, chunk by chunk: the second launch finds their streams in the L2
 };
 
+// The sums of a chunk wait for nothing that the chunk before does, and begin at its end.
 template <int kTokens>
-cudaError_t LaunchMmaSums(const SumsParams& params, unsigned blocks, cudaStream_t stream) {
+cudaError_t LaunchMmaSums(const SumsParams& params, dim3 grid, cudaStream_t stream) {
   constexpr int kBytes = sizeof(MmaShared<kTokens>);
   const cudaError_t error = cudaFuncSetAttribute(
       MmaSumsKernel<kTokens>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
-  MmaSumsKernel<kTokens><<<blocks, kSumsThreads, kBytes, stream>>>(params);
+  if (params.begin > 0) {
+    return LaunchDependent(MmaSumsKernel<kTokens>, grid, kSumsThreads, kBytes, stream, params);
+  }
+  MmaSumsKernel<kTokens><<<grid, kSumsThreads, kBytes, stream>>>(params);
   return cudaGetLastError();
 }
 
 cudaError_t LaunchSums(const SumsParams& params, bool mma, cudaStream_t stream) {
-  const int64_t groups = (params.p.t + params.per_group - 1) / params.per_group;
+  const int64_t groups =
+      (int64_t{params.end} - params.begin + params.per_group - 1) / params.per_group;
   if (groups * params.tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const auto blocks = static_cast<unsigned>(groups * params.tiles);
-  if (mma && params.per_group == 64) return LaunchMmaSums<64>(params, blocks, stream);
-  if (mma) return LaunchMmaSums<32>(params, blocks, stream);
+  const dim3 grid(static_cast<unsigned>(groups * params.tiles));
+  if (mma && params.per_group == 64) return LaunchMmaSums<64>(params, grid, stream);
+  if (mma) return LaunchMmaSums<32>(params, grid, stream);
   const int bytes = params.per_group * kStreams * kLanes * static_cast<int>(sizeof(uint2));
-  SumsKernel<<<blocks, kSumsThreads, bytes, stream>>>(params);
+  SumsKernel<<<grid, kSumsThreads, bytes, stream>>>(params);
   return cudaGetLastError();
 }
 
-FinishParams FinishOf(const MhcParams& p, bool logits) {
-  const int groups = static_cast<int>((p.d + kGroup - 1) / kGroup);
-  return {p, static_cast<int>(p.d / kMhcTile), std::min(groups, kMaxWorkers), logits};
+FinishParams FinishOf(const SumsParams& sums, bool logits) {
+  const int groups = static_cast<int>((sums.p.d + kGroup - 1) / kGroup);
+  return {sums.p, sums.tiles, std::min(groups, kMaxWorkers), logits, sums.begin, sums.end};
 }
 
 cudaError_t LaunchFinish(const FinishParams& params, cudaStream_t stream) {
   const bool once = params.p.d <= kMaxWorkers * kGroup;
   return LaunchDependent(once ? FinishKernel<1> : FinishKernel<kMaxPasses>,
-                         dim3(static_cast<unsigned>(params.p.t)), (params.workers + 1) * kLanes, 0,
-                         stream, params);
+                         dim3(static_cast<unsigned>(params.end - params.begin)),
+                         (params.workers + 1) * kLanes, 0, stream, params);
 }
 
 cudaError_t Launch(const MhcParams& p, cudaStream_t stream, const Launches& how) {
-  if (p.t > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (p.t > INT32_MAX - kFinishThreads) return cudaErrorInvalidConfiguration;
   const bool combs = how.combs && p.mixes == kMhcMixes;
-  cudaError_t error =
-      LaunchSums({p, static_cast<int>(p.d / kMhcTile), how.per_group}, how.mma, stream);
-  if (error == cudaSuccess) error = LaunchFinish(FinishOf(p, combs), stream);
-  if (error != cudaSuccess || !combs) return error;
+  for (int64_t begin = 0; begin < p.t; begin += how.chunk) {
+    const int64_t end = std::min(begin + how.chunk, p.t);
+    const SumsParams sums{p, static_cast<int>(p.d / kMhcTile), how.per_group,
+                          static_cast<int>(begin), static_cast<int>(end)};
+    cudaError_t error = LaunchSums(sums, how.mma, stream);
+    if (error == cudaSuccess) error = LaunchFinish(FinishOf(sums, combs), stream);
+    if (error != cudaSuccess) return error;
+  }
+  if (!combs) return cudaSuccess;
   const auto blocks = static_cast<unsigned>((p.t + kCombThreads - 1) / kCombThreads);
   return LaunchDependent(CombKernel, dim3(blocks), kCombThreads, 0, stream, CombParams{p});
 }
 
 // Measured on H100.
-constexpr int kDecodeTokens = 32;     // in the regime kAuto
+constexpr int kDecodeTokens = 32;  // in the regime kAuto
 constexpr int kMmaTokens = 2048;   // so many share fn by the 64
 constexpr int kManyCombs = 512;    // are worth a launch
 constexpr int kSumsBlocks = 128;   // about as many as there are SMs
 constexpr int kSumsTokens = 32;    // of a thread block, at most
+constexpr int kChunk = INT32_MAX;
 
 }  // namespace
 
@@ -818,11 +838,11 @@ cudaError_t MhcCuda(const MhcParams& p, cudaStream_t stream) {
   if (p.fn == nullptr) return LaunchWrite(p, stream);
   const bool combs = p.t >= kManyCombs;
   if (p.regime == Regime::kPrefill || (p.regime == Regime::kAuto && p.t > kDecodeTokens)) {
-    return Launch(p, stream, {true, p.t >= kMmaTokens ? 64 : 32, combs});
+    return Launch(p, stream, {true, p.t >= kMmaTokens ? 64 : 32, combs, kChunk});
   }
   const int64_t tiles = p.t * (p.d / kMhcTile);
   const auto per_group = static_cast<int>((tiles + kSumsBlocks - 1) / kSumsBlocks);
-  return Launch(p, stream, {false, std::min(per_group, kSumsTokens), combs});
+  return Launch(p, stream, {false, std::min(per_group, kSumsTokens), combs, kChunk});
 }
 
 }  // namespace dsv4

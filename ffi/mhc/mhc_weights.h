@@ -13,8 +13,8 @@ constexpr int kMhcLaneChannels = kMhcTile / kMhcLanes;  // side by side
 constexpr int kMhcSquares = kMhcMixes;                  // where a tile's squares are
 constexpr int kMhcTileGroup = 32;                       // tiles summed by halves
 
-// 1 / x, rounded, of x from 2^-126 to 2^126; 0 gives Inf or NaN. On a GPU it is what a division does
-// there without its branch to all the rest, so that several run side by side.
+// 1 / x, rounded, of x from 2^-126 to 2^126; 0 gives Inf or NaN. On a GPU it is what a division
+// does there without its branch to all the rest, so that several run side by side.
 DSV4_HOST_DEVICE inline float RoundedReciprocal(float x) {
 #ifdef __CUDA_ARCH__
   float estimate;
@@ -61,14 +61,12 @@ DSV4_HOST_DEVICE inline void Sinkhorn(float (&c)[16], int iters, float eps) {
     if (i > 0) {
       for (int j = 0; j < 4; ++j) {
         float* const row = c + 4 * j;
-        const float inverse =
-            RoundedReciprocal(SumOfFour(row[0], row[1], row[2], row[3]) + eps);
+        const float inverse = RoundedReciprocal(SumOfFour(row[0], row[1], row[2], row[3]) + eps);
         for (int k = 0; k < 4; ++k) row[k] *= inverse;
       }
     }
     for (int k = 0; k < 4; ++k) {
-      const float inverse =
-          RoundedReciprocal(SumOfFour(c[k], c[4 + k], c[8 + k], c[12 + k]) + eps);
+      const float inverse = RoundedReciprocal(SumOfFour(c[k], c[4 + k], c[8 + k], c[12 + k]) + eps);
       for (int j = 0; j < 4; ++j) c[4 * j + k] *= inverse;
     }
   }
