@@ -57,7 +57,8 @@ def arguments(d: int, t: int) -> tuple[Any, ...]:
     streams[1::9], write.branch[1::9] = 0, 0
     streams[2::9, 1, d // 3] = np.nan
     streams[3::9, 3, d - 1] = -np.inf
-    streams[4::9] *= np.asarray(1e37, streams.dtype)
+    with np.errstate(over="ignore"):
+        streams[4::9] *= np.asarray(1e37, streams.dtype)
     streams[5::9] *= np.asarray(1e-38, streams.dtype)
     write.comb[6::9, 1, 2] = np.nan
     _, _, head = problem(d, 1, 4)
