@@ -51,26 +51,13 @@ __device__ __forceinline__ float SumOfSquares(const Eight& x) {
   return sum;
 }
 
-// By halves, in every one of kLanes lanes.
-template <int kLanes = kRowLanes>
+// By halves, in every one of a warp's lanes.
 __device__ __forceinline__ float SumByHalves(float sum) {
 #pragma unroll
-  for (int half = kLanes / 2; half > 0; half /= 2) {
+  for (int half = kRowLanes / 2; half > 0; half /= 2) {
     sum += __shfl_xor_sync(kWarpLanes, sum, half);
   }
   return sum;
-}
-
-// Squares of a row of which every one of kLanes lanes, 32 or 16, has chunks lane, lane + kLanes,
-// ...
-template <int kLanes>
-__device__ __forceinline__ float SumOfLanes(const Eight (&x)[2 * kRowLanes / kLanes]) {
-  if constexpr (kLanes == kRowLanes) {
-    return SumByHalves(SumOfSquares(x[0]) + SumOfSquares(x[1]));
-  } else {
-    return SumByHalves<kLanes>((SumOfSquares(x[0]) + SumOfSquares(x[2])) +
-                               (SumOfSquares(x[1]) + SumOfSquares(x[3])));
-  }
 }
 
 // The largest magnitudes of the even and of the odd channels, NaN above all; signs as MaxMagnitudes

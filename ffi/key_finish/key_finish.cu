@@ -1,8 +1,6 @@
-// A warp or half of one per key, the key in its registers from its one read to its one write. A few
-// keys are latency: one round to memory for everything, a few shuffles for norm and scales; a warp
-// takes one. Many are instructions as much as memory, and half of those are a warp's, whatever it
-// holds: it takes two. The sums are the same: with half the lanes the first halving is within one.
-// Sines and cosines go through shared memory to the eight lanes that hold rotary channels.
+// A warp per key, the key in its registers from its one read to its one write: one round to memory
+// for everything, a few shuffles for norm and scales. Sines and cosines go through shared memory to
+// the eight lanes that hold rotary channels.
 #include <cuda_runtime.h>
 
 #include "common/channels.cuh"
@@ -16,8 +14,9 @@ constexpr int kWarps = 4;  // of a thread block
 constexpr int kThreads = kWarps * kRowLanes;
 constexpr int kBlockLanes = kKeyBlock / kChunkChannels;  // side by side
 
-// What a lane writes of a key: chunks lane, lane + kLanes, ...
-template <int kChunks>
+constexpr int kChunks = kRowChunks;  // of a lane: lane, lane + kRowLanes
+
+// What a lane writes of a key.
 struct Finished {
   uint2 codes[kChunks];
   uint32_t scale[kChunks];
@@ -25,10 +24,8 @@ struct Finished {
 };
 
 // kWhole: a key has kRowMaxChannels, kMaxRotary of them rotary: none but in a lane's last chunk.
-template <int kLanes, bool kWhole>
+template <bool kWhole>
 struct Layout {
-  static constexpr int kChunks = kRowMaxChannels / kChunkChannels / kLanes;
-
   __device__ __forceinline__ static uint32_t Channels(const KeyFinishParams& p) {
     return static_cast<uint32_t>(kWhole ? kRowMaxChannels : p.d);
   }
@@ -43,22 +40,21 @@ struct Layout {
   }
 };
 
-template <int kLanes, bool kWhole>
-__device__ __forceinline__ void Store(const KeyFinishParams& p,
-                                      const Finished<Layout<kLanes, kWhole>::kChunks>& y,
+template <bool kWhole>
+__device__ __forceinline__ void Store(const KeyFinishParams& p, const Finished& y,
                                       const KeyStore& store, int64_t row, uint32_t lane) {
-  using Chunks = Layout<kLanes, kWhole>;
+  using Chunks = Layout<kWhole>;
   const uint32_t d = Chunks::Channels(p), rotary = Chunks::Rotary(p), nope = d - rotary;
   uint8_t* const codes = store.nope + row * nope + lane * kChunkChannels;
   uint8_t* const scales = store.scale + row * (nope / kKeyBlock) + lane / kBlockLanes;
 #pragma unroll
-  for (int c = 0; c < Chunks::kChunks; ++c) {
-    const uint32_t channel = (lane + c * kLanes) * kChunkChannels;
+  for (int c = 0; c < kChunks; ++c) {
+    const uint32_t channel = (lane + c * kRowLanes) * kChunkChannels;
     if (!Chunks::IsThere(channel, d)) continue;
     if (Chunks::AreCodes(c, channel, nope)) {
-      StoreVector(codes + c * kLanes * kChunkChannels, y.codes[c]);
+      StoreVector(codes + c * kRowLanes * kChunkChannels, y.codes[c]);
       if (lane % kBlockLanes == 0) {
-        scales[c * kLanes / kBlockLanes] = static_cast<uint8_t>(y.scale[c]);
+        scales[c * kRowLanes / kBlockLanes] = static_cast<uint8_t>(y.scale[c]);
       }
     } else {
       StoreEight(y.rope[c], store.rope + row * rotary + (channel - nope));
@@ -72,29 +68,19 @@ __device__ __forceinline__ int Opaque(int x) {
   return x;
 }
 
-template <int kLanes, bool kWhole, bool kAligned>
+template <bool kWhole, bool kAligned>
 __global__ void __launch_bounds__(kThreads)
     KeyFinishKernel(const __grid_constant__ KeyFinishParams p) {
-  using Chunks = Layout<kLanes, kWhole>;
-  constexpr int kChunks = Chunks::kChunks, kKeys = kThreads / kLanes;
-  constexpr int kTurns = kMaxRotary / 2;
-  __shared__ __align__(16) float2 turns[kKeys][kTurns];
-  const uint32_t lane = threadIdx.x % kLanes, key = threadIdx.x / kLanes;
-  const auto rows = static_cast<uint32_t>(p.b * p.t);
-  // A warp's second key may not be there: it does what the last one does, and stores nothing.
-  const uint32_t index = blockIdx.x * kKeys + key, row = min(index, rows - 1);
-  if (blockIdx.x * kKeys + threadIdx.x / kRowLanes * (kRowLanes / kLanes) >= rows) return;
+  using Chunks = Layout<kWhole>;
+  constexpr int kTurns = kMaxRotary / 2;  // one a lane
+  __shared__ __align__(16) float2 turns[kWarps][kTurns];
+  const uint32_t lane = threadIdx.x % kRowLanes, warp = threadIdx.x / kRowLanes;
+  const uint32_t row = blockIdx.x * kWarps + warp;
+  if (row >= static_cast<uint32_t>(p.b * p.t)) return;
   const auto t = static_cast<uint32_t>(p.t);
   const uint32_t d = Chunks::Channels(p), rotary = Chunks::Rotary(p), nope = d - rotary;
   // What the angles need is asked for first: sines are made while the key is on its way.
-  float frequency[kTurns / kLanes];
-  if constexpr (kLanes == 16) {
-    const float2 two = __ldg(reinterpret_cast<const float2*>(p.frequencies) + lane);
-    frequency[0] = two.x;
-    frequency[1] = two.y;
-  } else {
-    frequency[0] = lane < rotary / 2 ? __ldg(p.frequencies + lane) : 0.0f;
-  }
+  const float frequency = lane < rotary / 2 ? __ldg(p.frequencies + lane) : 0.0f;
   uint32_t b = 0, j = row;
   if (t == 1) {
     b = row;
@@ -109,31 +95,28 @@ __global__ void __launch_bounds__(kThreads)
   Eight y[kChunks] = {}, weight[kChunks] = {};
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    const uint32_t channel = (lane + c * kLanes) * kChunkChannels;
-    if (Chunks::IsThere(channel, d)) y[c] = LoadEight<kAligned>(x + c * kLanes * kChunkChannels);
+    const uint32_t channel = (lane + c * kRowLanes) * kChunkChannels;
+    if (Chunks::IsThere(channel, d)) y[c] = LoadEight<kAligned>(x + c * kRowLanes * kChunkChannels);
   }
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    const uint32_t channel = (lane + c * kLanes) * kChunkChannels;
+    const uint32_t channel = (lane + c * kRowLanes) * kChunkChannels;
     if (Chunks::IsThere(channel, d)) {
-      weight[c] = LoadEight<kAligned>(weight_in + c * kLanes * kChunkChannels);
+      weight[c] = LoadEight<kAligned>(weight_in + c * kRowLanes * kChunkChannels);
     }
   }
   const int32_t count = p.slots > 0 ? __ldg(p.count + b) : 0;
-  // A loop, even of one round, so that nothing after it, which waits for the key, is put before.
-  float2* turn = turns[key] + lane * (kTurns / kLanes);
-  int left = Opaque(kTurns / kLanes);
+  // A loop of one round, so that nothing after it, which waits for the key, is put before.
+  int left = Opaque(1);
 #pragma unroll 1
   do {
-    *turn = TurnAt(KeyPosition(start, j), frequency[0]);
-    if (kLanes == 16) frequency[0] = frequency[kTurns / kLanes - 1];
-    ++turn;
+    turns[warp][lane] = TurnAt(KeyPosition(start, j), frequency);
   } while (--left > 0);
 
-  const float squares = SumOfLanes<kLanes>(y);
+  const float squares = SumByHalves(SumOfSquares(y[0]) + SumOfSquares(y[1]));
   const float scale = __frsqrt_rn(squares * p.reciprocal_d + p.eps);
   __syncwarp();
-  Finished<kChunks> out;
+  Finished out;
   uint32_t largest[kChunks / 2];  // of two chunks, one a half
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
@@ -149,31 +132,26 @@ __global__ void __launch_bounds__(kThreads)
   }
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    const uint32_t channel = (lane + c * kLanes) * kChunkChannels;
+    const uint32_t channel = (lane + c * kRowLanes) * kChunkChannels;
     out.scale[c] = Fp8ScaleByteOfBf16(largest[c / 2] >> c % 2 * 16 & 0x7FFFu);
     out.codes[c] = EncodeE4m3(y[c], InverseScaleBf16x2(out.scale[c]));
     out.rope[c] = y[c];
     if (!Chunks::AreCodes(c, channel, nope) && Chunks::IsThere(channel, d)) {
-      Rotate(out.rope[c], turns[key] + (channel - nope) / 2);
+      Rotate(out.rope[c], turns[warp] + (channel - nope) / 2);
     }
   }
-  if (index >= rows) return;
-  Store<kLanes, kWhole>(p, out, p.rows, row, lane);
+  Store<kWhole>(p, out, p.rows, row, lane);
   if (p.slots == 0) return;
   const int64_t slot = RingSlot(start, count, j, p.t, p.slots);
-  if (slot >= 0) Store<kLanes, kWhole>(p, out, p.ring, b * p.slots + slot, lane);
+  if (slot >= 0) Store<kWhole>(p, out, p.ring, b * p.slots + slot, lane);
 }
 
-template <int kLanes, bool kWhole, bool kAligned>
+template <bool kWhole, bool kAligned>
 cudaError_t Launch(const KeyFinishParams& params, cudaStream_t stream) {
-  constexpr int kKeys = kThreads / kLanes;
-  const auto grid = static_cast<unsigned>((params.b * params.t + kKeys - 1) / kKeys);
-  KeyFinishKernel<kLanes, kWhole, kAligned><<<grid, kThreads, 0, stream>>>(params);
+  const auto grid = static_cast<unsigned>((params.b * params.t + kWarps - 1) / kWarps);
+  KeyFinishKernel<kWhole, kAligned><<<grid, kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
-
-// More keys than that are no longer latency.
-constexpr int64_t kManyKeys = 1024;
 
 }  // namespace
 
@@ -183,14 +161,11 @@ cudaError_t KeyFinishCuda(const KeyFinishParams& params, cudaStream_t stream) {
   if (rows > INT32_MAX || params.slots > INT32_MAX) return cudaErrorInvalidConfiguration;
   const uintptr_t addresses =
       reinterpret_cast<uintptr_t>(params.x) | reinterpret_cast<uintptr_t>(params.weight);
-  if (addresses % 16 != 0) return Launch<32, false, false>(params, stream);  // a slice
+  if (addresses % 16 != 0) return Launch<false, false>(params, stream);  // a slice
   if (params.d != kRowMaxChannels || params.rotary != kMaxRotary) {
-    return Launch<32, false, true>(params, stream);
+    return Launch<false, true>(params, stream);
   }
-  if (rows > kManyKeys && reinterpret_cast<uintptr_t>(params.frequencies) % 8 == 0) {
-    return Launch<16, true, true>(params, stream);
-  }
-  return Launch<32, true, true>(params, stream);
+  return Launch<true, true>(params, stream);
 }
 
 }  // namespace dsv4
