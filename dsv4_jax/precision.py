@@ -108,14 +108,16 @@ class Precision:
         q_norm: ``bfloat16`` rounds every step of the per-head query norm as the official code
             does, ``float32`` rounds once.
         streams: residual streams and every activation between ops: ``bfloat16`` | ``float32``.
-        regime: pins the kernels of linears, experts and attention on a GPU. ``decode``: thread
-            blocks share the inputs of a row where the weight has few rows; ``prefill``: one sums
-            them all; ``None`` chooses by the number of tokens in the call. Both multiply E4M3 by
-            E4M3 on FP8 tensor cores, which keep about 14 bits of 128 inputs' sum. ``exact`` sums as
-            ``decode`` does, on BF16 tensor cores: slower for many tokens, and as exact as FP32
-            sums are. Inside one regime a row has the same bits whatever the call holds; on the
-            CPU always. The ops that are not foreign calls are XLA's, which picks its kernels by
-            shape on a GPU.
+            In BF16 (and with ``dense`` in BF16) hyper-connections and the norms behind them are
+            one foreign call, in FP32 plain `jax.numpy` (`model.hc.is_fused`).
+        regime: pins the kernels of linears, experts, attention and hyper-connections on a GPU.
+            ``decode``: thread blocks share the inputs of a row where the weight has few rows;
+            ``prefill``: one sums them all; ``None`` chooses by the number of tokens in the call.
+            Both multiply E4M3 by E4M3 on FP8 tensor cores, which keep about 14 bits of 128 inputs'
+            sum. ``exact`` sums as ``decode`` does, on BF16 tensor cores: slower for many tokens,
+            and as exact as FP32 sums are. Inside one regime a row has the same bits whatever the
+            call holds; on the CPU always. The ops that are not foreign calls are XLA's, which picks
+            its kernels by shape on a GPU.
 
     Raises:
         ValueError: a field holds a value that is not among its choices, or

@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from dsv4_jax.cache import LayerCache
 from dsv4_jax.model.compressor import Compressor
-from dsv4_jax.model.hc import HyperConnection
+from dsv4_jax.model.hc import HcHead, HyperConnection
 from dsv4_jax.model.linear import Weight
 from dsv4_jax.model.moe import Gate, Leaves
 from dsv4_jax.ops._blocks import gather_rows, view_rows
@@ -65,8 +65,10 @@ class Recorder:
                 _, windows = value
                 add(name, _entries(found, path, windows), windows.reshape(-1) >= 0)
             elif issubclass(module, HyperConnection):
-                for part, array in zip(("y", "post", "comb"), value, strict=True):
-                    add(f"{name}:{part}", array, valid)
+                for part in ("x", "post", "comb"):
+                    add(f"{name}:{part}", getattr(value, part), valid)
+            elif issubclass(module, HcHead):
+                add(name, value[1], valid)
             elif issubclass(module, Gate):
                 picks, weights = value
                 add(f"{name}:picks", picks, valid)

@@ -11,7 +11,7 @@ from dsv4_jax import cache as cache_lib
 from dsv4_jax.cache import Cache, LayerCache, MtpCache
 from dsv4_jax.config import LayerKind, ModelConfig
 from dsv4_jax.model.block import Block
-from dsv4_jax.model.hc import HcHead
+from dsv4_jax.model.hc import HcHead, Pending, write_back
 from dsv4_jax.model.linear import RMSNorm, Weight
 from dsv4_jax.model.mtp import MtpModule
 from dsv4_jax.model.step import Step, check_tokens, make_step
@@ -27,7 +27,9 @@ class DeepseekV4(nn.Module):
 
     Every call *appends*: row ``i`` takes its first ``num_tokens[i]`` tokens (right padding, 0
     allowed) at its own length, which the cache holds, so prefill, chunked prefill and decode are
-    one function. Pure; nothing but shapes causes a recompilation. Layers are unrolled.
+    one function. Pure; nothing but shapes causes a recompilation. Layers are unrolled. Where
+    streams and norms are BF16 and the sizes are the release's, hyper-connections and the norms
+    behind them are the foreign call `mhc`, else plain `jax.numpy`; `model.hc.is_fused` tells which.
 
     Attributes:
         config: the architecture.
@@ -46,7 +48,7 @@ class DeepseekV4(nn.Module):
             Block(c, p, c.layer_kind(i), c.is_hash_layer(i), p.experts)
             for i in range(c.num_hidden_layers)
         ]
-        self.hc_head = HcHead(c)
+        self.hc_head = HcHead(c, p)
         self.norm = RMSNorm(c.hidden_size, p.dense, c.rms_norm_eps)
         self.head = Weight((c.vocab_size, c.hidden_size), p.dense)
         if self.mtp:
@@ -96,19 +98,20 @@ class DeepseekV4(nn.Module):
         """
         if logits not in ("all", "last"):
             raise ValueError(f"logits must be 'all' or 'last', got {logits!r}")
-        streams, step, cache = self._advance(tokens, cache, num_tokens)
-        if self.is_initializing() and self.mtp:
-            self.draft(streams, tokens, cache)
+        pending, step, cache = self._advance(tokens, cache, num_tokens)
         b, t = step.tokens.shape
+        if self.is_initializing() and self.mtp:
+            self.draft(self._written(pending, b, t), tokens, cache)
         if b * t == 0:
             shape = (b,) if logits == "last" else (b, t)
             return jnp.zeros((*shape, self.config.vocab_size), jnp.float32), cache
         if logits == "last":
-            last = jnp.maximum(step.taken - 1, 0)
-            streams = jnp.take_along_axis(streams, last[:, None, None, None], axis=1)
-            out = self._head(streams.reshape(b, *streams.shape[2:]))
+            if t > 1:
+                last = jnp.arange(b) * t + jnp.maximum(step.taken - 1, 0)
+                pending = jax.tree.map(lambda x: jnp.take(x, last, 0, mode="clip"), pending)
+            out = self._head(pending)
             return jnp.where((step.taken > 0)[:, None], out, 0), cache
-        out = self._head(streams.reshape(b * t, *streams.shape[2:])).reshape(b, t, -1)
+        out = self._head(pending).reshape(b, t, -1)
         return jnp.where(step.valid[..., None], out, 0), cache
 
     def streams(
@@ -119,8 +122,8 @@ class DeepseekV4(nn.Module):
         num_tokens: Int32[Array, "b"] | None = None,
     ) -> tuple[Float[Array, "b t hc d"], Cache]:
         """Like ``__call__``, but returns the streams after the last layer (what `draft` takes)."""
-        streams, _, cache = self._advance(tokens, cache, num_tokens)
-        return streams, cache
+        pending, step, cache = self._advance(tokens, cache, num_tokens)
+        return self._written(pending, *step.tokens.shape), cache
 
     def layer(
         self,
@@ -153,7 +156,8 @@ class DeepseekV4(nn.Module):
     def head_logits(self, streams: Float[Array, "b t hc d"]) -> Float32[Array, "b t v"]:
         """Logits of every position from its streams after the last layer (model.md 6.1)."""
         b, t = streams.shape[:2]
-        return self._head(streams.reshape(b * t, *streams.shape[2:])).reshape(b, t, -1)
+        pending = Pending(streams.reshape(b * t, *streams.shape[2:]), None)
+        return self._head(pending).reshape(b, t, -1)
 
     def draft(
         self,
@@ -211,24 +215,32 @@ class DeepseekV4(nn.Module):
 
     def _advance(
         self, tokens: Array, cache: Cache, num_tokens: Array | None
-    ) -> tuple[Array, Step, Cache]:
+    ) -> tuple[Pending, Step, Cache]:
         step, overflow = self._step(tokens, cache, num_tokens, cache.lengths)
         streams = self.embed_tokens(step.tokens)
+        pending = Pending(streams.reshape(-1, *streams.shape[2:]), None)
         states: list[LayerCache] = []
         for i, block in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
-                streams, state = block(streams, cache.layers[i], step)
+                if self.is_mutable_collection("intermediates"):  # every layer's streams are kept
+                    streams, state = block(streams, cache.layers[i], step)
+                    self.sow("intermediates", f"streams_{i}", streams)
+                    pending = Pending(streams.reshape(pending.streams.shape), None)
+                else:
+                    pending, state = block.advance(pending, cache.layers[i], step)
             states.append(state)
-            self.sow("intermediates", f"streams_{i}", streams)
         cache = dataclasses.replace(
             cache,
             layers=tuple(states),
             lengths=cache.lengths + step.taken,
             overflow=cache.overflow | overflow,
         )
-        return streams, step, cache
+        return pending, step, cache
 
-    def _head(self, streams: Float[Array, "n hc d"]) -> Float32[Array, "n v"]:
-        return dense_linear(
-            self.norm(self.hc_head(streams)), self.head(), regime=self.precision.regime
-        )
+    def _written(self, pending: Pending, b: int, t: int) -> Float[Array, "b t hc d"]:
+        streams = write_back(pending, config=self.config, precision=self.precision)
+        return streams.reshape(b, t, *streams.shape[1:])
+
+    def _head(self, pending: Pending) -> Float32[Array, "n v"]:
+        _, x = self.hc_head(pending, self.norm.weight)
+        return dense_linear(x, self.head(), regime=self.precision.regime)

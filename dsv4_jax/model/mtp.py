@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from dsv4_jax.cache import LayerCache
 from dsv4_jax.model.block import Block
-from dsv4_jax.model.hc import HcHead
+from dsv4_jax.model.hc import HcHead, Pending
 from dsv4_jax.model.linear import Linear, RMSNorm
 from dsv4_jax.model.step import Step
 from dsv4_jax.ops._round import round_to
@@ -24,7 +24,7 @@ class MtpModule(Block):
         self.enorm = RMSNorm(c.hidden_size, p.dense, c.rms_norm_eps)
         self.hnorm = RMSNorm(c.hidden_size, p.dense, c.rms_norm_eps)
         self.norm = RMSNorm(c.hidden_size, p.dense, c.rms_norm_eps)
-        self.hc_head = HcHead(c)
+        self.hc_head = HcHead(c, p)
 
     def predict(
         self,
@@ -43,6 +43,6 @@ class MtpModule(Block):
         e = self.e_proj(self.enorm(embedded)).astype(jnp.float32)  # [b * t, d]
         h = self.h_proj(self.hnorm(streams.reshape(-1, dim))).astype(jnp.float32)
         mixed = round_to(e[:, None] + h.reshape(b * t, hc, dim), streams.dtype)
-        streams, cache = self(mixed.reshape(streams.shape), cache, step)
-        hidden = self.norm(self.hc_head(streams.reshape(b * t, hc, dim)))
-        return streams, hidden, cache
+        pending, cache = self.advance(Pending(mixed, None), cache, step)
+        new, hidden = self.hc_head(pending, self.norm.weight)
+        return new.reshape(streams.shape), hidden, cache

@@ -16,7 +16,7 @@ from dsv4_jax.quant.fp8 import Fp8
 from dsv4_jax.quant.nvfp4 import Nvfp4
 from dsv4_jax.typing import E2M1, E4M3, UE8M0, Array, BFloat16, Float32
 
-__all__ = ["MAX_DIM", "Form", "Mixed", "Read", "Write", "mhc"]
+__all__ = ["MAX_DIM", "Form", "Mixed", "Read", "Write", "mhc", "mhc_takes"]
 
 BFLOAT16 = (jnp.dtype(jnp.bfloat16),)
 STREAMS = 4
@@ -56,6 +56,11 @@ class Mixed(NamedTuple):
     x: BFloat16[Array, "t d"] | None
     nvfp4: Nvfp4 | None
     fp8: Fp8 | None
+
+
+def mhc_takes(hc: int, d: int) -> bool:
+    """Whether there are 4 streams, of a multiple of 128 channels up to `MAX_DIM`."""
+    return hc == STREAMS and d % TILE == 0 and TILE <= d <= MAX_DIM
 
 
 @functools.partial(jax.jit, static_argnames=("iters", "hc_eps", "rms_eps", "forms", "regime"))
@@ -107,7 +112,7 @@ def mhc(
     check_operand("mhc", "streams", streams, "t hc d", BFLOAT16)
     check_choice("mhc", "regime", regime, tuple(REGIMES))
     t, hc, d = streams.shape
-    if hc != STREAMS or d % TILE or not TILE <= d <= MAX_DIM:
+    if not mhc_takes(hc, d):
         raise ValueError(
             f"mhc: streams must be [t, 4, d] with d a multiple of {TILE} up to {MAX_DIM}, "
             f"got {list(streams.shape)}"

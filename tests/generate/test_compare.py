@@ -78,7 +78,7 @@ def test_a_model_equals_itself() -> None:
 def test_every_module_is_there() -> None:
     found = _compare()
     shared = [
-        *("hc_attn:y", "hc_attn:post", "hc_attn:comb", "attn_norm"),
+        *("hc_attn:x", "hc_attn:post", "hc_attn:comb"),
         *("attn/wq_a", "attn/q_norm", "attn/wq_b", "attn/wkv"),
     ]
     compressed = [
@@ -87,14 +87,14 @@ def test_every_module_is_there() -> None:
     ]
     rest = [
         *("attn/wo_a", "attn/wo_b", "attn"),
-        *("hc_ffn:y", "hc_ffn:post", "hc_ffn:comb", "ffn_norm"),
+        *("hc_ffn:x", "hc_ffn:post", "hc_ffn:comb"),
         *("ffn/gate:picks", "ffn/gate:weights"),
         *(f"ffn/shared_experts/{name}" for name in ("w1", "w3", "w2")),
         *("ffn/shared_experts", "ffn/experts", "ffn"),
     ]
     paths = [[op.path for op in layer.operations] for layer in found.layers]
     assert paths == [shared + rest, shared + compressed + rest]
-    assert [op.path for op in found.head] == ["hc_head", "norm", "logits"]
+    assert [op.path for op in found.head] == ["hc_head", "logits"]
 
 
 @pytest.mark.parametrize(

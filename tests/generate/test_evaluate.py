@@ -147,7 +147,8 @@ def test_progress_counts_tokens() -> None:
 def test_model_bits_and_drafts_equal_one_shot() -> None:
     """A CSA layer and the MTP module, in ragged chunks against single calls."""
     model, params = golden_layers((2,))
-    ids = tiny_golden()["ids"].astype(np.int32)
+    # From where the wrong variant below is seen: of random weights hardly a draft agrees.
+    ids = tiny_golden()["ids"][:, 50:].astype(np.int32)
     documents = [Document("long", ids[0, :90], 90), Document("short", ids[1, :41], 41)]
     scores = evaluate(model, params, documents, batch_size=2, chunk_size=32, mtp=True)
 
@@ -178,10 +179,12 @@ def test_model_bits_and_drafts_equal_one_shot() -> None:
         np.testing.assert_allclose(score.log2_probs, wanted, rtol=0, atol=1e-5)
         agrees = drafted[row, : n - 1].argmax(-1) == logits[row, 1:n].argmax(-1)
         assert (score.drafts, score.agreed) == (n - 1, int(agrees.sum()))
-    # A draft compared with the greedy token of its own position would be another number here.
-    n = len(documents[0].tokens)
-    wrong = int((drafted[0, :n].argmax(-1) == logits[0, :n].argmax(-1)).sum())
-    assert wrong != scores[0].agreed
+    # A draft compared with the greedy token of its own position would be other numbers here.
+    same = drafted.argmax(-1) == logits.argmax(-1)
+    wrong = [int(same[row, : len(d.tokens)].sum()) for row, d in enumerate(documents)]
+    agreed = [score.agreed for score in scores]
+    print(f"drafts that agree: {agreed}, of the wrong positions: {wrong}")
+    assert wrong != agreed
 
 
 def test_no_drafts_no_agreement() -> None:

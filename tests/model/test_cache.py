@@ -217,6 +217,31 @@ def test_layers_composed_equal_streams_and_intermediates():
     np.testing.assert_array_equal(last, by_layer[-1])
 
 
+@pytest.mark.parametrize("preset", ["official", "float32"])
+def test_ways_to_the_logits(preset):
+    """The last write-back by itself, after every layer, or in the head's read: the same bits."""
+    model, params = three_layers(preset)
+    ids = jnp.asarray(golden_ids(8))
+    cache = model.init_cache(2, 288)
+
+    @jax.jit
+    def every_way(params, ids, cache, count):
+        variables, options = {"params": params}, {"num_tokens": count}
+        every, _ = model.apply(variables, ids, cache, **options)
+        last, _ = model.apply(variables, ids, cache, logits="last", **options)
+        streams, _ = model.apply(variables, ids, cache, method="streams", **options)
+        apart = model.apply(variables, streams, method="head_logits")
+        (kept, _), _ = model.apply(variables, ids, cache, mutable=["intermediates"], **options)
+        return every, last, apart, kept
+
+    for count in ([8, 5], [0, 1]):
+        every, last, apart, kept = map(np.asarray, every_way(params, ids, cache, jnp.array(count)))
+        np.testing.assert_array_equal(kept, every)
+        for row, n in enumerate(count):
+            np.testing.assert_array_equal(apart[row, :n], every[row, :n])
+            np.testing.assert_array_equal(last[row], every[row, n - 1] if n else 0)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

@@ -22,7 +22,8 @@ from dsv4_jax import DeepseekV4, ModelConfig, Precision, library
 from dsv4_jax.checkpoint.names import expected_tree
 from dsv4_jax.config import LayerKind
 from dsv4_jax.generate import _decode, _decode_and_sample, _prefill_chunk, _Settings
-from dsv4_jax.model import attention, indexer
+from dsv4_jax.model import attention, hc, indexer
+from dsv4_jax.model.block import Block
 from dsv4_jax.ops._compressor_jax import compressor_jax
 from dsv4_jax.ops._index_topk_jax import index_topk_jax
 from dsv4_jax.ops.attention import attention as attention_op
@@ -56,7 +57,8 @@ WRITES: dict[LayerKind | None, Counter[str]] = {
     HCA: Counter(key_finish=1, compressor=1),  # window; pool and state
     CSA: Counter(key_finish=1, compressor=1),  # the indexer's pool and state in the same call
 }
-ONE_EACH = Counter(query_finish=1, attention=1, router=1, moe=1)
+# `mhc` reads for either branch, behind the write-back of the branch before.
+EVERY = Counter(mhc=2, query_finish=1, attention=1, router=1, moe=1)
 DENSE: dict[LayerKind | None, Counter[str]] = {
     None: Counter(dense_linear=1),  # head
     SWA: Counter(dense_linear=1),  # router
@@ -75,9 +77,9 @@ SELECTIONS: dict[LayerKind | None, Counter[str]] = {
 
 def _calls(linear: str) -> dict[LayerKind | None, Counter[str]]:
     return {
-        kind: WRITES[kind] + ONE_EACH + DENSE[kind] + SELECTIONS[kind] + Counter({linear: count})
+        kind: WRITES[kind] + EVERY + DENSE[kind] + SELECTIONS[kind] + Counter({linear: count})
         if kind
-        else DENSE[kind]
+        else DENSE[kind] + Counter(mhc=1)
         for kind, count in LINEARS.items()
     }
 
@@ -97,6 +99,7 @@ ALIASES: dict[str, Callable[[int], dict[int, int]]] = {
     # Behind x, weight, start, frequencies and count; a chunk longer than a draft has no ring.
     "key_finish": lambda n: {i: i + 2 for i in range(3, n)},
     "mhc": lambda n: {0: 0},
+    "mhc without write": lambda n: {},
     "moe": lambda n: {},
     "mxfp4_linear": lambda n: {},
     "nvfp4_linear": lambda n: {},
@@ -105,7 +108,7 @@ ALIASES: dict[str, Callable[[int], dict[int, int]]] = {
     "rmsnorm_nvfp4": lambda n: {},
     "router": lambda n: {},
 }
-"""Result -> operand with the same buffer, by op, for a call with ``n`` results."""
+"""Result -> operand with the same buffer, by variant, for a call with ``n`` results."""
 
 FUNCTIONS = {"dense_linears": "dense_linear"}
 """Ops by their functions that are not named like them."""
@@ -166,6 +169,17 @@ class Call:
     layer: int | None
     function: str
     operation: Any
+
+    @property
+    def config(self) -> str:
+        """Attributes of the call."""
+        return str(self.operation.attributes["mhlo.backend_config"])
+
+    @property
+    def variant(self) -> str:
+        """The op, and what it leaves out."""
+        reads = self.op == "mhc" and "write = 0 : i32" in self.config
+        return "mhc without write" if reads else self.op
 
     @property
     def aliases(self) -> dict[int, int]:
@@ -295,12 +309,10 @@ def wrong_contracts(program: Program) -> list[str]:
     """Calls with other aliases than their op promises, without our ABI or outside its function."""
     problems: list[str] = []
     for call in program.calls():
-        expected = ALIASES[call.op](len(call.operation.results))
+        expected = ALIASES[call.variant](len(call.operation.results))
         if call.aliases != expected:
             problems.append(f"{call.op}: expected aliases {expected}, found {call.aliases}")
-        if f"abi = {library.ABI} : i32" not in str(
-            call.operation.attributes["mhlo.backend_config"]
-        ):
+        if f"abi = {library.ABI} : i32" not in call.config:
             problems.append(f"{call.op}: no abi")
         if _op_of(call.function) != call.op:
             problems.append(f"{call.op}: called from {call.function}")
@@ -384,6 +396,23 @@ def copied_leaves(program: Program, cache: Any) -> list[str]:
     return problems
 
 
+def streams_not_in_place(program: Program) -> list[str]:
+    """Reads and write-backs of other streams than those before, or of such as have a use beside."""
+    problems: list[str] = []
+    calls = [o for o in program.operations("main") if o.name == "func.call"]
+    streams: Any = None
+    for number, call in enumerate(o for o in calls if _op_of(_text(o, "callee")) == "mhc"):
+        (inner,) = program.calls(_text(call, "callee"))
+        if streams is not None and call.operands[0] != streams:
+            problems.append(f"mhc {number}: of other streams")
+        users = [use.owner.name for use in call.operands[0].uses if use.owner != call]
+        problems += [f"mhc {number}: its streams go to {user}" for user in users]
+        if (inner.variant == "mhc") != bool(number):  # only those of the embedding are whole
+            problems.append(f"mhc {number}: {inner.variant}")
+        streams = call.results[0]  # without a write what was given
+    return problems
+
+
 @functools.cache
 def decode(preset: str, platform: str = "cuda") -> Program:
     """The jitted function behind `decode_step`."""
@@ -444,6 +473,11 @@ def test_aliases_of_every_call(preset: str) -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
+def test_streams_are_written_in_place(preset: str) -> None:
+    assert streams_not_in_place(decode(preset)) == []
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 def test_nothing_heavy_beside_a_kernel(preset: str) -> None:
     assert heavy_remains(decode(preset)) == []
 
@@ -473,18 +507,16 @@ def test_the_regime_reaches_every_product(regime: Any, number: int) -> None:
     program = Program(traced.lower(lowering_platforms=("cuda",)))
     found = Counter[tuple[str, int]]()
     for call in program.calls():
-        config = str(call.operation.attributes["mhlo.backend_config"])
-        found.update((call.op, int(n)) for n in re.findall(r"regime = (\d) : i32", config))
+        found.update((call.op, int(n)) for n in re.findall(r"regime = (\d) : i32", call.config))
     expected = sum(expected_calls("nvfp4").values(), Counter())
-    products = ("attention", "dense_linear", "nvfp4_linear", "moe")
+    products = ("attention", "dense_linear", "mhc", "nvfp4_linear", "moe")
     assert found == Counter({(op, number): expected[op] for op in products})
 
 
 def powers_of_two(traced: Any) -> list[int]:
     """What every call of the experts says of their block scales."""
     program = Program(traced.lower(lowering_platforms=("cuda",)))
-    calls = [call.operation for call in program.calls() if call.op == "moe"]
-    configs = [str(operation.attributes["mhlo.backend_config"]) for operation in calls]
+    configs = [call.config for call in program.calls() if call.op == "moe"]
     return [int(n) for c in configs for n in re.findall(r"power_of_two = (\d) : i32", c)]
 
 
@@ -810,6 +842,22 @@ def test_an_inlined_call_is_found(monkeypatch: pytest.MonkeyPatch, op: str, call
         program = wrong_step(monkeypatch, compress=compressor_op.__wrapped__)
     assert wrong_calls(program, expected_calls("nvfp4")) == []
     assert wrong_contracts(program) == [f"{op}: called from main"] * calls
+
+
+def test_streams_with_another_use_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write-back of its own behind every layer, whose streams are looked at."""
+    advance = Block.advance
+
+    def wrong(self: Block, pending: Any, *rest: Any) -> Any:
+        pending, cache = advance(self, pending, *rest)
+        plain = hc.write_back(pending, config=self.config, precision=self.precision)
+        branch = pending.write.branch + jnp.max(plain)
+        return pending._replace(write=pending.write._replace(branch=branch)), cache
+
+    monkeypatch.setattr(Block, "advance", wrong)
+    program = wrong_step(monkeypatch)
+    assert len(wrong_calls(program, expected_calls("nvfp4"))) == LAYERS
+    assert streams_not_in_place(program)
 
 
 def test_a_missing_donation_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

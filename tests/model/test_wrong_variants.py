@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import dsv4_jax
-from dsv4_jax.model import attention, block
+from dsv4_jax.model import attention, hc
 from dsv4_jax.model.step import Step
 from dsv4_jax.ops import swiglu as swiglu_op
 from dsv4_jax.ops.rope import rope
@@ -31,10 +31,15 @@ def fresh_traces():
 
 
 def comb_transposed(monkeypatch):
-    right = block.mhc_post
-    monkeypatch.setattr(
-        block, "mhc_post", lambda f, s, post, comb: right(f, s, post, comb.swapaxes(1, 2))
-    )
+    right = hc.mix
+
+    def wrong(pending, read, **settings):
+        streams, write = pending
+        if write is not None:
+            write = write._replace(comb=write.comb.swapaxes(1, 2))
+        return right(hc.Pending(streams, write), read, **settings)
+
+    monkeypatch.setattr(hc, "mix", wrong)
 
 
 def entry_one_token_late(monkeypatch):
