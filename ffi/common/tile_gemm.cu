@@ -21,6 +21,7 @@ constexpr int kColumns = 8;
 constexpr int kPrepareThreads = 256;
 constexpr int kTeams = 4096;        // that lay out x, if there is so much
 constexpr int kFullGrid = 128;      // thread blocks that keep the memory busy
+constexpr int kScaledTokens = 2;    // whose largest inputs every thread block may look for
 constexpr int kWideBlocks = 66;     // of 256 rows and a tile, that keep half of the chip busy
 constexpr int kNarrowBlocks = 200;  // of 128 rows and a narrow tile, that run at once
 
@@ -231,6 +232,14 @@ cudaError_t LaunchAny(const TileGemm& gemm, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+// Whether the kernel of few tokens lays out x itself; else one of its own does, into scratch.
+bool TakesRaw(const LinearParams& params, const TileGemm& gemm) {
+  const bool scaled = params.act == ActForm::kNvfp4 && params.act_scale == nullptr;
+  return gemm.width == kRawWidth && !params.x_float32 &&
+         reinterpret_cast<uintptr_t>(params.x) % 16 == 0 &&
+         (!scaled || params.t <= kScaledTokens) && HopperTakes(gemm);
+}
+
 }  // namespace
 
 int64_t TileGemmRowBlocks(const TileGemm& gemm) {
@@ -318,17 +327,23 @@ cudaError_t LinearTiles(WeightForm form, const LinearParams& params, cudaStream_
   const bool fp8 = form == WeightForm::kFp8 || form == WeightForm::kMxfp4;
   gemm.fp8_mma =
       fp8 && params.act == ActForm::kFp8 && params.regime != Regime::kExact && HopperTakes(gemm);
-  char* const x = static_cast<char*>(params.scratch);
-  float* const scales =
-      reinterpret_cast<float*>(x + tiles * width * ColumnBytes(gemm.fp8_mma, padded));
-  gemm.x = x;
-  gemm.column_scale = params.act == ActForm::kNvfp4 ? scales : nullptr;
   gemm.y = params.y;
   gemm.y_bf16 = params.y_bf16;
   if (other != nullptr) {
     gemm.other_weight = other->weight;
     gemm.other_y = other->y;
   }
+  if (TakesRaw(params, gemm)) {
+    gemm.raw_x = params.x;
+    gemm.act = params.act;
+    gemm.act_scale = params.act_scale;
+    return RunTileGemm(gemm, stream);
+  }
+  char* const x = static_cast<char*>(params.scratch);
+  float* const scales =
+      reinterpret_cast<float*>(x + tiles * width * ColumnBytes(gemm.fp8_mma, padded));
+  gemm.x = x;
+  gemm.column_scale = params.act == ActForm::kNvfp4 ? scales : nullptr;
   cudaError_t error = cudaErrorInvalidValue;
   switch (form) {
     case WeightForm::kBf16:

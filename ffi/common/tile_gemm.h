@@ -20,7 +20,9 @@ struct alignas(16) Tile {
 };
 
 constexpr int kMaxTileWidth = 128;
-constexpr int kFewWidth = 32;  // of tiles whose kernel is made for latency
+constexpr int kMaxWeights = 8;  // of one x
+constexpr int kFewWidth = 32;   // of tiles whose kernel is made for latency
+constexpr int kRawWidth = 8;    // of tiles whose kernel can lay out x itself
 
 inline __host__ __device__ int TileWidth(int count) {
   return count <= 8    ? 8
@@ -45,7 +47,11 @@ struct TileGemm {
   int64_t groups, rows, inputs;
   int64_t padded_inputs;  // of x: a multiple of 128
   const void* x;          // tiles of columns in MMA order: BF16, or E4M3 and scales
-  bool fp8_mma;  // by E4M3 on both sides: kFp8, kMxfp4, kNvfp4 of powers of two; Hopper only
+  bool fp8_mma;       // by E4M3 on both sides: kFp8, kMxfp4, kNvfp4 of powers of two; Hopper only
+  const void* raw_x;  // kTokens, kRawWidth: BF16 [tokens, groups, inputs] in place of `x`, which
+                      // the kernel then lays out itself, or nullptr
+  ActForm act;                 // of raw_x
+  const float* act_scale;      // of raw_x, kNvfp4: [1], or nullptr: of each token's largest
   const float* column_scale;   // [columns] or nullptr
   const float* column_weight;  // kSwiglu: [columns]
   float limit;

@@ -262,6 +262,8 @@ LINEAR_SHAPES = (
     *((t, 4, 256, 512) for t in (1, 9, 200)),
     (3, 2, 96, 46),
     (2, 0, 4096, 64),
+    (2, 0, 256, 8),
+    (8, 4, 512, 384),
 )
 """Inputs a multiple of 128 and not, rows a multiple of 16 and not, groups that end inside tiles."""
 

@@ -139,6 +139,66 @@ def test_linear(form: str, shape: str) -> None:
         assert_same_bits(y, wide[most, regime].astype(y.dtype), f"{form} {shape} {regime}: BF16")
 
 
+FEW = {
+    # n, k, groups: what a stage holds once and an odd number of times, rows that end inside of a
+    # block, inputs that two and eight thread blocks share.
+    "a-stage": (8, 512, 1),
+    "odd-stages": (200, 1536, 1),
+    "fp8-stages": (136, 640, 1),
+    "groups": (1536, 512, 4),
+    "shared": (512, 4096, 1),
+    "shared-by-two": (8192, 1024, 1),
+}
+
+
+@pytest.mark.parametrize("shape", FEW)
+@pytest.mark.parametrize("form", [*FORMS, "nvfp4_w4a4_static"])
+def test_few_tokens(form: str, shape: str) -> None:
+    """Up to eight, whose kernel rounds ``x`` itself: the bits of the same rows of forty."""
+    n, k, groups = FEW[shape]
+    form, static = form.removesuffix("_static"), form.endswith("_static")
+    leaves = products.random_weight(n + k, weight_format(form), (n, k))
+    x = jnp.asarray(tokens(n, 40, k, groups))
+    x = x.at[5].set(jnp.nan).at[6, ..., 3].set(-jnp.inf)
+    ops = leaves | ({"act_scale": jnp.float32(0.01)} if static else {})
+
+    @jax.jit
+    def run(x: jax.Array, ops: dict[str, jax.Array]) -> Any:
+        def call(t: int, regime: str, dtype: Any) -> jax.Array:
+            if static:
+                names = (*products.leaves_of("nvfp4"), "act_scale")
+                return nvfp4_linear(x[:t], *(ops[i] for i in names), dtype=dtype, regime=regime)
+            return linear(form, x[:t], ops, dtype=dtype, regime=regime)
+
+        return {
+            (t, regime, dtype): call(t, regime, dtype)
+            for t in (*range(1, 10), 40)
+            for regime in ("decode", "exact")
+            for dtype in ("float32", "bfloat16")
+        }
+
+    for _ in range(3):
+        results = jax.device_get(run(x, ops))
+        for (t, regime, dtype), y in results.items():
+            most = results[40, regime, dtype]
+            assert_same_bits(y, most[:t], f"{form} {shape} t={t} {regime} {dtype}")
+
+
+def test_operands_of_the_kernel_ahead() -> None:
+    """Weights and ``x`` that the launch just before has written."""
+    weight = products.random_weight(1, "bfloat16", (4096, 4096))["weight"]
+
+    @jax.jit
+    def run(x: jax.Array, weight: jax.Array, size: jax.Array) -> tuple[jax.Array, ...]:
+        return dense_linear(x, weight * size), dense_linear(x * size, weight)
+
+    for seed in range(8):
+        x, size = jnp.asarray(products.normal_values(seed, 3, 4096)), 2.0 ** (seed - 4)
+        want = np.asarray(dense_linear(x, weight)) * size
+        for got in run(x, weight, jnp.bfloat16(size)):
+            assert_same_bits(got, want, f"times {size}")
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_float32_activations(form: str) -> None:
     """FP32 ``x`` that BF16 cannot hold; BF16 weights are taken to FP32 then."""
