@@ -92,7 +92,7 @@ struct Part {
 };
 
 struct RawArgs {
-  Part parts[kMaxWeights];
+  Part parts[kMaxLinearParts];
   int n_parts;
   const void* x;  // BF16 [tokens, groups, inputs]
   ActForm act;

@@ -221,22 +221,24 @@ cudaError_t Launch(const TileGemm& gemm, cudaStream_t stream) {
 }
 
 template <WeightForm kForm, bool kFp8Mma>
-cudaError_t LaunchRaw(const TileGemm& gemm, cudaStream_t stream) {
+cudaError_t LaunchRaw(const TileGemm* gemms, int count, cudaStream_t stream) {
   using Layout = Stage<kForm, kFp8Mma, false>;
+  static_assert(sizeof(RawArgs) <= 4096);
+  const TileGemm& gemm = gemms[0];
   RawArgs args = {};
   int64_t blocks = 0;
-  args.n_parts = gemm.other_weight != nullptr ? 2 : 1;
-  for (int i = 0; i < args.n_parts; ++i) {
+  args.n_parts = count;
+  for (int i = 0; i < count; ++i) {
+    const TileGemm& one = gemms[i];
     Part& part = args.parts[i];
-    part.fp8_scale = gemm.scale[0];
+    part.fp8_scale = one.scale[0];
     part.first_block = static_cast<unsigned>(blocks);
-    part.out = Output(gemm);
-    if (i > 0) part.out.y = gemm.other_y;
-    if (!MapWeights<kForm>(part.weight, part.scale, i > 0 ? gemm.other_weight : gemm.weight[0],
-                           gemm.scale[0], gemm.groups * gemm.rows, gemm.inputs, Layout::kRows)) {
+    part.out = Output(one);
+    if (!MapWeights<kForm>(part.weight, part.scale, one.weight[0], one.scale[0],
+                           one.groups * one.rows, one.inputs, Layout::kRows)) {
       return cudaErrorInvalidValue;
     }
-    blocks += (gemm.rows + 2 * Layout::kRows - 1) / (2 * Layout::kRows);
+    blocks += (one.rows + 2 * Layout::kRows - 1) / (2 * Layout::kRows);
   }
   args.x = gemm.raw_x;
   args.act = gemm.act;
@@ -258,10 +260,6 @@ cudaError_t LaunchRaw(const TileGemm& gemm, cudaStream_t stream) {
 
 template <WeightForm kForm, bool kFp8Mma>
 cudaError_t LaunchForm(const TileGemm& gemm, cudaStream_t stream) {
-  // NVFP4 of powers of two is of the experts alone.
-  if constexpr (kForm != WeightForm::kNvfp4 || !kFp8Mma) {
-    if (gemm.raw_x != nullptr) return LaunchRaw<kForm, kFp8Mma>(gemm, stream);
-  }
   return gemm.width <= kFewWidth ? Launch<kForm, kFp8Mma, false>(gemm, stream)
                                  : Launch<kForm, kFp8Mma, true>(gemm, stream);
 }
@@ -296,6 +294,23 @@ cudaError_t TileGemmSm90(const TileGemm& gemm, cudaStream_t stream) {
     case WeightForm::kNvfp4:
       return gemm.fp8_mma ? LaunchForm<WeightForm::kNvfp4, true>(gemm, stream)
                           : LaunchForm<WeightForm::kNvfp4, false>(gemm, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+cudaError_t RawGemmSm90(const TileGemm* gemms, int count, cudaStream_t stream) {
+  const bool fp8_mma = gemms[0].fp8_mma;
+  switch (gemms[0].form) {
+    case WeightForm::kBf16:
+      return LaunchRaw<WeightForm::kBf16, false>(gemms, count, stream);
+    case WeightForm::kFp8:
+      return fp8_mma ? LaunchRaw<WeightForm::kFp8, true>(gemms, count, stream)
+                     : LaunchRaw<WeightForm::kFp8, false>(gemms, count, stream);
+    case WeightForm::kMxfp4:
+      return fp8_mma ? LaunchRaw<WeightForm::kMxfp4, true>(gemms, count, stream)
+                     : LaunchRaw<WeightForm::kMxfp4, false>(gemms, count, stream);
+    case WeightForm::kNvfp4:
+      return LaunchRaw<WeightForm::kNvfp4, false>(gemms, count, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -15,7 +15,7 @@ import pytest
 
 from dsv4_jax import library
 from dsv4_jax.ops.dense_linear import dense_linear, dense_linears
-from dsv4_jax.ops.fp8_linear import fp8_linear
+from dsv4_jax.ops.fp8_linear import fp8_linear, fp8_linears
 from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
@@ -57,6 +57,8 @@ SHAPES = {
 }
 TOKENS = (1, 5, 40, 130)
 """One; less than eight; between; more than a tile of 128."""
+MIXED = jnp.float32, jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.bfloat16
+"""Dtypes of five results."""
 
 
 def linear(form: str, x: Any, leaves: dict[str, jax.Array], **settings: Any) -> jax.Array:
@@ -311,19 +313,39 @@ def test_every_fp8_code_and_scale(form: str, regime: str) -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("t", TOKENS)
-def test_several_weights(t: int, groups: int) -> None:
-    """Each result bit for bit that of a call of its own, whatever the numbers of rows."""
-    x = jnp.asarray(tokens(1, t, 416, groups))
+@pytest.mark.parametrize("k", [416, 2048])
+@pytest.mark.parametrize("t", (*TOKENS, 8))
+def test_several_weights(t: int, k: int, groups: int) -> None:
+    """Each result bit for bit that of a call of its own, whatever the numbers of rows.
+
+    Where the inputs are a multiple of 128, up to eight tokens take one launch for all weights whose
+    inputs are shared alike: not the last one's.
+    """
+    x = jnp.asarray(tokens(1, t, k, groups))
     weights = [
-        products.random_weight(n, "bfloat16", (n, 416))["weight"] for n in (512, 8, 200, 4, 1024)
+        products.random_weight(n, "bfloat16", (n, k))["weight"] for n in (512, 512, 200, 4, 17408)
     ]
     for regime in (None, *REGIMES):
-        for dtype in (jnp.float32, jnp.bfloat16):
-            several = dense_linears(x, weights, dtype=dtype, regime=regime)
-            for y, weight in zip(several, weights, strict=True):
+        for dtypes in ((jnp.float32,) * 5, (jnp.bfloat16,) * 5, MIXED):
+            several = dense_linears(x, weights, dtype=dtypes, regime=regime)
+            for y, weight, dtype in zip(several, weights, dtypes, strict=True):
                 alone = dense_linear(x, weight, dtype=dtype, regime=regime)
                 assert_same_bits(y, alone, f"{regime} {weight.shape}")
+
+
+@pytest.mark.parametrize("act", ["fp8", "bfloat16"])
+@pytest.mark.parametrize("k", [416, 2048])
+@pytest.mark.parametrize("t", (*TOKENS, 8, 600))
+def test_several_fp8_weights(t: int, k: int, act: Any) -> None:
+    """The same; with many tokens some by the kernel for them, some not."""
+    x = jnp.asarray(tokens(1, t, k))
+    leaves = [products.random_weight(n, "fp8", (n, k)) for n in (512, 1024, 200, 4, 17408)]
+    weights, scales = ([leaf[name] for leaf in leaves] for name in ("weight", "scale"))
+    for regime in (None, *REGIMES):
+        several = fp8_linears(x, weights, scales, act=act, dtype=MIXED, regime=regime)
+        for y, weight, scale, dtype in zip(several, weights, scales, MIXED, strict=True):
+            alone = fp8_linear(x, weight, scale, act=act, dtype=dtype, regime=regime)
+            assert_same_bits(y, alone, f"{regime} {weight.shape}")
 
 
 def test_more_rows_and_tokens_than_a_grid() -> None:
