@@ -11,11 +11,12 @@ from dsv4_jax.cache import CompressorState, LayerCache
 from dsv4_jax.config import LayerKind, ModelConfig
 from dsv4_jax.model.compressor import Compressor
 from dsv4_jax.model.indexer import Indexer
-from dsv4_jax.model.linear import Linear, RMSNorm
+from dsv4_jax.model.linear import Linear, RMSNorm, linears
 from dsv4_jax.model.step import Step
 from dsv4_jax.ops.attention import attention
 from dsv4_jax.ops.cache_write import cache_write
 from dsv4_jax.ops.compressor import CompressorJob, compressor
+from dsv4_jax.ops.dense_linear import dense_linears
 from dsv4_jax.ops.key_finish import key_finish, ring_takes_first
 from dsv4_jax.ops.query_finish import query_finish
 from dsv4_jax.ops.rope import rope_frequencies
@@ -56,7 +57,8 @@ class Attention(nn.Module):
         b, t = step.tokens.shape
         frequencies = rope_frequencies(c, self.kind)
 
-        qr = self.q_norm(self.wq_a(x))
+        low, kv = linears(x, (self.wq_a, self.wkv))
+        qr = self.q_norm(self.wq_a(x, low))
         q = self.wq_b(qr).reshape(b, t, c.num_attention_heads, c.head_dim)
         q = query_finish(q, step.positions, frequencies, c.rms_norm_eps, rounding=p.q_norm)
 
@@ -64,7 +66,7 @@ class Attention(nn.Module):
         slots = cache.window.nope.shape[1]
         first = ring_takes_first(t, slots, c.sliding_window)
         rows, window = key_finish(
-            self.wkv(x).reshape(b, t, c.head_dim),
+            self.wkv(x, kv).reshape(b, t, c.head_dim),
             self.kv_norm.weight,
             step.start,
             frequencies,
@@ -75,12 +77,12 @@ class Attention(nn.Module):
         )
         if window is not None:
             cache = dataclasses.replace(cache, window=window)
-        n_visible, topk_idx = None, None
+        n_visible, weight, topk_idx = None, None, None
         if self.kind is not LayerKind.SWA:
-            cache = self._compress(x, cache, step, frequencies)
+            cache, weight = self._compress(x, cache, step, frequencies)
             n_visible = step.n_closed(self.kind.value)
         if cache.index is not None:
-            topk_idx = self.indexer(x, qr, cache.index, step, frequencies)
+            topk_idx = self.indexer(qr, weight, cache.index, step, frequencies)
 
         o = attention(
             q,
@@ -107,13 +109,30 @@ class Attention(nn.Module):
 
     def _compress(
         self, x: Float[Array, "n dim"], cache: LayerCache, step: Step, frequencies: np.ndarray
-    ) -> LayerCache:
-        """The chunk's entries in the pools, and the states after it: one call for all."""
+    ) -> tuple[LayerCache, Array | None]:
+        """The chunk's entries in the pools, and the states after it: one call for all.
+
+        And the heads' weights of the indexer, if it selects: a product with ``x`` like those of the
+        compressors, which are one call.
+        """
+        weights, dtypes = list(self.compressor.weights()), [jnp.dtype(jnp.float32)] * 2
+        if cache.index is not None:
+            weights += self.indexer.compressor.weights()
+            dtypes *= 2
+            heads = self.indexer.weights_proj()
+            if self.indexer.selects(cache.index):
+                weights.append(heads)
+                dtypes.append(x.dtype)
+        kv, gate, *rest = dense_linears(
+            x, weights, dtype=tuple(dtypes), regime=self.precision.regime
+        )
         jobs: list[CompressorJob] = []
         if cache.state is not None and cache.pool is not None:
-            jobs.append(self.compressor(x, cache.state, cache.pool, step)[0])
+            jobs.append(self.compressor(kv, gate, cache.state, cache.pool, step)[0])
         if cache.index_state is not None and cache.index is not None:
-            jobs.append(self.indexer.compressor(x, cache.index_state, cache.index, step)[0])
+            kv, gate, *rest = rest
+            state = cache.index_state
+            jobs.append(self.indexer.compressor(kv, gate, state, cache.index, step)[0])
         written = compressor(
             jobs,
             step.start,
@@ -125,6 +144,6 @@ class Attention(nn.Module):
         )
         states = [CompressorState(new.kv_state, new.gate_state) for new in written]
         cache = dataclasses.replace(cache, state=states[0], pool=written[0].pool)
-        if len(written) == 1:
-            return cache
-        return dataclasses.replace(cache, index_state=states[1], index=written[1].pool)
+        if len(written) > 1:
+            cache = dataclasses.replace(cache, index_state=states[1], index=written[1].pool)
+        return cache, rest[0] if rest else None

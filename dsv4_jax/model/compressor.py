@@ -8,7 +8,6 @@ from dsv4_jax.config import LayerKind, ModelConfig
 from dsv4_jax.model.linear import RMSNorm, Weight
 from dsv4_jax.model.step import Step
 from dsv4_jax.ops.compressor import CompressorJob
-from dsv4_jax.ops.dense_linear import dense_linears
 from dsv4_jax.precision import Precision
 from dsv4_jax.quant.kv import IndexRows, KvRows
 from dsv4_jax.typing import Array, Float, Int32
@@ -34,18 +33,20 @@ class Compressor(nn.Module):
         )
         self.norm = RMSNorm(self.width, self.precision.dense, self.config.rms_norm_eps)
 
+    def weights(self) -> tuple[Array, Array]:
+        """Of keys and gates, whose products with ``x`` are FP32."""
+        return self.wkv(), self.wgate()
+
     def __call__(
         self,
-        x: Float[Array, "n dim"],
+        kv: Float[Array, "n channels"],
+        gate: Float[Array, "n channels"],
         state: CompressorState,
         pool: KvRows | IndexRows,
         step: Step,
     ) -> tuple[CompressorJob, Int32[Array, "b w"]]:
         """What `compressor` needs of this one, and the windows that close (-1: not)."""
         b, t = step.tokens.shape
-        weights = self.wkv(), self.wgate()
-        kv, gate = (
-            y.reshape(b, t, -1) for y in dense_linears(x, weights, regime=self.precision.regime)
-        )
+        kv, gate = (y.reshape(b, t, -1) for y in (kv, gate))
         job = CompressorJob(kv, gate, self.ape, self.norm.weight, state.kv, state.gate, pool)
         return job, step.closing(self.kind.value)

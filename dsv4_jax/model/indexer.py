@@ -9,7 +9,6 @@ from dsv4_jax.model.compressor import Compressor
 from dsv4_jax.model.linear import Linear, Weight
 from dsv4_jax.model.step import Step
 from dsv4_jax.ops._round import round_to
-from dsv4_jax.ops.dense_linear import dense_linear
 from dsv4_jax.ops.index_query_finish import index_query_finish
 from dsv4_jax.ops.index_topk import index_topk
 from dsv4_jax.precision import Precision
@@ -32,24 +31,29 @@ class Indexer(nn.Module):
         self.weights_proj = Weight((heads, c.hidden_size), p.dense)
         self.compressor = Compressor(c, p, LayerKind.CSA, dim)
 
+    def selects(self, index: IndexRows) -> bool:
+        """Whether the pool can ever hold more entries than are kept."""
+        return index.key.shape[1] > self.config.index_topk
+
     def __call__(
         self,
-        x: Float[Array, "n dim"],
         qr: Float[Array, "n rank"],
+        weight: Float[Array, "n heads"] | None,
         index: IndexRows,
         step: Step,
         frequencies: np.ndarray,
     ) -> Int32[Array, "b t k"] | None:
-        """Selected entries per query; ``None``: every visible one."""
+        """Selected entries per query; ``None``: every visible one.
+
+        ``weight``: the product with ``weights_proj``, ``None`` unless `selects`.
+        """
         b, t = step.tokens.shape
         heads, dim = self.config.index_n_heads, self.config.index_head_dim
         query = self.wq_b(qr).reshape(b, t, heads, dim)
-        weight = dense_linear(
-            x, self.weights_proj(), dtype=x.dtype, regime=self.precision.regime
-        ).astype(jnp.float32)
-        weight = round_to(weight * jnp.float32(dim**-0.5 * heads**-0.5), x.dtype)
-        if index.key.shape[1] <= self.config.index_topk:
-            return None  # the pool can never hold more than top-k entries
+        if weight is None:
+            return None
+        size = jnp.float32(dim**-0.5 * heads**-0.5)
+        weight = round_to(weight.astype(jnp.float32) * size, qr.dtype)
         return index_topk(
             index_query_finish(query, step.positions, frequencies, form=self.precision.index_keys),
             weight.reshape(b, t, heads),

@@ -1,6 +1,6 @@
 """Linear, norm and embedding modules: they declare parameters and call an op, nothing else."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from dsv4_jax.ops.dense_linear import dense_linear
-from dsv4_jax.ops.fp8_linear import fp8_linear
+from dsv4_jax.ops.dense_linear import dense_linear, dense_linears
+from dsv4_jax.ops.fp8_linear import fp8_linear, fp8_linears
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
 from dsv4_jax.ops.rmsnorm import rmsnorm
@@ -17,7 +17,7 @@ from dsv4_jax.precision import SCALE_LEAVES, LinearFormat, Regime, act_format, w
 from dsv4_jax.quant import fp8, mxfp4, nvfp4
 from dsv4_jax.typing import Array, Float
 
-__all__ = ["Linear", "RMSNorm", "Weight", "linear", "linear_leaves"]
+__all__ = ["Linear", "RMSNorm", "Weight", "linear", "linear_leaves", "linears"]
 
 INIT_STD = 0.02
 
@@ -98,8 +98,28 @@ class Linear(nn.Module):
     def setup(self) -> None:
         self.leaves = linear_leaves(self, (self.features, self.inputs), self.form)
 
-    def __call__(self, x: Float[Array, "t *g k"]) -> Float[Array, "t *g n"]:
-        return linear(x, self.leaves, self.form, x.dtype, self.regime)
+    def __call__(
+        self, x: Float[Array, "t *g k"], y: Float[Array, "t *g n"] | None = None
+    ) -> Float[Array, "t *g n"]:
+        """Of ``x``; ``y`` is that if it is there already (`linears`)."""
+        return linear(x, self.leaves, self.form, x.dtype, self.regime) if y is None else y
+
+
+def linears(
+    x: Float[Array, "t *g k"], modules: Sequence[Linear]
+) -> tuple[Float[Array, "t *g _"], ...]:
+    """Every module's result, in one call of an op that takes several weights of their format."""
+    first = modules[0]
+    stored = weight_format(first.form)
+    alike = all((m.form, m.regime) == (first.form, first.regime) for m in modules)
+    if not alike or stored in ("mxfp4", "nvfp4"):
+        return tuple(linear(x, m.leaves, m.form, x.dtype, m.regime) for m in modules)
+    weights = [module.leaves["weight"] for module in modules]
+    settings: dict[str, Any] = {"dtype": x.dtype, "regime": first.regime}
+    if stored == "fp8":
+        scales = [module.leaves["scale"] for module in modules]
+        return fp8_linears(x, weights, scales, act=act_format(first.form), **settings)
+    return dense_linears(x, weights, **settings)
 
 
 class Weight(nn.Module):

@@ -15,20 +15,31 @@ from dsv4_jax.typing import Array
 
 __all__ = [
     "ACTS",
+    "MAX_WEIGHTS",
     "REGIMES",
+    "check_count",
     "check_linear",
     "check_result",
     "check_scalar",
+    "dtypes_of",
     "linear_call",
     "scratch_bytes",
 ]
 
 ACTS: Final = {"bfloat16": np.int32(0), "fp8": np.int32(1), "nvfp4": np.int32(2)}
+MAX_WEIGHTS: Final = 8
+"""Of one call; ``kMaxLinearParts``."""
 REGIMES: Final = {None: 0, "decode": 1, "prefill": 2, "exact": 3}
 
 
 def check_linear(
-    op: str, x: Array, weight: Array, stored: DTypeLike, dtype: DTypeLike, regime: Regime | None
+    op: str,
+    x: Array,
+    weight: Array,
+    stored: DTypeLike,
+    dtype: DTypeLike,
+    regime: Regime | None,
+    name: str = "weight",
 ) -> None:
     """What holds for every form of weights.
 
@@ -37,13 +48,32 @@ def check_linear(
         ValueError: ranks, inner sizes or groups disagree, or ``regime`` is unknown.
     """
     check_operand(op, "x", x, "t g? k", FLOATS)
-    check_operand(op, "weight", weight, "n k", (jnp.dtype(stored),))
+    check_operand(op, name, weight, "n k", (jnp.dtype(stored),))
     check_result(op, dtype, regime)
     k = weight.shape[1]
     if x.shape[-1] != k or k == 0:
-        rule = f"x must end in weight's {k} inputs" if k else "weight must have inputs"
+        rule = f"x must end in {name}'s {k} inputs" if k else f"{name} must have inputs"
         raise ValueError(f"{op}: {rule}, got {list((x if k else weight).shape)}")
-    check_groups(op, x, "weight", weight)
+    check_groups(op, x, name, weight)
+
+
+def check_count(op: str, weights: Sequence[Array]) -> None:
+    """Raises `ValueError` unless one call can take all weights."""
+    if not 1 <= len(weights) <= MAX_WEIGHTS:
+        raise ValueError(f"{op}: weights must hold 1..{MAX_WEIGHTS} arrays, got {len(weights)}")
+
+
+def dtypes_of(
+    op: str, dtype: DTypeLike | tuple[DTypeLike, ...], count: int
+) -> tuple[DTypeLike, ...]:
+    """Of ``count`` results: one for all, or one each."""
+    if not isinstance(dtype, tuple):
+        return (dtype,) * count
+    if len(dtype) != count:
+        raise ValueError(
+            f"{op}: dtype must be one or {count}, as many as weights, got {len(dtype)}"
+        )
+    return dtype
 
 
 def check_result(op: str, dtype: DTypeLike, regime: Regime | None) -> None:
@@ -81,7 +111,7 @@ def linear_call(
     scales: Sequence[Array],
     *,
     act: str | None,
-    dtype: DTypeLike,
+    dtypes: Sequence[DTypeLike],
     regime: Regime | None,
 ) -> list[Array]:
     """Calls ``dsv4.<op>`` with checked operands: ``y [t, n]`` or ``[t, g, n / g]`` per weight."""
@@ -92,7 +122,7 @@ def linear_call(
     *results, _ = library.call(
         op,
         [
-            *(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes),
+            *map(jax.ShapeDtypeStruct, shapes, dtypes),
             jax.ShapeDtypeStruct((scratch_bytes(t, groups, k),), jnp.uint8),
         ],
         x,

@@ -2,22 +2,19 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Final
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from dsv4_jax.ops._check import FLOATS, check_operand
-from dsv4_jax.ops._linear import check_groups, check_result, linear_call
+from dsv4_jax.ops._linear import check_count, check_groups, check_result, dtypes_of, linear_call
 from dsv4_jax.ops._round import round_to
 from dsv4_jax.ops._rows import row_dot
 from dsv4_jax.precision import Regime
 from dsv4_jax.typing import Array, Float
 
 __all__ = ["dense_linear", "dense_linears"]
-
-MAX_WEIGHTS: Final = 8
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "regime"))
@@ -48,7 +45,7 @@ def dense_linear(
         ValueError: ``regime`` is unknown, the inner sizes disagree or are 0, or the groups do not
             divide ``weight``'s rows.
     """
-    (y,) = _products("dense_linear", x, {"weight": weight}, dtype, regime)
+    (y,) = _products("dense_linear", x, {"weight": weight}, (dtype,), regime)
     return y
 
 
@@ -57,7 +54,7 @@ def dense_linears(
     x: Float[Array, "t *g k"],
     weights: Sequence[Float[Array, "_ k"]],
     *,
-    dtype: DTypeLike = jnp.float32,
+    dtype: DTypeLike | tuple[DTypeLike, ...] = jnp.float32,
     regime: Regime | None = None,
 ) -> tuple[Float[Array, "t *g _"], ...]:
     """``dense_linear(x, weight)`` for each of several weights, the same bits, in one foreign call.
@@ -67,28 +64,32 @@ def dense_linears(
     Args:
         x: activations; with a group axis every weight's rows are split evenly over the groups.
         weights: 1 to 8 of one dtype, each with one row per output.
-        dtype: of the results, as in `dense_linear`.
+        dtype: of the results, as in `dense_linear`: one for all or one each.
         regime: as in `dense_linear`.
 
     Raises:
         TypeError: a dtype is not accepted, or a weight's is not that of the first.
-        ValueError: there are no weights or more than 8, ``regime`` is unknown, the inner sizes
-            disagree or are 0, or the groups do not divide a weight's rows.
+        ValueError: there are no weights or more than 8, ``dtype`` holds another number of dtypes,
+            ``regime`` is unknown, the inner sizes disagree or are 0, or the groups do not divide a
+            weight's rows.
     """
-    if not 1 <= len(weights) <= MAX_WEIGHTS:
-        raise ValueError(
-            f"dense_linears: weights must hold 1..{MAX_WEIGHTS} arrays, got {len(weights)}"
-        )
+    check_count("dense_linears", weights)
+    dtypes = dtypes_of("dense_linears", dtype, len(weights))
     named = {f"weights[{i}]": weight for i, weight in enumerate(weights)}
-    return tuple(_products("dense_linears", x, named, dtype, regime))
+    return tuple(_products("dense_linears", x, named, dtypes, regime))
 
 
 def _products(
-    op: str, x: Array, weights: Mapping[str, Array], dtype: DTypeLike, regime: Regime | None
+    op: str,
+    x: Array,
+    weights: Mapping[str, Array],
+    dtypes: Sequence[DTypeLike],
+    regime: Regime | None,
 ) -> list[Array]:
     """Of ``x`` with weights of one dtype, which errors call by their names."""
     check_operand(op, "x", x, "t g? k", FLOATS)
-    check_result(op, dtype, regime)
+    for dtype in dtypes:
+        check_result(op, dtype, regime)
     accepted = FLOATS
     for name, weight in weights.items():
         check_operand(op, name, weight, "n k", accepted)
@@ -102,8 +103,8 @@ def _products(
         check_groups(op, x, name, weight)
     stored = tuple(weights.values())
     if x.dtype == stored[0].dtype == jnp.bfloat16:
-        return linear_call("dense_linear", x, stored, (), act=None, dtype=dtype, regime=regime)
-    return [_product_in_fp32(x, weight, dtype) for weight in stored]
+        return linear_call("dense_linear", x, stored, (), act=None, dtypes=dtypes, regime=regime)
+    return list(map(functools.partial(_product_in_fp32, x), stored, dtypes))
 
 
 def _product_in_fp32(x: Array, weight: Array, dtype: DTypeLike) -> Array:

@@ -1,6 +1,7 @@
 """Linear with E4M3 weights scaled by UE8M0 per 128x128 tile (model.md 4.6)."""
 
 import functools
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -8,12 +9,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from dsv4_jax.ops._check import check_choice, check_operand
-from dsv4_jax.ops._linear import check_linear, linear_call
+from dsv4_jax.ops._linear import check_count, check_linear, dtypes_of, linear_call
 from dsv4_jax.precision import Regime
 from dsv4_jax.quant import fp8
 from dsv4_jax.typing import E4M3, UE8M0, Array, Float, Float8e4m3fn, Float8e8m0fnu
 
-__all__ = ["fp8_linear"]
+__all__ = ["fp8_linear", "fp8_linears"]
 
 
 @functools.partial(jax.jit, static_argnames=("act", "dtype", "regime"))
@@ -51,15 +52,69 @@ def fp8_linear(
         ValueError: ``act`` or ``regime`` is unknown, or shapes of ``x``, ``weight`` and ``scale``
             disagree.
     """
-    check_linear("fp8_linear", x, weight, E4M3, dtype, regime)
-    check_operand("fp8_linear", "scale", scale, "tn tk", (UE8M0,))
-    check_choice("fp8_linear", "act", act, ("fp8", "bfloat16"))
+    _check("fp8_linear", x, weight, scale, act, dtype, regime)
+    (y,) = linear_call(
+        "fp8_linear", x, (weight,), (scale,), act=act, dtypes=(dtype,), regime=regime
+    )
+    return y
+
+
+@functools.partial(jax.jit, static_argnames=("act", "dtype", "regime"))
+def fp8_linears(
+    x: Float[Array, "t *g k"],
+    weights: Sequence[Float8e4m3fn[Array, "_ k"]],
+    scales: Sequence[Float8e8m0fnu[Array, "_ tk"]],
+    *,
+    act: Literal["fp8", "bfloat16"] = "fp8",
+    dtype: DTypeLike | tuple[DTypeLike, ...] = jnp.float32,
+    regime: Regime | None = None,
+) -> tuple[Float[Array, "t *g _"], ...]:
+    """``fp8_linear(x, weight, scale)`` for each of several weights, the same bits, in one call.
+
+    Args:
+        x: activations; with a group axis every weight's rows are split evenly over the groups.
+        weights: 1 to 8, each with one row per output.
+        scales: of the weights.
+        act: as in `fp8_linear`.
+        dtype: of the results: one for all or one each.
+        regime: as in `fp8_linear`.
+
+    Raises:
+        TypeError: a dtype is not accepted.
+        ValueError: there are no weights or more than 8, or another number of scales or dtypes; or
+            as in `fp8_linear`.
+    """
+    check_count("fp8_linears", weights)
+    if len(scales) != len(weights):
+        raise ValueError(
+            f"fp8_linears: scales must be as many as weights, {len(weights)}, got {len(scales)}"
+        )
+    dtypes = dtypes_of("fp8_linears", dtype, len(weights))
+    for i, (weight, scale) in enumerate(zip(weights, scales, strict=True)):
+        _check("fp8_linears", x, weight, scale, act, dtypes[i], regime, f"s[{i}]")
+    return tuple(
+        linear_call("fp8_linear", x, weights, scales, act=act, dtypes=dtypes, regime=regime)
+    )
+
+
+def _check(
+    op: str,
+    x: Array,
+    weight: Array,
+    scale: Array,
+    act: str,
+    dtype: DTypeLike,
+    regime: Regime | None,
+    index: str = "",
+) -> None:
+    """Of one weight; ``index`` follows its name in messages."""
+    check_linear(op, x, weight, E4M3, dtype, regime, f"weight{index}")
+    check_operand(op, f"scale{index}", scale, "tn tk", (UE8M0,))
+    check_choice(op, "act", act, ("fp8", "bfloat16"))
     n, k = weight.shape
     expected = (-(-n // fp8.WEIGHT_BLOCK), -(-k // fp8.WEIGHT_BLOCK))
     if scale.shape != expected:
         raise ValueError(
-            f"fp8_linear: scale must be {list(expected)} for weight {[n, k]}, "
+            f"{op}: scale{index} must be {list(expected)} for weight{index} {[n, k]}, "
             f"got {list(scale.shape)}"
         )
-    (y,) = linear_call("fp8_linear", x, (weight,), (scale,), act=act, dtype=dtype, regime=regime)
-    return y

@@ -55,5 +55,7 @@ def mxfp4_linear(
             f"mxfp4_linear: scale must be [{n}, {k} / {mxfp4.BLOCK}] for weight {[n, k]}, "
             f"got {list(scale.shape)}"
         )
-    (y,) = linear_call("mxfp4_linear", x, (weight,), (scale,), act=act, dtype=dtype, regime=regime)
+    (y,) = linear_call(
+        "mxfp4_linear", x, (weight,), (scale,), act=act, dtypes=(dtype,), regime=regime
+    )
     return y

@@ -74,5 +74,7 @@ def nvfp4_linear(
                 f"nvfp4_linear: act_scale must be None unless act is 'nvfp4', got act {act!r}"
             )
         scales = (*scales, act_scale)
-    (y,) = linear_call("nvfp4_linear", x, (weight,), scales, act=act, dtype=dtype, regime=regime)
+    (y,) = linear_call(
+        "nvfp4_linear", x, (weight,), scales, act=act, dtypes=(dtype,), regime=regime
+    )
     return y

@@ -54,6 +54,15 @@ static __device__ __noinline__ Chunk LoadPart(const void* x, bool x_float32, int
   return chunk;
 }
 
+__device__ __forceinline__ void UnpackChunk(const uint4& words, float (&v)[kChunk]) {
+  const uint32_t w[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    v[2 * j] = Low(w[j]);
+    v[2 * j + 1] = High(w[j]);
+  }
+}
+
 // Chunks of `count[i]` inputs, all on their way together; zeros beyond. `whole`: BF16 at multiples
 // of 16 bytes, and every count a multiple of eight or less than one.
 template <int kChunks>
@@ -76,14 +85,7 @@ __device__ __forceinline__ void LoadChunks(const char* const (&x)[kChunks],
     if (count[i] > 0) words[i] = __ldg(reinterpret_cast<const uint4*>(x[i]));
   }
 #pragma unroll
-  for (int i = 0; i < kChunks; ++i) {
-    const uint32_t w[4] = {words[i].x, words[i].y, words[i].z, words[i].w};
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      v[i][2 * j] = __uint_as_float(w[j] << 16);
-      v[i][2 * j + 1] = __uint_as_float(w[j] & 0xFFFF0000u);
-    }
-  }
+  for (int i = 0; i < kChunks; ++i) UnpackChunk(words[i], v[i]);
 }
 
 // Chunks of a row from `at`, and from every `stride` on.
@@ -202,15 +204,77 @@ __device__ __forceinline__ void Transpose(uint32_t (&w)[4], int c) {
   (high ? w[1] : w[3]) = e;
 }
 
-// One row: rounded, and laid out as column `column` of a tile of `width`. Lanes that hold the same
-// four pairs of a piece's lanes c trade them for whole lines of 16 bytes.
+// A chunk is laid out by lanes that hold the same four pairs (or words of codes) of a piece's lanes
+// c: they trade them for whole lines of 16 bytes.
+template <WeightForm kForm>
+constexpr int kLineShift = kForm == WeightForm::kBf16  ? 0
+                           : kForm == WeightForm::kFp8 ? 1
+                                                       : 2;
+
+// The lane's line of a rounded chunk, for products in BF16.
+template <WeightForm kForm>
+__device__ __forceinline__ uint4 LineOf(const float (&v)[kChunk], int lane) {
+  uint32_t pairs[4];
+#pragma unroll
+  for (int p = 0; p < 4; ++p) pairs[p] = PairOf<kForm>(v, p);
+  Transpose<kLineShift<kForm>>(pairs, lane >> kLineShift<kForm> & 3);
+  return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+}
+
+// Which line of its column that is, of a chunk whose inputs begin at `at`.
+template <WeightForm kForm, typename Int>
+__device__ __forceinline__ Int LineAt(Int at, int lane) {
+  constexpr int kShift = kLineShift<kForm>;
+  const int c = lane >> kShift & 3, low = lane & ((1 << kShift) - 1);
+  const Int step = at / Weights<kForm>::kPieceInputs * Weights<kForm>::kSteps + 2 * low + (c >> 1);
+  return 2 * step + (c & 1);
+}
+
+// The same for products with E4M3 on both sides: codes of lanes c = 0, 1, and the scale of 128
+// inputs.
+struct Fp8Line {
+  uint4 codes;
+  float scale;
+};
+
+template <WeightForm kForm>
+__device__ __forceinline__ Fp8Line Fp8LineOf(const float (&v)[kChunk], int lane) {
+  uint16_t codes[kChunk / 2];
+  const float scale = EncodeFp8(v, codes);
+  // Codes 0..3 go to the lower 16 inputs of an MMA step, 4..7 to the upper.
+  const uint2 packed = PackCodes(codes);
+  uint32_t words[4] = {packed.x, packed.y, 0, 0};
+  Transpose<kLineShift<kForm>>(words, lane >> kLineShift<kForm> & 3);
+  return {make_uint4(words[0], words[1], words[2], words[3]), scale};
+}
+
+// Inputs of a stage, which the columns' scales follow.
+template <WeightForm kForm>
+constexpr int kFp8Stage = kForm == WeightForm::kFp8 ? 128 : 256;
+
+// Into column `column` of a stage, from its input `in` on.
+template <WeightForm kForm>
+__device__ __forceinline__ void StoreFp8Line(const Fp8Line& line, uint8_t* stage, int in, int width,
+                                             int column, int lane) {
+  constexpr bool kEight = kForm == WeightForm::kFp8;
+  if (lane % 16 == 0) {
+    reinterpret_cast<float*>(stage + kFp8Stage<kForm> * width)[in / 128 * width + column] =
+        line.scale;
+  }
+  const int c = lane >> kLineShift<kForm> & 3;
+  if (c > 1) return;
+  // 32 inputs a step: a piece of 64 bytes has 2 of E4M3, 4 of 4 bits.
+  const int step = kEight ? in / 64 * 2 + (lane & 1) : in / 128 * 4 + (lane & 3);
+  *reinterpret_cast<uint4*>(stage + ((2 * step + c) * width + column) * 16) = line.codes;
+}
+
+// One row: rounded, and laid out as column `column` of a tile of `width`.
 template <WeightForm kForm, int kLanes>
 __device__ __forceinline__ void StoreRow(const void* row, bool x_float32, int64_t k, int64_t padded,
                                          ActForm act, float global, int width, int column,
                                          uint16_t* tile, int first, int step_chunks) {
-  constexpr int kShift = kForm == WeightForm::kBf16 ? 0 : kForm == WeightForm::kFp8 ? 1 : 2;
   constexpr int kTeamChunk = kLanes * kChunk;
-  const int lane = threadIdx.x % kLanes, c = lane >> kShift & 3, low = lane & ((1 << kShift) - 1);
+  const int lane = threadIdx.x % kLanes;
   const int stride = step_chunks * kTeamChunk;
   for (int64_t base = first * kTeamChunk; base < padded; base += kBatch * stride) {
     float v[kBatch][kChunk];
@@ -220,30 +284,20 @@ __device__ __forceinline__ void StoreRow(const void* row, bool x_float32, int64_
       const int64_t at = base + i * stride + lane * kChunk;
       if (base + i * stride >= padded) break;
       RoundChunk(v[i], act, global);
-      uint32_t pairs[4];
-#pragma unroll
-      for (int p = 0; p < 4; ++p) pairs[p] = PairOf<kForm>(v[i], p);
-      Transpose<kShift>(pairs, c);
+      const uint4 line = LineOf<kForm>(v[i], lane);
       if (at >= padded || k == 0) continue;
-      constexpr int kInputs = Weights<kForm>::kPieceInputs;
-      const int64_t step = at / kInputs * Weights<kForm>::kSteps + 2 * low + (c >> 1);
-      const int64_t line = (2 * step + (c & 1)) * width + column;
-      *reinterpret_cast<uint4*>(tile + line * 8) =
-          make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+      *reinterpret_cast<uint4*>(tile + (LineAt<kForm>(at, lane) * width + column) * 8) = line;
     }
   }
 }
 
-// The same as E4M3 codes, stage by stage followed by the columns' scales per 128 inputs, for the
-// products with E4M3 on both sides.
+// The same as E4M3 codes, stage by stage.
 template <WeightForm kForm, int kLanes>
 __device__ __forceinline__ void StoreFp8Row(const void* row, bool x_float32, int64_t k,
                                             int64_t padded, int width, int column, uint8_t* tile,
                                             int first, int step_chunks) {
-  constexpr bool kEight = kForm == WeightForm::kFp8;
-  constexpr int kShift = kEight ? 1 : 2, kStage = kEight ? 128 : 256;
-  constexpr int kTeamChunk = kLanes * kChunk;
-  const int lane = threadIdx.x % kLanes, c = lane >> kShift & 3;
+  constexpr int kTeamChunk = kLanes * kChunk, kStage = kFp8Stage<kForm>;
+  const int lane = threadIdx.x % kLanes;
   const int stride = step_chunks * kTeamChunk;
   for (int64_t base = first * kTeamChunk; base < padded; base += kBatch * stride) {
     float v[kBatch][kChunk];
@@ -252,23 +306,10 @@ __device__ __forceinline__ void StoreFp8Row(const void* row, bool x_float32, int
     for (int i = 0; i < kBatch; ++i) {
       const int64_t at = base + i * stride + lane * kChunk;
       if (base + i * stride >= padded) break;
-      uint16_t codes[kChunk / 2];
-      const float scale = EncodeFp8(v[i], codes);
-      // Codes 0..3 go to the lower 16 inputs of an MMA step, 4..7 to the upper.
-      const uint2 packed = PackCodes(codes);
-      uint32_t words[4] = {packed.x, packed.y, 0, 0};
-      Transpose<kShift>(words, c);
+      const Fp8Line line = Fp8LineOf<kForm>(v[i], lane);
       if (at >= padded || k == 0) continue;
-      uint8_t* const stage = tile + at / kStage * kStage / 32 * 33 * width;
-      const int in = static_cast<int>(at % kStage);
-      if (lane % 16 == 0) {
-        reinterpret_cast<float*>(stage + kStage * width)[in / 128 * width + column] = scale;
-      }
-      if (c > 1) continue;
-      // 32 inputs a step: a piece of 64 bytes has 2 of E4M3, 4 of 4 bits.
-      const int step = kEight ? in / 64 * 2 + (lane & 1) : in / 128 * 4 + (lane & 3);
-      *reinterpret_cast<uint4*>(stage + ((2 * step + c) * width + column) * 16) =
-          make_uint4(words[0], words[1], words[2], words[3]);
+      StoreFp8Line<kForm>(line, tile + at / kStage * kStage / 32 * 33 * width,
+                          static_cast<int>(at % kStage), width, column, lane);
     }
   }
 }

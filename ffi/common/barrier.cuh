@@ -46,6 +46,11 @@ __device__ __forceinline__ void CopyBytes(uint32_t to, const void* from, uint32_
       : "memory");
 }
 
+// What the thread has written to shared memory, before the tensor cores or the copy engine read it.
+__device__ __forceinline__ void FenceForAsyncReads() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // The same in another thread block of the cluster, or into several at once.
 __device__ __forceinline__ uint32_t AddressIn(uint32_t address, int rank) {
   uint32_t there;

@@ -45,6 +45,15 @@ struct LinearParams {
   Regime regime;
 };
 
+constexpr int kMaxLinearParts = 8;
+
+// One x times several weights: the parts differ in weight, scale, y, its dtype and n alone, and
+// none is empty.
+struct LinearsParams {
+  LinearParams parts[kMaxLinearParts];
+  int n_parts;
+};
+
 // Device bytes a call may need besides its operands: x in the order of the kernels, and its scales.
 inline int64_t LinearScratchBytes(int64_t t, int64_t groups, int64_t k) {
   const int64_t tokens = (t + 127) / 128 * 128, inputs = (k + 127) / 128 * 128;
@@ -52,7 +61,8 @@ inline int64_t LinearScratchBytes(int64_t t, int64_t groups, int64_t k) {
 }
 
 #ifdef DSV4_CUDA
-cudaError_t Fp8LinearCuda(const LinearParams& params, cudaStream_t stream);
+cudaError_t DenseLinearCuda(const LinearsParams& params, cudaStream_t stream);
+cudaError_t Fp8LinearCuda(const LinearsParams& params, cudaStream_t stream);
 cudaError_t Mxfp4LinearCuda(const LinearParams& params, cudaStream_t stream);
 cudaError_t Nvfp4LinearCuda(const LinearParams& params, cudaStream_t stream);
 #endif

@@ -21,7 +21,7 @@ struct LinearOperands {
   const ffi::AnyBuffer* scale = nullptr;          // all but kBf16
   const ffi::AnyBuffer* global_scale = nullptr;   // kNvfp4: []
   const ffi::RemainingArgs* act_scale = nullptr;  // kNvfp4: [], if static
-  std::string index = {};                         // of weight and y in messages, if several
+  std::string index = {};                         // of weight, scale and y in messages, if several
 };
 
 inline ffi::DataType LinearWeightDtype(WeightForm form) {
@@ -118,7 +118,7 @@ inline ffi::Error FillLinear(const LinearOperands& in, int32_t act, int32_t regi
   }
   if (in.scale != nullptr) {
     const bool nvfp4 = in.form == WeightForm::kNvfp4;
-    DSV4_RETURN_IF_ERROR(CheckLinearScale(in, nvfp4 ? "block_scale" : "scale", n, k));
+    DSV4_RETURN_IF_ERROR(CheckLinearScale(in, (nvfp4 ? "block_scale" : "scale") + in.index, n, k));
     params.scale = static_cast<const uint8_t*>(in.scale->untyped_data());
   }
   if (in.global_scale != nullptr) {
@@ -158,11 +158,50 @@ inline ffi::Error FillLinear(const LinearOperands& in, int32_t act, int32_t regi
   return ffi::Error::Success();
 }
 
+// A call with several weights: operands are those, then as many scales (all but kBf16); results y
+// of each, then scratch. Parts without rows or tokens are left out.
+inline ffi::Error FillLinears(const char* op, WeightForm form, int32_t act, int32_t regime,
+                              const ffi::AnyBuffer& x, const ffi::RemainingArgs& operands,
+                              const ffi::RemainingRets& results, LinearsParams& params) {
+  const bool scaled = form != WeightForm::kBf16;
+  const size_t each = scaled ? 2 : 1, n = operands.size() / each;
+  if (operands.size() % each != 0 || n < 1 || n > kMaxLinearParts || results.size() != n + 1) {
+    return InvalidArgument(
+        op, std::string("must have x") + (scaled ? ", n weights and n scales" : " and n weights") +
+                " for n results and scratch, n = 1.." + std::to_string(kMaxLinearParts) + ", got " +
+                std::to_string(operands.size()) +
+                (scaled ? " operands beside x and " : " weights and ") +
+                std::to_string(results.size()) + " results");
+  }
+  auto scratch = results.get<ffi::AnyBuffer>(n);
+  for (size_t i = 0; i < n; ++i) {
+    auto weight = operands.get<ffi::AnyBuffer>(i);
+    auto scale = operands.get<ffi::AnyBuffer>(scaled ? n + i : i);
+    auto y = results.get<ffi::AnyBuffer>(i);
+    if (!weight || !scale || !y || !scratch) {
+      return InvalidArgument(op, "operands and results must be buffers");
+    }
+    LinearOperands in{op, form, x, *weight};
+    if (scaled) in.scale = &*scale;
+    if (n > 1) in.index = "[" + std::to_string(i) + "]";
+    LinearParams part{};
+    DSV4_RETURN_IF_ERROR(FillLinear(in, act, regime, *y, *scratch, part));
+    if (part.t > 0 && part.n > 0) params.parts[params.n_parts++] = part;
+  }
+  return ffi::Error::Success();
+}
+
 // Operands may begin anywhere (the kernels look); results are written in pairs, scratch in 16
 // bytes.
 inline ffi::Error CheckLinearAlignment(const char* op, const LinearParams& params) {
   if (IsAligned(params.y, 0, 4) && IsAligned(params.scratch, 0, 16)) return ffi::Error::Success();
   return InvalidArgument(op, "y must be aligned to 4 bytes and scratch to 16");
+}
+inline ffi::Error CheckLinearAlignment(const char* op, const LinearsParams& params) {
+  for (int p = 0; p < params.n_parts; ++p) {
+    DSV4_RETURN_IF_ERROR(CheckLinearAlignment(op, params.parts[p]));
+  }
+  return ffi::Error::Success();
 }
 
 }  // namespace dsv4

@@ -63,8 +63,8 @@ __device__ __forceinline__ void Decode(uint32_t (&a)[4][4], const Words<kForm>& 
   }
 }
 
-template <WeightForm kForm, bool kMany, int kN>
-__device__ __forceinline__ void Multiply(const Args& args, Feed<kForm, false, kMany>& feed,
+template <WeightForm kForm, bool kMany, int kN, typename A>
+__device__ __forceinline__ void Multiply(const A& args, Feed<kForm, false, kMany, A>& feed,
                                          const Unit& unit) {
   using Layout = Stage<kForm, false, kMany>;
   constexpr int kGroups = kStageInputs<kForm> / kStepInputs / 4;
@@ -77,8 +77,7 @@ __device__ __forceinline__ void Multiply(const Args& args, Feed<kForm, false, kM
   if constexpr (kForm == WeightForm::kFp8) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      scale_rows[half] =
-          Fp8ScaleRow(args, unit.tile.group, (2 * int64_t{unit.block} + half) * Layout::kRows);
+      scale_rows[half] = Fp8ScaleRow(args, unit, (2 * int64_t{unit.block} + half) * Layout::kRows);
       scale_bytes[half] = __ldg(scale_rows[half] + min(feed.stage, feed.stages - 1));
     }
   }

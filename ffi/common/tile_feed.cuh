@@ -4,6 +4,7 @@
 #include <cuda.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/barrier.cuh"
 #include "common/tile_gemm.h"
@@ -42,6 +43,14 @@ struct Stage {
   }
 };
 
+// What a thread block works on: a tile times a block of rows.
+struct Unit {
+  Tile tile;
+  unsigned index, block;           // of the tile, of rows
+  unsigned weight;                 // of several, whose rows
+  const float* x_scale = nullptr;  // RawArgs, NVFP4 activations: of the tile's columns
+};
+
 struct Args {
   CUtensorMap weight[2], scale[2];
   const uint8_t* fp8_scale;
@@ -54,60 +63,113 @@ struct Args {
   int slots;        // stages in shared memory
   Output out;
   void* other_y;
+
+  __device__ __forceinline__ const Output& OutputOf(const Unit&) const { return out; }
+  __device__ __forceinline__ void* YOf(const Unit& unit) const {
+    return unit.weight > 0 ? other_y : out.y;
+  }
+  __device__ __forceinline__ const uint8_t* Fp8ScaleOf(const Unit&) const { return fp8_scale; }
+  // Of a half's weights; a pair has two.
+  __device__ __forceinline__ const CUtensorMap* WeightOf(const Unit& unit, int half) const {
+    const bool pair = out.store == Store::kSwiglu;
+    return &weight[(half > 0 && pair) || unit.weight > 0];
+  }
+  __device__ __forceinline__ const CUtensorMap* WeightScaleOf(const Unit&, int half) const {
+    return &scale[half];
+  }
+  __device__ __forceinline__ float ScaleOf(const Unit& unit, const Scales& scales, int half,
+                                           int column) const {
+    return scales.Of(out, half, unit.tile, column);
+  }
 };
 
-__device__ __forceinline__ int ClusterRank(const Args& args) {
+// Of a kernel that lays out x itself (tile_raw.cuh): of few tokens, times one weight or several.
+struct Part {
+  CUtensorMap weight, scale;
+  const uint8_t* fp8_scale;
+  unsigned first_block;  // of rows, counted over all parts
+  Output out;
+};
+
+struct RawArgs {
+  Part parts[kMaxLinearParts];
+  int n_parts;
+  const void* x;  // BF16 [tokens, groups, inputs]
+  ActForm act;
+  const float* act_scale;
+  int64_t inputs, scale_columns;
+  int cluster_log, slots;
+
+  __device__ __forceinline__ const Output& OutputOf(const Unit& unit) const {
+    return parts[unit.weight].out;
+  }
+  __device__ __forceinline__ void* YOf(const Unit& unit) const { return OutputOf(unit).y; }
+  __device__ __forceinline__ const uint8_t* Fp8ScaleOf(const Unit& unit) const {
+    return parts[unit.weight].fp8_scale;
+  }
+  __device__ __forceinline__ const CUtensorMap* WeightOf(const Unit& unit, int) const {
+    return &parts[unit.weight].weight;
+  }
+  __device__ __forceinline__ const CUtensorMap* WeightScaleOf(const Unit& unit, int) const {
+    return &parts[unit.weight].scale;
+  }
+  __device__ __forceinline__ float ScaleOf(const Unit& unit, const Scales& scales, int half,
+                                           int column) const {
+    const float global = scales.global[half];
+    return unit.x_scale != nullptr ? __fmul_rn(global, unit.x_scale[column]) : global;
+  }
+};
+
+template <typename A>
+__device__ __forceinline__ int ClusterRank(const A& args) {
   return static_cast<int>(blockIdx.x & ((1u << args.cluster_log) - 1));
 }
 
-// What a thread block works on: a tile times a block of rows.
-struct Unit {
-  Tile tile;
-  unsigned index, block;  // of the tile, of rows
-  bool other;             // of the other weight's rows
-};
-
 // Copies of a stage, issued by one thread: weights of the halves, their scales, and x, which alone
 // the kernel ahead lays out.
-enum class Part { kFirst, kSecond, kScales, kColumns };
+enum class Filling { kFirst, kSecond, kScales, kColumns };
 
-template <WeightForm kForm, bool kFp8Mma, bool kMany>
-__device__ __forceinline__ void Fill(const Args& args, const Unit& unit, int stage, uint32_t to,
-                                     uint32_t full, Part part) {
+template <WeightForm kForm, bool kFp8Mma, bool kMany, typename A>
+__device__ __forceinline__ void Fill(const A& args, const Unit& unit, int stage, uint32_t to,
+                                     uint32_t full, Filling what) {
   using Layout = Stage<kForm, kFp8Mma, kMany>;
+  constexpr bool kCopiesX = std::is_same_v<A, Args>;
   const Tile& tile = unit.tile;
-  const uint32_t column_bytes = Layout::ColumnBytes(tile.width);
-  if (part == Part::kColumns) {
-    const char* x =
-        static_cast<const char*>(args.x) + tile.first * dsv4::ColumnBytes(kFp8Mma, args.inputs);
-    CopyBytes(to + Layout::kColumnsAt, x + static_cast<int64_t>(stage) * column_bytes, column_bytes,
-              full);
+  const Output& out = args.OutputOf(unit);
+  const uint32_t column_bytes = kCopiesX ? Layout::ColumnBytes(tile.width) : 0;
+  if (what == Filling::kColumns) {
+    if constexpr (kCopiesX) {
+      const char* x =
+          static_cast<const char*>(args.x) + tile.first * dsv4::ColumnBytes(kFp8Mma, args.inputs);
+      CopyBytes(to + Layout::kColumnsAt, x + static_cast<int64_t>(stage) * column_bytes,
+                column_bytes, full);
+    }
     return;
   }
   // First row of the halves among all rows of their weights.
-  const bool pair = args.out.store == Store::kSwiglu;
-  const int row = static_cast<int>(tile.group * args.out.rows) +
+  const bool pair = out.store == Store::kSwiglu;
+  const int row = static_cast<int>(tile.group * out.rows) +
                   static_cast<int>(unit.block) * (pair ? 1 : 2) * Layout::kRows;
   const int second = row + (pair ? 0 : Layout::kRows);
-  if (part == Part::kFirst) {
+  if (what == Filling::kFirst) {
     constexpr int kScales = kFourBits<kForm> ? 2 * Layout::kRows * kScaleBytes : 0;
     ArriveExpecting(full, 2 * Layout::kRows * kRowBytes + kScales + column_bytes);
-    CopyTile(to, &args.weight[unit.other], stage * kRowBytes, row, full);
-  } else if (part == Part::kSecond) {
-    CopyTile(to + Layout::kRows * kRowBytes, &args.weight[pair || unit.other], stage * kRowBytes,
-             second, full);
+    CopyTile(to, args.WeightOf(unit, 0), stage * kRowBytes, row, full);
+  } else if (what == Filling::kSecond) {
+    CopyTile(to + Layout::kRows * kRowBytes, args.WeightOf(unit, 1), stage * kRowBytes, second,
+             full);
   } else if (kFourBits<kForm>) {
     const int column = kForm == WeightForm::kNvfp4 ? stage * 16 : stage / 2 * 16;
-    CopyTile(to + Layout::kScaleAt, &args.scale[0], column, row, full);
-    CopyTile(to + Layout::kScaleAt + Layout::kRows * kScaleBytes, &args.scale[1], column, second,
-             full);
+    CopyTile(to + Layout::kScaleAt, args.WeightScaleOf(unit, 0), column, row, full);
+    CopyTile(to + Layout::kScaleAt + Layout::kRows * kScaleBytes, args.WeightScaleOf(unit, 1),
+             column, second, full);
   }
 }
 
 // The stages of a thread block, in order: every one, or those that are its share of a cluster's.
-template <WeightForm kForm, bool kFp8Mma, bool kMany>
+template <WeightForm kForm, bool kFp8Mma, bool kMany, typename A = Args>
 struct Feed {
-  const Args& args;
+  const A& args;
   const Unit& unit;
   char* shared;
   uint32_t full, empty;  // barriers of its slots
@@ -116,34 +178,46 @@ struct Feed {
   int slot = 0;
   uint32_t phase = 0;
 
-  __device__ Feed(const Args& a, const Unit& u, char* memory, uint32_t barriers)
+  __device__ Feed(const A& a, const Unit& u, char* memory, uint32_t barriers)
       : args(a), unit(u), shared(memory), full(barriers), empty(barriers + 8 * kMaxSlots) {
-    stage_bytes = Stage<kForm, kFp8Mma, kMany>::Bytes(args.out.width);
+    stage_bytes = Stage<kForm, kFp8Mma, kMany>::Bytes(args.OutputOf(unit).width);
     const int all = static_cast<int>(args.inputs / kStageInputs<kForm>);
     const int rank = ClusterRank(args);
     first = stage = all * rank >> args.cluster_log;
     stages = all * (rank + 1) >> args.cluster_log;
   }
-  __device__ __forceinline__ void Copy(int of, int into, Part part) const {
+  __device__ __forceinline__ void Copy(int of, int into, Filling what) const {
     Fill<kForm, kFp8Mma, kMany>(args, unit, of, SharedAddress(shared) + into * stage_bytes,
-                                full + 8 * into, part);
+                                full + 8 * into, what);
   }
   // All copies, by one thread. x comes from the kernel ahead: weights need not wait for it.
   __device__ __forceinline__ void FillAll() {
     for (int i = 0; i < args.slots && first + i < stages; ++i) {
-      Copy(first + i, i, Part::kFirst);
-      Copy(first + i, i, Part::kSecond);
-      Copy(first + i, i, Part::kScales);
+      Copy(first + i, i, Filling::kFirst);
+      Copy(first + i, i, Filling::kSecond);
+      Copy(first + i, i, Filling::kScales);
     }
     WaitForPrevious();
-    for (int i = 0; i < args.slots && first + i < stages; ++i) Copy(first + i, i, Part::kColumns);
+    for (int i = 0; i < args.slots && first + i < stages; ++i) {
+      Copy(first + i, i, Filling::kColumns);
+    }
     for (; stage < stages; Next()) {
       if (stage < first + args.slots) continue;
-      Wait(empty + 8 * slot, phase ^ 1);
+      AwaitEmpty();
 #pragma unroll
-      for (int part = 0; part < 4; ++part) Copy(stage, slot, static_cast<Part>(part));
+      for (int what = 0; what < 4; ++what) Copy(stage, slot, static_cast<Filling>(what));
     }
   }
+  // All of the weights alone.
+  __device__ __forceinline__ void FillWeights() {
+    for (; stage < stages; Next()) {
+      AwaitEmpty();
+#pragma unroll
+      for (int what = 0; what < 3; ++what) Copy(stage, slot, static_cast<Filling>(what));
+    }
+  }
+  // The slot's stage before this one is read no more; at once where there was none.
+  __device__ __forceinline__ void AwaitEmpty() const { Wait(empty + 8 * slot, phase ^ 1); }
   __device__ __forceinline__ const char* Here() const {
     Wait(full + 8 * slot, phase);
     return shared + slot * stage_bytes;
@@ -177,10 +251,13 @@ __device__ __forceinline__ const uint4& PieceOf(const char* rows, int row, int p
 }
 
 // Scales of the block of 128 rows around a row of a group; half a tile never leaves one.
-__device__ __forceinline__ const uint8_t* Fp8ScaleRow(const Args& args, int group, int64_t row) {
-  const int64_t at = (group * args.out.rows + row) / 128;
-  const int64_t last = (args.out.groups * args.out.rows - 1) / 128;
-  return args.fp8_scale + (at < last ? at : last) * args.scale_columns;
+template <typename A>
+__device__ __forceinline__ const uint8_t* Fp8ScaleRow(const A& args, const Unit& unit,
+                                                      int64_t row) {
+  const Output& out = args.OutputOf(unit);
+  const int64_t at = (unit.tile.group * out.rows + row) / 128;
+  const int64_t last = (out.groups * out.rows - 1) / 128;
+  return args.Fp8ScaleOf(unit) + (at < last ? at : last) * args.scale_columns;
 }
 
 constexpr int kSumPitch = kBlockRows + 4;  // floats of a column of sums: other banks for the next
@@ -208,8 +285,8 @@ __device__ __forceinline__ float2 LoadFrom(uint32_t address, int rank) {
 }
 
 // Sums through shared memory, column by column, so that rows lie side by side.
-template <bool kMany, int kN>
-__device__ __forceinline__ void Finish(const Args& args, char* shared, float (&acc)[2][kN / 2],
+template <bool kMany, int kN, typename A>
+__device__ __forceinline__ void Finish(const A& args, char* shared, float (&acc)[2][kN / 2],
                                        float unit_scale, const Unit& unit) {
   constexpr int kRows = (kMany ? 2 : 1) * kBlockRows;
   const int warpgroup = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
@@ -232,10 +309,11 @@ __device__ __forceinline__ void Finish(const Args& args, char* shared, float (&a
     SyncMultiplying<kMany>();
   }
   const Tile& tile = unit.tile;
-  const Scales scales(args.out, tile.group);
-  const Lines lines(args.out, tile, unit.index);
-  const bool pair = args.out.store == Store::kSwiglu;
-  void* const y = unit.other ? args.other_y : args.out.y;
+  const Output& out = args.OutputOf(unit);
+  const Scales scales(out, tile.group);
+  const Lines lines(out, tile, unit.index);
+  const bool pair = out.store == Store::kSwiglu;
+  void* const y = args.YOf(unit);
   const int64_t row =
       int64_t{unit.block} * kRows * (pair ? 1 : 2) + warpgroup * kBlockRows + 2 * lane;
   const auto store = [&](bool shared) {  // by a cluster, whose sums are added here
@@ -256,19 +334,19 @@ __device__ __forceinline__ void Finish(const Args& args, char* shared, float (&a
             value[half].y = __fadd_rn(value[half].y, part.y);
           }
         }
-        const float scale = __fmul_rn(unit_scale, scales.Of(args.out, half, tile, column));
+        const float scale = __fmul_rn(unit_scale, args.ScaleOf(unit, scales, half, column));
         value[half].x = __fmul_rn(value[half].x, scale);
         value[half].y = __fmul_rn(value[half].y, scale);
       }
       const int64_t at = lines.first + column * lines.step + row;
       if (pair) {
-        const float weight = args.out.column_weight[tile.first + column];
-        const float2 h = {Swiglu(value[0].x, value[1].x, args.out.limit, weight),
-                          Swiglu(value[0].y, value[1].y, args.out.limit, weight)};
-        StoreTwo(args.out, y, h, true, at, row);
+        const float weight = out.column_weight[tile.first + column];
+        const float2 h = {Swiglu(value[0].x, value[1].x, out.limit, weight),
+                          Swiglu(value[0].y, value[1].y, out.limit, weight)};
+        StoreTwo(out, y, h, true, at, row);
       } else {
-        StoreTwo(args.out, y, value[0], args.out.y_bf16, at, row);
-        StoreTwo(args.out, y, value[1], args.out.y_bf16, at + kRows, row + kRows);
+        StoreTwo(out, y, value[0], out.y_bf16, at, row);
+        StoreTwo(out, y, value[1], out.y_bf16, at + kRows, row + kRows);
       }
     }
   };

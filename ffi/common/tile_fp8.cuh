@@ -131,8 +131,8 @@ __device__ __forceinline__ void Promote(float (&sum)[kN / 2], const float (&part
 template <int kN>
 constexpr int kAtOnce = kN <= 80 ? 2 : 1;
 
-template <WeightForm kForm, bool kMany, int kN>
-__device__ __forceinline__ void MultiplyFp8(const Args& args, Feed<kForm, true, kMany>& feed,
+template <WeightForm kForm, bool kMany, int kN, typename A>
+__device__ __forceinline__ void MultiplyFp8(const A& args, Feed<kForm, true, kMany, A>& feed,
                                             const uint2* tables, const Unit& unit) {
   using Layout = Stage<kForm, true, kMany>;
   constexpr int kBlocks = kStageInputs<kForm> / 128;
@@ -143,8 +143,7 @@ __device__ __forceinline__ void MultiplyFp8(const Args& args, Feed<kForm, true, 
   if constexpr (kForm == WeightForm::kFp8) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      scale_rows[half] =
-          Fp8ScaleRow(args, unit.tile.group, (2 * int64_t{unit.block} + half) * Layout::kRows);
+      scale_rows[half] = Fp8ScaleRow(args, unit, (2 * int64_t{unit.block} + half) * Layout::kRows);
       scale_bytes[half] = __ldg(scale_rows[half] + min(feed.stage, feed.stages - 1));
     }
   }

@@ -3,6 +3,7 @@
 #include <cuda_bf16.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "common/activations.cuh"
 #include "common/barrier.cuh"
@@ -21,6 +22,7 @@ constexpr int kColumns = 8;
 constexpr int kPrepareThreads = 256;
 constexpr int kTeams = 4096;        // that lay out x, if there is so much
 constexpr int kFullGrid = 128;      // thread blocks that keep the memory busy
+constexpr int kScaledTokens = 2;    // whose largest inputs every thread block may look for
 constexpr int kWideBlocks = 66;     // of 256 rows and a tile, that keep half of the chip busy
 constexpr int kNarrowBlocks = 200;  // of 128 rows and a narrow tile, that run at once
 
@@ -283,8 +285,10 @@ cudaError_t RunTileGemm(const TileGemm& gemm, cudaStream_t stream) {
   return cudaErrorInvalidValue;
 }
 
-cudaError_t LinearTiles(WeightForm form, const LinearParams& params, cudaStream_t stream,
-                        const LinearParams* other) {
+namespace {
+
+// The product of a linear; where its x is comes later.
+TileGemm GemmOf(WeightForm form, const LinearParams& params) {
   // The inputs are shared where wide tiles would not keep the chip busy: what a token gets depends
   // on that, not on the width of tiles. Narrow ones serve few tokens, and the smallest weights.
   const int64_t wide_blocks =
@@ -303,48 +307,102 @@ cudaError_t LinearTiles(WeightForm form, const LinearParams& params, cudaStream_
       TileGemmRowBlocks(gemm) * TileGemmSplit(gemm) * ((params.t + kFewWidth - 1) / kFewWidth);
   const bool narrow = !prefill && (params.t <= kFewWidth || narrow_blocks <= kNarrowBlocks);
   const int64_t most = narrow ? kFewWidth : kMaxTileWidth;
-  int width = TileWidth(static_cast<int>(std::min(params.t, most)));
-  if (!narrow) width = std::max(width, kFewWidth + 32);
-  const int64_t padded = (params.k + 127) / 128 * 128;
-  const int64_t tiles = (params.t + width - 1) / width * params.groups;
+  gemm.width = TileWidth(static_cast<int>(std::min(params.t, most)));
+  if (!narrow) gemm.width = std::max(gemm.width, kFewWidth + 32);
   gemm.weight[0] = gemm.weight[1] = params.weight;
   gemm.scale[0] = gemm.scale[1] = params.scale;
   gemm.global_scale[0] = gemm.global_scale[1] = params.global_scale;
   gemm.one_global_scale = true;
-  gemm.padded_inputs = padded;
+  gemm.padded_inputs = (params.k + 127) / 128 * 128;
   gemm.tokens = params.t;
-  gemm.width = width;
-  gemm.max_tiles = tiles;
+  gemm.max_tiles = (params.t + gemm.width - 1) / gemm.width * params.groups;
   const bool fp8 = form == WeightForm::kFp8 || form == WeightForm::kMxfp4;
   gemm.fp8_mma =
       fp8 && params.act == ActForm::kFp8 && params.regime != Regime::kExact && HopperTakes(gemm);
-  char* const x = static_cast<char*>(params.scratch);
-  float* const scales =
-      reinterpret_cast<float*>(x + tiles * width * ColumnBytes(gemm.fp8_mma, padded));
-  gemm.x = x;
-  gemm.column_scale = params.act == ActForm::kNvfp4 ? scales : nullptr;
+  gemm.act = params.act;
+  gemm.act_scale = params.act_scale;
   gemm.y = params.y;
   gemm.y_bf16 = params.y_bf16;
-  if (other != nullptr) {
-    gemm.other_weight = other->weight;
-    gemm.other_y = other->y;
-  }
-  cudaError_t error = cudaErrorInvalidValue;
-  switch (form) {
+  return gemm;
+}
+
+// Whether the kernel of few tokens lays out x itself; else one of its own does, into scratch.
+bool TakesRaw(const LinearParams& params, const TileGemm& gemm) {
+  const bool scaled = params.act == ActForm::kNvfp4 && params.act_scale == nullptr;
+  return gemm.width == kRawWidth && !params.x_float32 &&
+         reinterpret_cast<uintptr_t>(params.x) % 16 == 0 &&
+         (!scaled || params.t <= kScaledTokens) && HopperTakes(gemm);
+}
+
+// x into scratch, as the products of this width read it.
+cudaError_t PrepareX(const LinearParams& params, const TileGemm& gemm, char* x, float* scales,
+                     cudaStream_t stream) {
+  const auto prepare = [&](auto form) {
+    return PrepareForm<decltype(form)::value>(params, gemm.width, gemm.padded_inputs, gemm.fp8_mma,
+                                              x, scales, stream);
+  };
+  switch (gemm.form) {
     case WeightForm::kBf16:
-      error =
-          PrepareForm<WeightForm::kBf16>(params, width, padded, gemm.fp8_mma, x, scales, stream);
-      break;
+      return prepare(std::integral_constant<WeightForm, WeightForm::kBf16>());
     case WeightForm::kFp8:
-      error = PrepareForm<WeightForm::kFp8>(params, width, padded, gemm.fp8_mma, x, scales, stream);
-      break;
-    case WeightForm::kMxfp4:
-    case WeightForm::kNvfp4:
-      error =
-          PrepareForm<WeightForm::kNvfp4>(params, width, padded, gemm.fp8_mma, x, scales, stream);
-      break;
+      return prepare(std::integral_constant<WeightForm, WeightForm::kFp8>());
+    default:  // 4 bits are laid out alike
+      return prepare(std::integral_constant<WeightForm, WeightForm::kNvfp4>());
   }
-  return error != cudaSuccess ? error : RunTileGemm(gemm, stream);
+}
+
+// Two neighbours of one shape share a launch (kBf16).
+bool ArePair(const TileGemm& first, const TileGemm& second) {
+  return first.form == WeightForm::kBf16 && first.rows == second.rows &&
+         first.y_bf16 == second.y_bf16;
+}
+
+}  // namespace
+
+cudaError_t LinearTiles(WeightForm form, const LinearParams* parts, int n_parts,
+                        cudaStream_t stream) {
+  TileGemm raw[kMaxLinearParts], gemms[kMaxLinearParts];  // by who lays out x
+  int n_raw = 0, n_gemms = 0;
+  for (int p = 0; p < n_parts; ++p) {
+    TileGemm gemm = GemmOf(form, parts[p]);
+    if (TakesRaw(parts[p], gemm)) {
+      gemm.raw_x = parts[p].x;
+      raw[n_raw++] = gemm;
+    } else {
+      gemms[n_gemms++] = gemm;
+    }
+  }
+#ifdef DSV4_SM90
+  while (n_raw > 0) {  // those whose inputs as many thread blocks share as the first one's
+    const int split = TileGemmSplit(raw[0]);
+    TileGemm* const rest = std::partition(
+        raw, raw + n_raw, [&](const TileGemm& gemm) { return TileGemmSplit(gemm) == split; });
+    const cudaError_t error = RawGemmSm90(raw, static_cast<int>(rest - raw), stream);
+    if (error != cudaSuccess) return error;
+    n_raw = static_cast<int>(std::copy(rest, raw + n_raw, raw) - raw);
+  }
+#endif
+  for (int i = 0; i < n_gemms; ++i) {
+    TileGemm& gemm = gemms[i];
+    const int64_t columns = gemm.max_tiles * gemm.width;
+    char* const x = static_cast<char*>(parts[0].scratch);
+    float* const scales =
+        reinterpret_cast<float*>(x + columns * ColumnBytes(gemm.fp8_mma, gemm.padded_inputs));
+    if (i == 0 || gemm.width != gemms[i - 1].width || gemm.fp8_mma != gemms[i - 1].fp8_mma) {
+      const cudaError_t error = PrepareX(parts[0], gemm, x, scales, stream);
+      if (error != cudaSuccess) return error;
+    }
+    gemm.x = x;
+    gemm.column_scale = gemm.act == ActForm::kNvfp4 ? scales : nullptr;
+    if (i + 1 < n_gemms && ArePair(gemm, gemms[i + 1])) {
+      gemm.other_weight = gemms[i + 1].weight[0];
+      gemm.other_y = gemms[i + 1].y;
+      ++i;
+    }
+    const cudaError_t error = RunTileGemm(gemm, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace dsv4

@@ -21,6 +21,7 @@ struct alignas(16) Tile {
 
 constexpr int kMaxTileWidth = 128;
 constexpr int kFewWidth = 32;  // of tiles whose kernel is made for latency
+constexpr int kRawWidth = 8;   // of tiles whose kernel can lay out x itself
 
 inline __host__ __device__ int TileWidth(int count) {
   return count <= 8    ? 8
@@ -45,7 +46,11 @@ struct TileGemm {
   int64_t groups, rows, inputs;
   int64_t padded_inputs;  // of x: a multiple of 128
   const void* x;          // tiles of columns in MMA order: BF16, or E4M3 and scales
-  bool fp8_mma;  // by E4M3 on both sides: kFp8, kMxfp4, kNvfp4 of powers of two; Hopper only
+  bool fp8_mma;       // by E4M3 on both sides: kFp8, kMxfp4, kNvfp4 of powers of two; Hopper only
+  const void* raw_x;  // kTokens, kRawWidth: BF16 [tokens, groups, inputs] in place of `x`, which
+                      // the kernel then lays out itself, or nullptr
+  ActForm act;        // of raw_x
+  const float* act_scale;      // of raw_x, kNvfp4: [1], or nullptr: of each token's largest
   const float* column_scale;   // [columns] or nullptr
   const float* column_weight;  // kSwiglu: [columns]
   float limit;
@@ -71,6 +76,10 @@ int TileGemmSplit(const TileGemm& gemm);
 bool TileGemmTakes(const TileGemm& gemm);
 cudaError_t TileGemmSm90(const TileGemm& gemm, cudaStream_t stream);
 
+// Products that differ in weight, scale, rows, y and its dtype alone, and agree on TileGemmSplit,
+// by the kernel that lays out raw_x.
+cudaError_t RawGemmSm90(const TileGemm* gemms, int count, cudaStream_t stream);
+
 // Whether the Hopper kernel is there, for this device, and takes the product.
 bool HopperTakes(const TileGemm& gemm);
 
@@ -82,9 +91,9 @@ inline __host__ __device__ int64_t ColumnBytes(bool fp8_mma, int64_t padded_inpu
 // By the Hopper kernel where it can be, else by one that takes anything.
 cudaError_t RunTileGemm(const TileGemm& gemm, cudaStream_t stream);
 
-// A linear as tiles of tokens: x into its order, then the product. With `other`, which differs in
-// weight and y alone (kBf16): both in one.
-cudaError_t LinearTiles(WeightForm form, const LinearParams& params, cudaStream_t stream,
-                        const LinearParams* other = nullptr);
+// Linears of one x (LinearsParams) as tiles of tokens: x into its order, then the products; of few
+// tokens all in one, as far as their inputs are shared alike.
+cudaError_t LinearTiles(WeightForm form, const LinearParams* parts, int n_parts,
+                        cudaStream_t stream);
 
 }  // namespace dsv4

@@ -16,6 +16,7 @@
 #include "common/tile_bf16.cuh"
 #include "common/tile_fp8.cuh"
 #include "common/tile_gemm.h"
+#include "common/tile_raw.cuh"
 
 namespace dsv4 {
 namespace {
@@ -31,7 +32,7 @@ __global__ void __launch_bounds__(kThreads<kMany>, kMany ? 1 : 3)
   extern __shared__ char raw[];
   __shared__ uint64_t barriers[2 * kMaxSlots];  // full, then empty
   __shared__ uint2 tables[kTables];
-  Unit unit = {{}, blockIdx.y, blockIdx.x >> args.cluster_log, blockIdx.z > 0};
+  Unit unit = {{}, blockIdx.y, blockIdx.x >> args.cluster_log, blockIdx.z};
   // The table of tiles is older than the kernel just ahead, or that kernel's.
   if (args.tiles != nullptr && args.new_tiles) WaitForPrevious();
   if (!FindTile(args.out, args.tiles, args.tile_count, unit.index, unit.tile)) return;
@@ -92,31 +93,102 @@ __global__ void __launch_bounds__(kThreads<kMany>, kMany ? 1 : 3)
   }
 }
 
+// The same for few tokens whose x three more warps lay out.
+constexpr int kRawThreads = 128 + 32 + 32 * kRawWarps;
+
+template <WeightForm kForm, bool kFp8Mma>
+__global__ void __launch_bounds__(kRawThreads, 3)
+    RawGemmKernel(const __grid_constant__ RawArgs args) {
+  extern __shared__ char raw[];
+  __shared__ uint64_t barriers[2 * kMaxSlots];  // full, then empty
+  __shared__ uint2 tables[kTables];
+  __shared__ float x_scale[kRawWidth];
+  Unit unit = {{}, blockIdx.y, blockIdx.x >> args.cluster_log, 0};
+  while (static_cast<int>(unit.weight) + 1 < args.n_parts &&
+         unit.block >= args.parts[unit.weight + 1].first_block) {
+    ++unit.weight;
+  }
+  unit.block -= args.parts[unit.weight].first_block;
+  FindTile(args.OutputOf(unit), nullptr, nullptr, unit.index, unit.tile);
+  if (kForm == WeightForm::kNvfp4 && args.act == ActForm::kNvfp4) unit.x_scale = x_scale;
+  char* const shared = raw + (1024 - (SharedAddress(raw) & 1023)) % 1024;  // the swizzle's pattern
+  if (kFp8Mma && threadIdx.x < kTables) tables[threadIdx.x] = Magnitudes(threadIdx.x);
+  if (threadIdx.x == 0) {
+    const int deals = RawDeals(unit.tile.count, kRawAtOnce<kForm>);
+    for (int i = 0; i < kMaxSlots; ++i) {
+      InitBarrier(SharedAddress(barriers + i), 1 + deals);
+      InitBarrier(SharedAddress(barriers + kMaxSlots + i), 128);
+    }
+    FenceBarrierInit();
+  }
+  __syncthreads();
+
+  Feed<kForm, kFp8Mma, false, RawArgs> feed(args, unit, shared, SharedAddress(barriers));
+  // Those who round need few registers, except for NVFP4.
+  constexpr bool kTrade = kForm != WeightForm::kNvfp4;
+  // The kernel ahead is any, and may have written what is read here, weights included.
+  WaitForPrevious();
+  if (threadIdx.x >= 128) {
+    if constexpr (kTrade) asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
+    const int warp = static_cast<int>(threadIdx.x) / 32 - 5;
+    if (warp >= 0) {
+      LayOutRaw<kForm, kFp8Mma>(args, feed, unit, warp, x_scale);
+    } else if (threadIdx.x == 128) {
+      feed.FillWeights();
+    }
+    return;
+  }
+  if constexpr (kTrade) asm volatile("setmaxnreg.inc.sync.aligned.u32 96;");
+  LetNextBegin();
+  if constexpr (kFp8Mma) {
+    MultiplyFp8<kForm, false, kRawWidth>(args, feed, tables, unit);
+  } else {
+    Multiply<kForm, false, kRawWidth>(args, feed, unit);
+  }
+}
+
 constexpr int kThirdBytes = 74 << 10;  // three thread blocks share an SM
 constexpr int kHalfBytes = 112 << 10;  // two do
 constexpr int kAllBytes = 224 << 10;   // one has it
 // As many as would leave a remainder behind two on each of 132 SMs. Clusters fit less well.
 constexpr int kThreeFrom = 265, kThreeFromOfClusters = 199, kThreeTo = 528;
 
+// Slots of `stage` bytes for a kernel that several thread blocks of a grid share an SM by.
+int SlotsOf(int stage, int64_t grid_blocks, int cluster) {
+  const bool three =
+      grid_blocks >= (cluster > 1 ? kThreeFromOfClusters : kThreeFrom) && grid_blocks <= kThreeTo;
+  const int budget = three && 3 * stage + 1024 <= kThirdBytes ? kThirdBytes
+                     : 3 * stage + 1024 <= kHalfBytes         ? kHalfBytes
+                                                              : kAllBytes;
+  return std::min(kMaxSlots, (budget - 1024) / stage);
+}
+
+// Weights of one half, and the scales that are copied with them.
+template <WeightForm kForm>
+bool MapWeights(CUtensorMap& weight_map, CUtensorMap& scale_map, const void* weight,
+                const uint8_t* scale, int64_t rows, int64_t inputs, int box_rows) {
+  const int64_t row_bytes = inputs / Weights<kForm>::kPieceInputs * kPieceBytes;
+  if (!MakeMap(weight_map, weight, rows, row_bytes, kRowBytes, box_rows,
+               CU_TENSOR_MAP_SWIZZLE_128B)) {
+    return false;
+  }
+  if constexpr (!kFourBits<kForm>) return true;
+  const int64_t per_row = inputs / (kForm == WeightForm::kNvfp4 ? 16 : 32);
+  return MakeMap(scale_map, scale, rows, per_row, kScaleBytes, box_rows,
+                 CU_TENSOR_MAP_SWIZZLE_NONE);
+}
+
 template <WeightForm kForm, bool kFp8Mma, bool kMany>
 cudaError_t Launch(const TileGemm& gemm, cudaStream_t stream) {
   using Layout = Stage<kForm, kFp8Mma, kMany>;
   Args args = {};
   const int64_t rows = gemm.groups * gemm.rows;
-  const int64_t row_bytes = gemm.inputs / Weights<kForm>::kPieceInputs * kPieceBytes;
   for (int half = 0; half < 2; ++half) {
     const bool other = half > 0 && gemm.other_weight != nullptr;
     const void* weight = other ? gemm.other_weight : gemm.weight[half];
-    if (!MakeMap(args.weight[half], weight, rows, row_bytes, kRowBytes, Layout::kRows,
-                 CU_TENSOR_MAP_SWIZZLE_128B)) {
+    if (!MapWeights<kForm>(args.weight[half], args.scale[half], weight, gemm.scale[half], rows,
+                           gemm.inputs, Layout::kRows)) {
       return cudaErrorInvalidValue;
-    }
-    if constexpr (kFourBits<kForm>) {
-      const int64_t per_row = gemm.inputs / (kForm == WeightForm::kNvfp4 ? 16 : 32);
-      if (!MakeMap(args.scale[half], gemm.scale[half], rows, per_row, kScaleBytes, Layout::kRows,
-                   CU_TENSOR_MAP_SWIZZLE_NONE)) {
-        return cudaErrorInvalidValue;
-      }
     }
   }
   args.fp8_scale = gemm.scale[0];
@@ -134,14 +206,9 @@ cudaError_t Launch(const TileGemm& gemm, cudaStream_t stream) {
   const int cluster = TileGemmSplit(gemm);
   while (1 << args.cluster_log < cluster) ++args.cluster_log;
   const int64_t grid_blocks = blocks * cluster * gemm.max_tiles * weights;
-  const bool three =
-      grid_blocks >= (cluster > 1 ? kThreeFromOfClusters : kThreeFrom) && grid_blocks <= kThreeTo;
   const int stage = Layout::Bytes(gemm.width);
-  const int budget = kMany                                      ? kAllBytes
-                     : three && 3 * stage + 1024 <= kThirdBytes ? kThirdBytes
-                     : 3 * stage + 1024 <= kHalfBytes           ? kHalfBytes
-                                                                : kAllBytes;
-  args.slots = std::min(kMaxSlots, (budget - 1024) / stage);
+  args.slots = kMany ? std::min(kMaxSlots, (kAllBytes - 1024) / stage)
+                     : SlotsOf(stage, grid_blocks, cluster);
   const int sums = (kMany ? 2 : 1) * 2 * gemm.width * kSumPitch * 4;
   const int bytes = std::max(args.slots * stage, sums) + 1024;
   const cudaError_t error = cudaFuncSetAttribute(
@@ -151,6 +218,44 @@ cudaError_t Launch(const TileGemm& gemm, cudaStream_t stream) {
                   weights);
   return LaunchDependent(TileGemmKernel<kForm, kFp8Mma, kMany>, grid, kThreads<kMany>, bytes,
                          stream, args, cluster);
+}
+
+template <WeightForm kForm, bool kFp8Mma>
+cudaError_t LaunchRaw(const TileGemm* gemms, int count, cudaStream_t stream) {
+  using Layout = Stage<kForm, kFp8Mma, false>;
+  static_assert(sizeof(RawArgs) <= 4096);
+  const TileGemm& gemm = gemms[0];
+  RawArgs args = {};
+  int64_t blocks = 0;
+  args.n_parts = count;
+  for (int i = 0; i < count; ++i) {
+    const TileGemm& one = gemms[i];
+    Part& part = args.parts[i];
+    part.fp8_scale = one.scale[0];
+    part.first_block = static_cast<unsigned>(blocks);
+    part.out = Output(one);
+    if (!MapWeights<kForm>(part.weight, part.scale, one.weight[0], one.scale[0],
+                           one.groups * one.rows, one.inputs, Layout::kRows)) {
+      return cudaErrorInvalidValue;
+    }
+    blocks += (one.rows + 2 * Layout::kRows - 1) / (2 * Layout::kRows);
+  }
+  args.x = gemm.raw_x;
+  args.act = gemm.act;
+  args.act_scale = gemm.act_scale;
+  args.inputs = gemm.inputs;
+  args.scale_columns = (gemm.inputs + 127) / 128;
+  const int cluster = TileGemmSplit(gemm);
+  while (1 << args.cluster_log < cluster) ++args.cluster_log;
+  const int stage = Layout::Bytes(kRawWidth);
+  args.slots = SlotsOf(stage, blocks * cluster * gemm.max_tiles, cluster);
+  const int bytes = std::max(args.slots * stage, 2 * kRawWidth * kSumPitch * 4) + 1024;
+  const auto kernel = RawGemmKernel<kForm, kFp8Mma>;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  const dim3 grid(static_cast<unsigned>(blocks * cluster), static_cast<unsigned>(gemm.max_tiles));
+  return LaunchDependent(kernel, grid, kRawThreads, bytes, stream, args, cluster);
 }
 
 template <WeightForm kForm, bool kFp8Mma>
@@ -189,6 +294,23 @@ cudaError_t TileGemmSm90(const TileGemm& gemm, cudaStream_t stream) {
     case WeightForm::kNvfp4:
       return gemm.fp8_mma ? LaunchForm<WeightForm::kNvfp4, true>(gemm, stream)
                           : LaunchForm<WeightForm::kNvfp4, false>(gemm, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+cudaError_t RawGemmSm90(const TileGemm* gemms, int count, cudaStream_t stream) {
+  const bool fp8_mma = gemms[0].fp8_mma;
+  switch (gemms[0].form) {
+    case WeightForm::kBf16:
+      return LaunchRaw<WeightForm::kBf16, false>(gemms, count, stream);
+    case WeightForm::kFp8:
+      return fp8_mma ? LaunchRaw<WeightForm::kFp8, true>(gemms, count, stream)
+                     : LaunchRaw<WeightForm::kFp8, false>(gemms, count, stream);
+    case WeightForm::kMxfp4:
+      return fp8_mma ? LaunchRaw<WeightForm::kMxfp4, true>(gemms, count, stream)
+                     : LaunchRaw<WeightForm::kMxfp4, false>(gemms, count, stream);
+    case WeightForm::kNvfp4:
+      return LaunchRaw<WeightForm::kNvfp4, false>(gemms, count, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -16,10 +16,10 @@ void Fp8LinearCpu(const LinearParams& params, const LinearActivations& x, int64_
 
 #ifdef DSV4_CUDA
 // Prefill on FP8 tensor cores of a Hopper GPU: whether the kernel can, and whether there is so much
-// work that it is the fastest.
+// work that it is the fastest; linears of one x, which is quantised once.
 bool Fp8PrefillTakes(const LinearParams& params);
 bool Fp8PrefillPays(const LinearParams& params);
-cudaError_t Fp8PrefillSm90(const LinearParams& params, cudaStream_t stream);
+cudaError_t Fp8PrefillSm90(const LinearParams* parts, int n_parts, cudaStream_t stream);
 #endif
 
 }  // namespace dsv4

@@ -1,4 +1,4 @@
-// Handlers of dsv4.fp8_linear. Operands: x, weight, scale; results: y, scratch.
+// Handlers of dsv4.fp8_linear. Operands: x, n weights, n scales; results: n y, then scratch.
 #include <cstdint>
 
 #include "common/linear_cpu.h"
@@ -13,28 +13,26 @@ constexpr char kOp[] = "fp8_linear";
 LaunchCounts counts;
 
 ffi::Error Fill(int32_t abi, int32_t act, int32_t regime, const ffi::AnyBuffer& x,
-                const ffi::AnyBuffer& weight, const ffi::AnyBuffer& scale, LinearResult y,
-                LinearResult scratch, LinearParams& params) {
+                const ffi::RemainingArgs& operands, const ffi::RemainingRets& results,
+                LinearsParams& params) {
   DSV4_RETURN_IF_ERROR(CheckAbi(kOp, abi));
-  return FillLinear({kOp, WeightForm::kFp8, x, weight, &scale}, act, regime, y, scratch, params);
+  return FillLinears(kOp, WeightForm::kFp8, act, regime, x, operands, results, params);
 }
 
 ffi::Error CpuImpl(ffi::ThreadPool pool, int32_t abi, int32_t act, int32_t regime, ffi::AnyBuffer x,
-                   ffi::AnyBuffer weight, ffi::AnyBuffer scale, LinearResult y,
-                   LinearResult scratch) {
-  LinearParams params{};
-  DSV4_RETURN_IF_ERROR(Fill(abi, act, regime, x, weight, scale, y, scratch, params));
-  RunLinearCpu(pool, params, Fp8LinearCpu);
+                   ffi::RemainingArgs operands, ffi::RemainingRets results) {
+  LinearsParams params{};
+  DSV4_RETURN_IF_ERROR(Fill(abi, act, regime, x, operands, results, params));
+  for (int p = 0; p < params.n_parts; ++p) RunLinearCpu(pool, params.parts[p], Fp8LinearCpu);
   return ffi::Error::Success();
 }
 
 ffi::Error CudaImpl(CudaStream stream, int32_t abi, int32_t act, int32_t regime, ffi::AnyBuffer x,
-                    ffi::AnyBuffer weight, ffi::AnyBuffer scale, LinearResult y,
-                    LinearResult scratch) {
-  LinearParams params{};
-  DSV4_RETURN_IF_ERROR(Fill(abi, act, regime, x, weight, scale, y, scratch, params));
+                    ffi::RemainingArgs operands, ffi::RemainingRets results) {
+  LinearsParams params{};
+  DSV4_RETURN_IF_ERROR(Fill(abi, act, regime, x, operands, results, params));
   DSV4_RETURN_IF_ERROR(CheckLinearAlignment(kOp, params));
-  if (params.t == 0 || params.n == 0) return ffi::Error::Success();
+  if (params.n_parts == 0) return ffi::Error::Success();
   return LaunchCuda(kOp, stream, counts,
                     [&](cudaStream_t on) { return Fp8LinearCuda(params, on); });
 }
@@ -45,11 +43,9 @@ auto CudaBinding() {
       .Attr<int32_t>("abi")
       .Attr<int32_t>("act")
       .Attr<int32_t>("regime")
-      .Arg<ffi::AnyBuffer>()   // x [t, k] or [t, g, k]
-      .Arg<ffi::AnyBuffer>()   // weight [n, k]
-      .Arg<ffi::AnyBuffer>()   // scale [ceil(n / 128), ceil(k / 128)]
-      .Ret<ffi::AnyBuffer>()   // y [t, n] or [t, g, n / g]
-      .Ret<ffi::AnyBuffer>();  // scratch [bytes]
+      .Arg<ffi::AnyBuffer>()  // x [t, k] or [t, g, k]
+      .RemainingArgs()        // weights [n_i, k], then scales [ceil(n_i / 128), ceil(k / 128)]
+      .RemainingRets();       // y [t, n_i] or [t, g, n_i / g], then scratch [bytes]
 }
 
 XLA_FFI_DEFINE_HANDLER(kCpu, CpuImpl,
@@ -58,11 +54,9 @@ XLA_FFI_DEFINE_HANDLER(kCpu, CpuImpl,
                            .Attr<int32_t>("abi")
                            .Attr<int32_t>("act")
                            .Attr<int32_t>("regime")
-                           .Arg<ffi::AnyBuffer>()    // x [t, k] or [t, g, k]
-                           .Arg<ffi::AnyBuffer>()    // weight [n, k]
-                           .Arg<ffi::AnyBuffer>()    // scale [ceil(n / 128), ceil(k / 128)]
-                           .Ret<ffi::AnyBuffer>()    // y [t, n] or [t, g, n / g]
-                           .Ret<ffi::AnyBuffer>());  // scratch [bytes]
+                           .Arg<ffi::AnyBuffer>()  // x [t, k] or [t, g, k]
+                           .RemainingArgs()    // weights [n_i, k], scales [n_i / 128, k / 128] up
+                           .RemainingRets());  // y [t, n_i] or [t, g, n_i / g], scratch [bytes]
 XLA_FFI_DEFINE_HANDLER(kCuda, CudaImpl, CudaBinding(), {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kCudaDebug, CudaImpl, CudaBinding());
 

@@ -342,10 +342,10 @@ bool Fp8PrefillPays(const LinearParams& params) {
          Tiles(params) * std::min<int64_t>(params.t, kTokens) >= kTilesThatPay * kTokens;
 }
 
-cudaError_t Fp8PrefillSm90(const LinearParams& params, cudaStream_t stream) {
+cudaError_t Fp8PrefillSm90(const LinearParams* parts, int n_parts, cudaStream_t stream) {
+  const LinearParams& params = parts[0];
   Args args = {};
   args.t = static_cast<int>(params.t);
-  args.n = static_cast<int>(params.n);
   args.k = static_cast<int>(params.k);
   const bool many = params.t > kTokens;
   const int64_t together = many ? 2 * kTokens : kTokens;
@@ -353,23 +353,27 @@ cudaError_t Fp8PrefillSm90(const LinearParams& params, cudaStream_t stream) {
   uint8_t* const codes = static_cast<uint8_t*>(params.scratch);
   float* const scales = reinterpret_cast<float*>(codes + (params.t * params.k + 15) / 16 * 16);
   args.x_scale = scales;
-  args.weight_scale = params.scale;
-  args.y = params.y;
-  args.y_bf16 = params.y_bf16;
   if (!MakeMap(args.x, codes, params.t, params.k, kInputs, kTokens, CU_TENSOR_MAP_SWIZZLE_128B)) {
-    return cudaErrorInvalidValue;
-  }
-  if (!MakeMap(args.weight, params.weight, params.n, params.k, kInputs, many ? kRows / 2 : kRows,
-               CU_TENSOR_MAP_SWIZZLE_128B)) {
     return cudaErrorInvalidValue;
   }
   const dim3 grid(
       static_cast<unsigned>((params.t + kPrepareTokens - 1) / kPrepareTokens),
       static_cast<unsigned>((params.k + kBatch * kWarpInputs - 1) / (kBatch * kWarpInputs)));
   QuantizeKernel<<<grid, 32 * kPrepareTokens, 0, stream>>>(params, codes, scales, args.padded);
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) return error;
-  return many ? Launch<2>(args, stream) : Launch<1>(args, stream);
+  cudaError_t error = cudaGetLastError();
+  for (int p = 0; p < n_parts && error == cudaSuccess; ++p) {
+    const LinearParams& part = parts[p];
+    args.n = static_cast<int>(part.n);
+    args.weight_scale = part.scale;
+    args.y = part.y;
+    args.y_bf16 = part.y_bf16;
+    if (!MakeMap(args.weight, part.weight, part.n, part.k, kInputs, many ? kRows / 2 : kRows,
+                 CU_TENSOR_MAP_SWIZZLE_128B)) {
+      return cudaErrorInvalidValue;
+    }
+    error = many ? Launch<2>(args, stream) : Launch<1>(args, stream);
+  }
+  return error;
 }
 
 }  // namespace dsv4

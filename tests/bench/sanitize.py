@@ -22,7 +22,7 @@ from dsv4_jax.ops.attention import attention
 from dsv4_jax.ops.cache_write import cache_write
 from dsv4_jax.ops.compressor import CompressorJob, compressor
 from dsv4_jax.ops.dense_linear import dense_linear, dense_linears
-from dsv4_jax.ops.fp8_linear import fp8_linear
+from dsv4_jax.ops.fp8_linear import fp8_linear, fp8_linears
 from dsv4_jax.ops.index_query_finish import index_query_finish
 from dsv4_jax.ops.index_topk import index_topk
 from dsv4_jax.ops.key_finish import key_finish
@@ -262,6 +262,8 @@ LINEAR_SHAPES = (
     *((t, 4, 256, 512) for t in (1, 9, 200)),
     (3, 2, 96, 46),
     (2, 0, 4096, 64),
+    (2, 0, 256, 8),
+    (8, 4, 512, 384),
 )
 """Inputs a multiple of 128 and not, rows a multiple of 16 and not, groups that end inside tiles."""
 
@@ -298,16 +300,20 @@ def _dense_linear() -> Iterator[Any]:
     yield from _linear(dense_linear, weights, ("",), shapes)
     two = lambda x, w, **settings: dense_linears(x, (w, jnp.tile(w, (2, 1))), **settings)  # noqa: E731
     yield from _linear(two, weights, ("",), LINEAR_SHAPES)
+    equal = lambda x, w, **settings: dense_linears(x, (w, w), **settings)  # noqa: E731
+    yield from _linear(equal, weights, ("",), LINEAR_SHAPES)
 
 
 def _fp8_linear() -> Iterator[Any]:
-    """Edge tiles, any number of inputs."""
+    """Edge tiles, any number of inputs, and two weights at once."""
 
     def weights(n: int, k: int) -> tuple[Any, ...]:
         return random_bytes(0, (n, k), E4M3), random_bytes(1, (-(-n // 128), -(-k // 128)), UE8M0)
 
     shapes = (*LINEAR_SHAPES, (3, 0, 37, 19), (20, 3, 45, 21))
-    return _linear(fp8_linear, weights, ("fp8", "bfloat16"), shapes)
+    yield from _linear(fp8_linear, weights, ("fp8", "bfloat16"), shapes)
+    two = lambda x, w, s, **settings: fp8_linears(x, (w, w), (s, s), **settings)  # noqa: E731
+    yield from _linear(two, weights, ("fp8", "bfloat16"))
 
 
 def _mxfp4_linear() -> Iterator[Any]:

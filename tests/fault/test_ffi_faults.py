@@ -186,6 +186,12 @@ SEVERAL = RawCall(
     (s("3 10", F32), s("3 5", F32), SCRATCH),
     {"abi": ABI, "regime": np.int32(0)},
 )
+SEVERAL_FP8 = RawCall(
+    "fp8_linear",
+    (s("3 32"), s("10 32", E4M3), s("5 32", E4M3), s("1 1", UE8M0), s("1 1", UE8M0)),
+    (s("3 10", F32), s("3 5"), SCRATCH),
+    {"abi": ABI, "act": np.int32(1), "regime": np.int32(0)},
+)
 LINEARS = ("dense_linear", "fp8_linear", "mxfp4_linear", "nvfp4_linear")
 TARGETS = {
     call.op: call
@@ -327,6 +333,11 @@ def nvfp4(mutation: Mutation) -> Mutation:
 def several(mutation: Mutation) -> Mutation:
     """Of the call with two weights instead."""
     return lambda call: mutation(SEVERAL)
+
+
+def several_fp8(mutation: Mutation) -> Mutation:
+    """The same of `fp8_linear`."""
+    return lambda call: mutation(SEVERAL_FP8)
 
 
 def _nine_weights(call: RawCall) -> RawCall:
@@ -1376,7 +1387,10 @@ def _linear_faults(op: str) -> list[tuple[str, str, Mutation, str]]:
     weight, y = call.operands[1].dtype, call.results[0].dtype
     dense = op == "dense_linear"
     accepted = "bfloat16" if dense else "bfloat16 or float32"
-    number = "must have x and n weights for n results and scratch, .*got" if dense else LAYER
+    number = {
+        "dense_linear": "must have x and n weights for n results and scratch, .*got",
+        "fp8_linear": "must have x, n weights and n scales for n results and scratch, .*got",
+    }.get(op, LAYER)
     return [
         (op, *fault)
         for fault in (
@@ -1488,8 +1502,8 @@ SHAPES += [
     (
         "dense_linear",
         "several-y-dtype",
-        several(result(1, "3 5")),
-        r"y\[1\] must be float32, got bfloat16",
+        several(result(1, "3 5", F16)),
+        r"y\[1\] must be bfloat16 or float32, got",
     ),
     (
         "fp8_linear",
@@ -1504,7 +1518,50 @@ SHAPES += [
         r"scale must be \[1, 1\], got \[1, 2\]",
     ),
     ("fp8_linear", "act", attributes(act=np.int32(2)), r"act must be 0 .* or 1 \(fp8\), got 2"),
-    ("fp8_linear", "operands-too-many", more((s("", F32),)), LAYER),
+    (
+        "fp8_linear",
+        "operands-too-many",
+        more((s("", F32),)),
+        "must have .* n = 1..8, got 3 operands beside x and 2 results",
+    ),
+    (
+        "fp8_linear",
+        "weights-too-many",
+        lambda call: dataclasses.replace(
+            call,
+            operands=(call.operands[0], *call.operands[1:] * 9),
+            results=(*call.results[:1] * 9, SCRATCH),
+        ),
+        "must have .* n = 1..8, got 18 operands beside x and 10 results",
+    ),
+    (
+        "fp8_linear",
+        "several-scale-shape",
+        several_fp8(operand(4, "1 2", UE8M0)),
+        r"scale\[1\] must be \[1, 1\], got \[1, 2\]",
+    ),
+    (
+        "fp8_linear",
+        "several-scales-first",
+        several_fp8(
+            lambda call: dataclasses.replace(
+                call, operands=(call.operands[0], *call.operands[:2:-1], *call.operands[2:0:-1])
+            )
+        ),
+        r"weight\[0\] must be float8_e4m3fn, got float8_e8m0fnu",
+    ),
+    (
+        "fp8_linear",
+        "several-weight-inputs",
+        several_fp8(operand(2, "5 31", E4M3)),
+        r"x and weight\[1\] must agree .*got \[3, 32\] and \[5, 31\]",
+    ),
+    (
+        "fp8_linear",
+        "several-y-shape",
+        several_fp8(result(0, "3 5", F32)),
+        r"y\[0\] must be \[3, 10\], got \[3, 5\]",
+    ),
     (
         "mxfp4_linear",
         "scale-dtype",

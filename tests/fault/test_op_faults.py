@@ -17,7 +17,7 @@ from dsv4_jax.ops.attention import attention
 from dsv4_jax.ops.cache_write import cache_write
 from dsv4_jax.ops.compressor import CompressorJob, compressor
 from dsv4_jax.ops.dense_linear import dense_linear, dense_linears
-from dsv4_jax.ops.fp8_linear import fp8_linear
+from dsv4_jax.ops.fp8_linear import fp8_linear, fp8_linears
 from dsv4_jax.ops.hadamard import hadamard
 from dsv4_jax.ops.head_norm import head_norm
 from dsv4_jax.ops.index_query_finish import index_query_finish
@@ -170,6 +170,15 @@ def _fp8_linear(
     **settings: Any,
 ) -> Any:
     return jax.eval_shape(lambda *a: fp8_linear(*a, **settings), x, weight, scale)
+
+
+def _fp8_linears(
+    x: Any = s("5 192"),
+    weights: Any = (s("160 192", E4M3), s("24 192", E4M3)),
+    scales: Any = (s("2 2", UE8M0), s("1 2", UE8M0)),
+    **settings: Any,
+) -> Any:
+    return jax.eval_shape(lambda *a: fp8_linears(*a, **settings), x, weights, scales)
 
 
 def _mxfp4_linear(
@@ -360,6 +369,7 @@ CALLS: list[Callable[..., Any]] = [
     _dense_linear,
     _dense_linears,
     _fp8_linear,
+    _fp8_linears,
     _mxfp4_linear,
     _nvfp4_linear,
     _swiglu,
@@ -414,6 +424,8 @@ RANK: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_fp8_linear, "x", {"x": s("192")}),
     (_fp8_linear, "weight", {"weight": s("1 160 192", E4M3)}),
     (_fp8_linear, "scale", {"scale": s("2", UE8M0)}),
+    (_fp8_linears, r"weights\[1\]", {"weights": [s("160 192", E4M3), s("24", E4M3)]}),
+    (_fp8_linears, r"scales\[0\]", {"scales": [s("2", UE8M0), s("1 2", UE8M0)]}),
     (_mxfp4_linear, "x", {"x": s("192")}),
     (_mxfp4_linear, "scale", {"scale": s("240", UE8M0)}),
     (_nvfp4_linear, "weight", {"weight": s("7680", E2M1)}),
@@ -549,6 +561,7 @@ AXIS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
         {"x": s("3 5 96")},
     ),
     (_dense_linears, r"regime must be one of .*got 'any'", {"regime": "any"}),
+    (_dense_linears, "dtype must be one or 2, .*got 1", {"dtype": (F32,)}),
     (_fp8_linear, r"x must end in weight's 192 inputs, got \[5, 191\]", {"x": s("5 191")}),
     (_fp8_linear, r"evenly over x's 3 groups, got \[160, 192\]", {"x": s("5 3 192")}),
     (_fp8_linear, r"evenly over x's 0 groups, got \[160, 192\]", {"x": s("5 0 192")}),
@@ -559,6 +572,11 @@ AXIS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     ),
     (_fp8_linear, r"act must be one of .*got 'nvfp4'", {"act": "nvfp4"}),
     (_fp8_linear, r"regime must be one of .*got 'Decode'", {"regime": "Decode"}),
+    (_fp8_linears, r"weights must hold 1\.\.8 arrays, got 0", {"weights": [], "scales": []}),
+    (_fp8_linears, "scales must be as many as weights, 2, got 1", {"scales": [s("2 2", UE8M0)]}),
+    (_fp8_linears, "dtype must be one or 2, .*got 3", {"dtype": (F32, BF16, F32)}),
+    (_fp8_linears, r"x must end in weights\[0\]'s 192 inputs, got", {"x": s("5 191")}),
+    (_fp8_linears, r"act must be one of .*got 'nvfp4'", {"act": "nvfp4"}),
     (_mxfp4_linear, r"x must end in weight's 192 inputs, got \[5, 96\]", {"x": s("5 96")}),
     (_mxfp4_linear, r"evenly over x's 3 groups", {"x": s("5 3 192")}),
     (_mxfp4_linear, r"act must be one of .*got 'nvfp4'", {"act": "nvfp4"}),
@@ -815,6 +833,13 @@ DTYPE: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     ),
     (_dense_linears, "x must be .*got float16", {"x": s("5 96", F16)}),
     (_dense_linears, "dtype must be .*got float16", {"dtype": F16}),
+    (_dense_linears, "dtype must be .*got float16", {"dtype": (F32, F16)}),
+    (_fp8_linears, "dtype must be .*got float16", {"dtype": (F16, F32)}),
+    (
+        _fp8_linears,
+        r"scales\[1\] must be .*got float32",
+        {"scales": [s("2 2", UE8M0), s("1 2", F32)]},
+    ),
     (_fp8_linear, "x must be .*got float16", {"x": s("5 192", F16)}),
     (_fp8_linear, "dtype must be bfloat16 or float32, got float8_e4m3fn", {"dtype": E4M3}),
     (_fp8_linear, "weight must be float8_e4m3fn, got uint8", {"weight": s("160 192", U8)}),
@@ -974,6 +999,11 @@ GROUPS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
 SCALES: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_fp8_linear, r"scale must be \[2, 2\] .*got \[2, 3\]", {"scale": s("2 3", UE8M0)}),
     (_fp8_linear, r"scale must be \[2, 2\] .*got \[1, 2\]", {"scale": s("1 2", UE8M0)}),
+    (
+        _fp8_linears,
+        r"scales\[1\] must be \[1, 2\] for weights\[1\] \[24, 192\], got \[2, 2\]",
+        {"scales": [s("2 2", UE8M0)] * 2},
+    ),
     (_mxfp4_linear, r"scale must be .*got \[40, 5\]", {"scale": s("40 5", UE8M0)}),
     (_mxfp4_linear, r"scale must be .*got \[39, 6\]", {"scale": s("39 6", UE8M0)}),
     (_nvfp4_linear, r"block_scale must be .*got \[40, 6\]", {"block_scale": s("40 6", E4M3)}),
@@ -1081,6 +1111,7 @@ AHEAD_OF_TIME = (
     "attention-topk",
     "rmsnorm_nvfp4-dynamic",
     "dense_linear-several",
+    "fp8_linear-several",
     "nvfp4_linear-w4a4",
     "cache_write-store",
     "key_finish-ring",
@@ -1139,6 +1170,7 @@ def test_settings_of_jax(name: str) -> None:
         "dense_linear-groups",
         "dense_linear-several",
         "fp8_linear-w8a16-groups",
+        "fp8_linear-several",
         "mxfp4_linear-w4a8",
         "nvfp4_linear-w4a4-static",
         "moe-mxfp4_w4a8",

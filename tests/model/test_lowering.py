@@ -63,10 +63,11 @@ DENSE: dict[LayerKind | None, Counter[str]] = {
     None: Counter(dense_linear=1),  # head
     SWA: Counter(dense_linear=1),  # router
     HCA: Counter(dense_linear=2),  # router, keys and gates of the compressor in one
-    CSA: Counter(dense_linear=4),  # router, the compressor, the indexer's, the heads' weights
+    CSA: Counter(dense_linear=2),  # the indexer's and the heads' weights as well
 }
 # wq_a, wq_b, wkv, wo_a, wo_b and three of the shared expert; CSA layers have the indexer's wq_b.
 LINEARS = {None: 0, SWA: 8, HCA: 8, CSA: 9}
+TOGETHER = {"fp8_linear": 1}  # wq_a and wkv
 SELECTIONS: dict[LayerKind | None, Counter[str]] = {
     None: Counter(),
     SWA: Counter(),
@@ -77,7 +78,11 @@ SELECTIONS: dict[LayerKind | None, Counter[str]] = {
 
 def _calls(linear: str) -> dict[LayerKind | None, Counter[str]]:
     return {
-        kind: WRITES[kind] + EVERY + DENSE[kind] + SELECTIONS[kind] + Counter({linear: count})
+        kind: WRITES[kind]
+        + EVERY
+        + DENSE[kind]
+        + SELECTIONS[kind]
+        + Counter({linear: count - TOGETHER.get(linear, 0)})
         if kind
         else DENSE[kind] + Counter(mhc=1)
         for kind, count in LINEARS.items()
@@ -110,7 +115,7 @@ ALIASES: dict[str, Callable[[int], dict[int, int]]] = {
 }
 """Result -> operand with the same buffer, by variant, for a call with ``n`` results."""
 
-FUNCTIONS = {"dense_linears": "dense_linear"}
+FUNCTIONS = {"dense_linears": "dense_linear", "fp8_linears": "fp8_linear"}
 """Ops by their functions that are not named like them."""
 
 # Work that an op with a kernel must not leave to XLA on anything larger than this.

@@ -79,6 +79,17 @@ def test_several_weights(t: int, groups: int, count: int, dtype: Any) -> None:
         assert_same_bits(y, dense_linear(x, weights[i], dtype=dtype), f"weights[{i}]")
 
 
+@pytest.mark.parametrize("stored", [jnp.float32, jnp.bfloat16])
+def test_a_dtype_for_each_result(stored: jnp.dtype) -> None:
+    x = normal(0, 5, 96, dtype=stored)
+    weights = [normal(i, n, 96, dtype=stored) for i, n in enumerate((40, 3, 40), 1)]
+    dtypes = jnp.float32, jnp.bfloat16, jnp.bfloat16
+    for y, weight, dtype in zip(
+        dense_linears(x, weights, dtype=dtypes), weights, dtypes, strict=True
+    ):
+        assert_same_bits(y, dense_linear(x, weight, dtype=dtype), str(dtype))
+
+
 @pytest.mark.parametrize(("x_dtype", "w_dtype"), DTYPES)
 def test_several_weights_of_fp32(x_dtype: jnp.dtype, w_dtype: jnp.dtype) -> None:
     x = normal(0, 5, 3, 96, dtype=x_dtype)

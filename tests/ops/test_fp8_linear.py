@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dsv4_jax.ops.fp8_linear import fp8_linear
+from dsv4_jax.ops.fp8_linear import fp8_linear, fp8_linears
 from dsv4_jax.typing import E4M3, UE8M0
 from reference import formats
 from tests.support import linears
@@ -58,6 +58,21 @@ def test_rows(act: str) -> None:
 @pytest.mark.parametrize("act", ACTS)
 def test_regimes(act: str) -> None:
     linears.check_regimes(OP, act=act)
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize(("t", "groups"), [(1, 0), (9, 3), (200, 0), (0, 0)])
+def test_several_weights(t: int, groups: int, act: Any) -> None:
+    """One foreign call, each result bit for bit that of a call of its own; any numbers of rows."""
+    x, *_ = operands(OP, (t, groups, 160, 3))
+    rows = [n * (groups or 1) for n in (40, 1, 130, 0, 16)]
+    weights, scales = zip(*(linears.stored(OP, n, 160, n) for n in rows), strict=True)
+    dtypes = jnp.float32, jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.float32
+    lowered = fp8_linears.lower(x, weights, scales, act=act, dtype=dtypes)
+    assert lowered.as_text().count("@dsv4.fp8_linear") == 1
+    several = fp8_linears(x, weights, scales, act=act, dtype=dtypes)
+    for y, weight, scale, dtype in zip(several, weights, scales, dtypes, strict=True):
+        assert_same_bits(y, fp8_linear(x, weight, scale, act=act, dtype=dtype), str(weight.shape))
 
 
 def test_empty() -> None:

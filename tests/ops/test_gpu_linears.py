@@ -15,7 +15,7 @@ import pytest
 
 from dsv4_jax import library
 from dsv4_jax.ops.dense_linear import dense_linear, dense_linears
-from dsv4_jax.ops.fp8_linear import fp8_linear
+from dsv4_jax.ops.fp8_linear import fp8_linear, fp8_linears
 from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
@@ -57,6 +57,8 @@ SHAPES = {
 }
 TOKENS = (1, 5, 40, 130)
 """One; less than eight; between; more than a tile of 128."""
+MIXED = jnp.float32, jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.bfloat16
+"""Dtypes of five results."""
 
 
 def linear(form: str, x: Any, leaves: dict[str, jax.Array], **settings: Any) -> jax.Array:
@@ -137,6 +139,66 @@ def test_linear(form: str, shape: str) -> None:
             assert any(same), f"{what} is neither regime"
     for regime, y in narrow.items():
         assert_same_bits(y, wide[most, regime].astype(y.dtype), f"{form} {shape} {regime}: BF16")
+
+
+FEW = {
+    # n, k, groups: what a stage holds once and an odd number of times, rows that end inside of a
+    # block, inputs that two and eight thread blocks share.
+    "a-stage": (8, 512, 1),
+    "odd-stages": (200, 1536, 1),
+    "fp8-stages": (136, 640, 1),
+    "groups": (1536, 512, 4),
+    "shared": (512, 4096, 1),
+    "shared-by-two": (8192, 1024, 1),
+}
+
+
+@pytest.mark.parametrize("shape", FEW)
+@pytest.mark.parametrize("form", [*FORMS, "nvfp4_w4a4_static"])
+def test_few_tokens(form: str, shape: str) -> None:
+    """Up to eight, whose kernel rounds ``x`` itself: the bits of the same rows of forty."""
+    n, k, groups = FEW[shape]
+    form, static = form.removesuffix("_static"), form.endswith("_static")
+    leaves = products.random_weight(n + k, weight_format(form), (n, k))
+    x = jnp.asarray(tokens(n, 40, k, groups))
+    x = x.at[5].set(jnp.nan).at[6, ..., 3].set(-jnp.inf)
+    ops = leaves | ({"act_scale": jnp.float32(0.01)} if static else {})
+
+    @jax.jit
+    def run(x: jax.Array, ops: dict[str, jax.Array]) -> Any:
+        def call(t: int, regime: str, dtype: Any) -> jax.Array:
+            if static:
+                names = (*products.leaves_of("nvfp4"), "act_scale")
+                return nvfp4_linear(x[:t], *(ops[i] for i in names), dtype=dtype, regime=regime)
+            return linear(form, x[:t], ops, dtype=dtype, regime=regime)
+
+        return {
+            (t, regime, dtype): call(t, regime, dtype)
+            for t in (*range(1, 10), 40)
+            for regime in ("decode", "exact")
+            for dtype in ("float32", "bfloat16")
+        }
+
+    for _ in range(3):
+        results = jax.device_get(run(x, ops))
+        for (t, regime, dtype), y in results.items():
+            most = results[40, regime, dtype]
+            assert_same_bits(y, most[:t], f"{form} {shape} t={t} {regime} {dtype}")
+
+
+def test_operands_of_the_kernel_ahead() -> None:
+    """Weights and ``x`` that the launch just before has written."""
+    weight = products.random_weight(1, "bfloat16", (4096, 4096))["weight"]
+
+    @jax.jit
+    def run(x: jax.Array, weight: jax.Array, size: jax.Array) -> tuple[jax.Array, ...]:
+        return dense_linear(x, weight * size), dense_linear(x * size, weight)
+
+    for seed in range(8):
+        x, size = jnp.asarray(products.normal_values(seed, 3, 4096)), 2.0 ** (seed - 4)
+        want = np.asarray(dense_linear(x, weight)) * size
+        for got in run(x, weight, jnp.bfloat16(size)):
+            assert_same_bits(got, want, f"times {size}")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -251,19 +313,39 @@ def test_every_fp8_code_and_scale(form: str, regime: str) -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("t", TOKENS)
-def test_several_weights(t: int, groups: int) -> None:
-    """Each result bit for bit that of a call of its own, whatever the numbers of rows."""
-    x = jnp.asarray(tokens(1, t, 416, groups))
+@pytest.mark.parametrize("k", [416, 2048])
+@pytest.mark.parametrize("t", (*TOKENS, 8))
+def test_several_weights(t: int, k: int, groups: int) -> None:
+    """Each result bit for bit that of a call of its own, whatever the numbers of rows.
+
+    Where the inputs are a multiple of 128, up to eight tokens take one launch for all weights whose
+    inputs are shared alike: not the last one's.
+    """
+    x = jnp.asarray(tokens(1, t, k, groups))
     weights = [
-        products.random_weight(n, "bfloat16", (n, 416))["weight"] for n in (512, 8, 200, 4, 1024)
+        products.random_weight(n, "bfloat16", (n, k))["weight"] for n in (512, 512, 200, 4, 17408)
     ]
     for regime in (None, *REGIMES):
-        for dtype in (jnp.float32, jnp.bfloat16):
-            several = dense_linears(x, weights, dtype=dtype, regime=regime)
-            for y, weight in zip(several, weights, strict=True):
+        for dtypes in ((jnp.float32,) * 5, (jnp.bfloat16,) * 5, MIXED):
+            several = dense_linears(x, weights, dtype=dtypes, regime=regime)
+            for y, weight, dtype in zip(several, weights, dtypes, strict=True):
                 alone = dense_linear(x, weight, dtype=dtype, regime=regime)
                 assert_same_bits(y, alone, f"{regime} {weight.shape}")
+
+
+@pytest.mark.parametrize("act", ["fp8", "bfloat16"])
+@pytest.mark.parametrize("k", [416, 2048])
+@pytest.mark.parametrize("t", (*TOKENS, 8, 600))
+def test_several_fp8_weights(t: int, k: int, act: Any) -> None:
+    """The same; with many tokens some by the kernel for them, some not."""
+    x = jnp.asarray(tokens(1, t, k))
+    leaves = [products.random_weight(n, "fp8", (n, k)) for n in (512, 1024, 200, 4, 17408)]
+    weights, scales = ([leaf[name] for leaf in leaves] for name in ("weight", "scale"))
+    for regime in (None, *REGIMES):
+        several = fp8_linears(x, weights, scales, act=act, dtype=MIXED, regime=regime)
+        for y, weight, scale, dtype in zip(several, weights, scales, MIXED, strict=True):
+            alone = fp8_linear(x, weight, scale, act=act, dtype=dtype, regime=regime)
+            assert_same_bits(y, alone, f"{regime} {weight.shape}")
 
 
 def test_more_rows_and_tokens_than_a_grid() -> None:

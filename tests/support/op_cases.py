@@ -17,7 +17,7 @@ from dsv4_jax.ops.attention import attention
 from dsv4_jax.ops.cache_write import cache_write
 from dsv4_jax.ops.compressor import CompressorJob, compressor
 from dsv4_jax.ops.dense_linear import dense_linear, dense_linears
-from dsv4_jax.ops.fp8_linear import fp8_linear
+from dsv4_jax.ops.fp8_linear import fp8_linear, fp8_linears
 from dsv4_jax.ops.hadamard import hadamard
 from dsv4_jax.ops.head_norm import head_norm
 from dsv4_jax.ops.index_query_finish import index_query_finish
@@ -236,7 +236,8 @@ def _dense_linear(stored: Any, groups: int = 0, **settings: Any) -> OpCase:
 
 def _dense_linears() -> OpCase:
     weights = [normal(i, n, 96, dtype=jnp.bfloat16) for i, n in enumerate((40, 5, 24), 1)]
-    return OpCase(lambda x: dense_linears(x, weights), (_linear_x(96, 0),))
+    dtype = jnp.float32, jnp.bfloat16, jnp.float32
+    return OpCase(lambda x: dense_linears(x, weights, dtype=dtype), (_linear_x(96, 0),))
 
 
 def _linear_x(k: int, groups: int, dtype: Any = jnp.bfloat16) -> jax.Array:
@@ -247,6 +248,12 @@ def _linear_x(k: int, groups: int, dtype: Any = jnp.bfloat16) -> jax.Array:
 def _fp8_linear(groups: int = 0, **settings: Any) -> OpCase:
     code, scale = jax.jit(fp8.quantize_weight)(normal(1, 160, 192))
     return OpCase(lambda x: fp8_linear(x, code, scale, **settings), (_linear_x(192, groups),))
+
+
+def _fp8_linears() -> OpCase:
+    pairs = [jax.jit(fp8.quantize_weight)(normal(i, n, 192)) for i, n in enumerate((160, 24), 1)]
+    codes, scales = zip(*pairs, strict=True)
+    return OpCase(lambda x: fp8_linears(x, codes, scales), (_linear_x(192, 0),))
 
 
 def _mxfp4_linear(groups: int = 0, **settings: Any) -> OpCase:
@@ -435,6 +442,7 @@ CASES: dict[str, Callable[[], OpCase]] = {
         "dense_linear-several": _dense_linears,
         "fp8_linear-w8a8": lambda: _fp8_linear(dtype=jnp.bfloat16, regime="decode"),
         "fp8_linear-w8a16-groups": lambda: _fp8_linear(2, act="bfloat16"),
+        "fp8_linear-several": _fp8_linears,
         "mxfp4_linear-w4a8": lambda: _mxfp4_linear(),
         "mxfp4_linear-w4a16": lambda: _mxfp4_linear(act="bfloat16", regime="prefill"),
         "nvfp4_linear-w4a4": lambda: _nvfp4_linear(),
