@@ -25,7 +25,7 @@ template <WeightForm kForm>
 constexpr int kRawAtOnce = 32 / kRawLanes<kForm>;
 
 // What a warp does at once: some tokens of a stage. They are dealt out to the warps in turn, so a
-// warp goes through the stages in order; it waits for none that is its own.
+// warp goes through the stages in order, and what it waits for never waits for it.
 __host__ __device__ constexpr int RawDeals(int tokens, int at_once) {
   return (tokens + at_once - 1) / at_once;
 }

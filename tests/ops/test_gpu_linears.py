@@ -174,9 +174,8 @@ def test_few_tokens(form: str, shape: str) -> None:
 
         return {
             (t, regime, dtype): call(t, regime, dtype)
-            for t in (*range(1, 10), 40)
-            for regime in ("decode", "exact")
-            for dtype in ("float32", "bfloat16")
+            for t in (1, 2, 3, 5, 8, 9, 40)
+            for regime, dtype in (("decode", "float32"), ("exact", "bfloat16"))
         }
 
     for _ in range(3):
