@@ -3,7 +3,7 @@
 // L2 if the tokens are few.
 //
 // What bounds it: a few tokens are latency, as many loads at once as there can be, two reductions
-// over the token, 39 normalisations of comb in a row, by a warp of their own beside all else. Many
+// over the token, 40 normalisations of comb in a row, by a warp of their own beside all else. Many
 // tokens are memory, as long as instructions are few: so fn is multiplied on tensor cores, and
 // combs are left to a third launch, a thread each.
 //
@@ -68,7 +68,7 @@ __device__ __forceinline__ void SyncWarps(int barrier, int warps) {
 __device__ __forceinline__ void ArriveWarps(int barrier, int warps) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(warps * kLanes) : "memory");
 }
-constexpr int kWorkersBarrier = 1, kPreBarrier = 2;
+constexpr int kWorkersBarrier = 1, kPreBarrier = 2, kGroupsBarrier = 3;
 
 // What a token's write-back is weighted by: post, and the rows of comb.
 struct BackWeights {
@@ -230,6 +230,15 @@ __device__ __forceinline__ void Mix(const Weights& weights, const uint2* streams
   }
 }
 
+// A lane's sum of a group of tiles.
+__device__ __forceinline__ float GroupSum(const MhcParams& p, const float* sums, int tiles,
+                                          int group, int lane) {
+  const float* const of_lane = sums + (lane < p.mixes ? lane : kMhcSquares);
+  const int first = group * kMhcTileGroup;
+  return Halved<kMhcTileGroup>(
+      [&](int i) { return first + i < tiles ? of_lane[(first + i) * kMhcSumStride] : 0.0f; });
+}
+
 // A lane's mix, its scale and shift: asked for long before they are needed.
 struct LaneMix {
   float scale = 0.0f, base = 0.0f;
@@ -241,16 +250,9 @@ struct LaneMix {
     }
   }
 
-  // Of a token's tile sums: lane i < 4 has pre_i, the next post, the others logits of comb.
-  __device__ __forceinline__ float Weight(const MhcParams& p, const float* sums, int tiles,
-                                          int lane) const {
-    const float* const of_lane = sums + (lane < p.mixes ? lane : kMhcSquares);
-    float total = 0.0f;
-    for (int first = 0; first < tiles; first += kMhcTileGroup) {
-      total = __fadd_rn(total, Halved<kMhcTileGroup>([&](int i) {
-                          return first + i < tiles ? of_lane[(first + i) * kMhcSumStride] : 0.0f;
-                        }));
-    }
+  // Lane i < 4 has pre_i, the next post, the others logits of comb; of the sums of all tiles, of
+  // which the lane has its own.
+  __device__ __forceinline__ float Weight(const MhcParams& p, float total, int lane) const {
     const float squares = __shfl_sync(kAllLanes, total, kMhcSquares);
     const float mean = __fmul_rn(squares, p.reciprocal_flat);
     const float norm = __frsqrt_rn(__fadd_rn(mean, p.rms_eps));
@@ -267,7 +269,7 @@ __device__ __forceinline__ void StorePost(const MhcParams& p, int64_t token, flo
 
 __device__ __forceinline__ void StoreComb(const MhcParams& p, int64_t token,
                                           float (&comb)[kStreams * kStreams]) {
-  Sinkhorn(comb, p.iters, p.hc_eps);
+  Balance(comb, p.iters, p.hc_eps);
   float4* const to = reinterpret_cast<float4*>(p.next_comb) + token * kStreams;
 #pragma unroll
   for (int j = 0; j < kStreams; ++j) {
@@ -275,24 +277,14 @@ __device__ __forceinline__ void StoreComb(const MhcParams& p, int64_t token,
   }
 }
 
-// By a whole warp.
-__device__ __forceinline__ void StorePostAndComb(const MhcParams& p, int64_t token, float weight,
-                                                 int lane) {
-  StorePost(p, token, weight, lane);
-  float comb[kStreams * kStreams];
+// e to the lane's logit of comb, less the largest of its row, which is in the lanes around.
+__device__ __forceinline__ float Exponential(float logit) {
+  float top = logit;
 #pragma unroll
-  for (int i = 0; i < kStreams * kStreams; ++i) {
-    comb[i] = __shfl_sync(kAllLanes, weight, 2 * kStreams + i);
+  for (int half = 1; half < kStreams; half *= 2) {
+    top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, half));
   }
-  if (lane == 0) StoreComb(p, token, comb);
-}
-
-__device__ __forceinline__ void StorePostAndLogits(const MhcParams& p, int64_t token, float weight,
-                                                   int lane) {
-  StorePost(p, token, weight, lane);
-  if (lane >= 2 * kStreams && lane < kMhcMixes) {
-    p.next_comb[token * kStreams * kStreams + lane - 2 * kStreams] = weight;
-  }
+  return Exp(logit - top);
 }
 
 // ---- Write-back alone: a warp a tile of a token.
@@ -325,11 +317,11 @@ cudaError_t LaunchWrite(const MhcParams& p, cudaStream_t stream) {
 // ---- Many tokens: sums of tiles, then a thread block a token.
 
 constexpr int kSumsThreads = kMixWarps * kLanes;
+constexpr int kMaxSumsTokens = 32;  // of a thread block
 
 struct SumsParams {
   MhcParams p;
   int tiles, per_group;  // tokens of a thread block, for one tile
-  int begin, end;        // tokens
 };
 
 __global__ void __launch_bounds__(kSumsThreads, 2)
@@ -339,9 +331,8 @@ __global__ void __launch_bounds__(kSumsThreads, 2)
   const MhcParams& p = params.p;
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const int tile = static_cast<int>(blockIdx.x % params.tiles);
-  const int first_token =
-      params.begin + static_cast<int>(blockIdx.x / params.tiles) * params.per_group;
-  const int count = min(params.per_group, params.end - first_token);
+  const int first_token = static_cast<int>(blockIdx.x / params.tiles) * params.per_group;
+  const int count = min(params.per_group, static_cast<int>(p.t) - first_token);
   const int64_t first = first_token;
   const int channel = tile * kMhcTile + lane * kChannels;
   Weights weights;
@@ -371,15 +362,6 @@ constexpr int kMmaSteps = kMhcTile / 2 / 16;
 constexpr int kMmaPairWords = kStreams * kLanes + 4;
 static_assert(kMixWarps == 2 * kStreams);
 
-#ifndef MMA_AHEAD
-#define MMA_AHEAD 4
-#endif
-#ifndef MMA_RESIDENT
-#define MMA_RESIDENT 2
-#endif
-constexpr int kMmaAhead = MMA_AHEAD;        // tokens a warp has asked for
-constexpr int kMmaResident = MMA_RESIDENT;  // thread blocks that share an SM's registers
-
 template <int kTokens>
 struct MmaShared {
   union {
@@ -404,10 +386,13 @@ __device__ __forceinline__ void Split(float4 x, uint32_t (&part)[3][2]) {
   }
 }
 
-template <int kTokens>
-__global__ void __launch_bounds__(kSumsThreads, kMmaResident)
+// kMany: latency is hidden by further thread blocks on the SM. Else by all loads at once.
+template <int kTokens, bool kMany>
+__global__ void __launch_bounds__(kSumsThreads, kMany ? 3 : 2)
     MmaSumsKernel(const __grid_constant__ SumsParams params) {
   constexpr int kRowTiles = kTokens / 16;
+  constexpr int kAhead = kMany ? 2 : kTokens / kMixWarps;  // tokens a warp has asked for
+  constexpr int kFnSteps = kMany ? 1 : kMmaSteps;          // of fn that it has asked for
   extern __shared__ __align__(16) uint8_t dynamic[];
   auto& shared = *reinterpret_cast<MmaShared<kTokens>*>(dynamic);
   LetNextBegin();
@@ -415,33 +400,49 @@ __global__ void __launch_bounds__(kSumsThreads, kMmaResident)
   const int warp = UniformWarp(), lane = threadIdx.x % kLanes;
   const int group = lane / 4, column = lane % 4;
   const int tile = static_cast<int>(blockIdx.x % params.tiles);
-  const int first_token = params.begin + static_cast<int>(blockIdx.x / params.tiles) * kTokens;
-  const int count = min(kTokens, params.end - first_token);
+  const int first_token = static_cast<int>(blockIdx.x / params.tiles) * kTokens;
+  const int count = min(kTokens, static_cast<int>(p.t) - first_token);
   const int64_t first = first_token;
   const int channel = tile * kMhcTile + lane * kChannels;
   float* const sums = p.scratch + (first * params.tiles + tile) * kMhcSumStride;
   const int stride = params.tiles * kMhcSumStride;
-#ifndef MMA_NO_PREFETCH
-  // fn is needed later on, for the first time by whoever is first.
-  constexpr int kLines = kMhcTile * sizeof(float) / 128;
-  for (int i = threadIdx.x; i < p.mixes * kStreams * kLines; i += kSumsThreads) {
-    Prefetch(p.fn + (i / kLines * static_cast<int>(p.d) + tile * kMhcTile + i % kLines * 32));
+  if (kMany) {  // fn is needed later on, for the first time by whoever is first
+    constexpr int kLines = kMhcTile * sizeof(float) / 128;
+    for (int i = threadIdx.x; i < p.mixes * kStreams * kLines; i += kSumsThreads) {
+      Prefetch(p.fn + (i / kLines * static_cast<int>(p.d) + tile * kMhcTile + i % kLines * 32));
+    }
   }
-#endif
   // A warp's tokens are warp, warp + 8, ...
-  TokenStreams ahead[kMmaAhead] = {};
+  TokenStreams ahead[kAhead] = {};
 #pragma unroll
-  for (int i = 0; i < kMmaAhead; ++i) {
+  for (int i = 0; i < kAhead; ++i) {
     const int token = warp + i * kMixWarps;
     if (token < count) ahead[i].Load(p, first, token, channel);
   }
+  const int stream = warp / 2, half = warp % 2;
+  const float* const fn = p.fn + (int64_t{group} * kStreams + stream) * p.d +
+                          (tile * kMhcTile + half * (kMhcTile / 2) + column * kChannels);
+  const int64_t column_tile = int64_t{8} * kStreams * p.d;
+  const auto load_fn = [&](int n, int step) {
+    if (8 * n + group >= p.mixes) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    return __ldg(reinterpret_cast<const float4*>(fn + n * column_tile) + step * 4);
+  };
+  float4 of_fn[kFnSteps][kMmaColumnTiles];
+  const auto begin_fn = [&] {
+#pragma unroll
+    for (int step = 0; step < kFnSteps; ++step) {
+#pragma unroll
+      for (int n = 0; n < kMmaColumnTiles; ++n) of_fn[step][n] = load_fn(n, step);
+    }
+  };
+  if (!kMany) begin_fn();
   if (p.branch != nullptr) {
     if (threadIdx.x < count) shared.weights[threadIdx.x].Load(p, first + threadIdx.x);
     __syncthreads();
   }
-  for (int from = warp; from < count; from += kMmaAhead * kMixWarps) {
+  for (int from = warp; from < count; from += kAhead * kMixWarps) {
 #pragma unroll
-    for (int i = 0; i < kMmaAhead; ++i) {
+    for (int i = 0; i < kAhead; ++i) {
       TokenStreams& streams = ahead[i];
       const int token = from + i * kMixWarps;
       if (token < count) {
@@ -460,23 +461,13 @@ __global__ void __launch_bounds__(kSumsThreads, kMmaResident)
       }
 #pragma unroll
       for (int k = i - 1; k <= i; ++k) {
-        const int later = from + (kMmaAhead + k) * kMixWarps;
+        const int later = from + (kAhead + k) * kMixWarps;
         if (later < count) ahead[k].Load(p, first, later, channel);
       }
     }
   }
 
-  const int stream = warp / 2, half = warp % 2;
-  const float* const fn = p.fn + (int64_t{group} * kStreams + stream) * p.d +
-                          (tile * kMhcTile + half * (kMhcTile / 2) + column * kChannels);
-  const int64_t column_tile = int64_t{8} * kStreams * p.d;
-  const auto load_fn = [&](int n, int step) {
-    if (8 * n + group >= p.mixes) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    return __ldg(reinterpret_cast<const float4*>(fn + n * column_tile) + step * 4);
-  };
-  float4 next[kMmaColumnTiles];
-#pragma unroll
-  for (int n = 0; n < kMmaColumnTiles; ++n) next[n] = load_fn(n, 0);
+  if (kMany) begin_fn();
   __syncthreads();
 
   float acc[kRowTiles][kMmaColumnTiles][4] = {};
@@ -495,8 +486,9 @@ __global__ void __launch_bounds__(kSumsThreads, kMmaResident)
 #pragma unroll
     for (int n = 0; n < kMmaColumnTiles; ++n) {
       uint32_t part[3][2];
-      Split(next[n], part);
-      if (step + 1 < kMmaSteps) next[n] = load_fn(n, step + 1);
+      float4& weights = of_fn[step % kFnSteps][n];
+      Split(weights, part);
+      if (step + kFnSteps < kMmaSteps) weights = load_fn(n, step + kFnSteps);
 #pragma unroll
       for (int i = 2; i >= 0; --i) {
 #pragma unroll
@@ -525,22 +517,24 @@ __global__ void __launch_bounds__(kSumsThreads, kMmaResident)
     for (int w = 1; w < kMixWarps; ++w) sum = __fadd_rn(sum, shared.parts[w][token][mix]);
     sums[token * stride + mix] = sum;
   }
-  WaitForPrevious();  // so that whoever waits for this waits for all before it
 }
 
 // ---- From the sums to the forms: a token a thread block, 16 channels a lane.
 
-constexpr int kMaxWorkers = 16;  // warps, beside the one for weights and comb
-constexpr int kFinishThreads = (kMaxWorkers + 1) * kLanes;
+constexpr int kMaxWorkers = 16;  // warps, beside those for weights and comb: one a group of tiles
+constexpr int kMaxTileGroups = static_cast<int>(kMhcMaxDim / (kMhcTile * kMhcTileGroup));
 constexpr int kGroup = kLanes * kNormBlock;  // channels of a warp
 constexpr int kMaxGroups = static_cast<int>(kMhcMaxDim / kGroup);
 constexpr int kMaxPasses = kMaxGroups / kMaxWorkers;
+// Of kPasses.
+constexpr int FinishThreads(int passes) {
+  return (kMaxWorkers + passes * kMaxTileGroups / kMaxPasses) * kLanes;
+}
 
 struct FinishParams {
   MhcParams p;
-  int tiles, workers;
-  bool logits;     // instead of comb, for CombKernel
-  int begin, end;  // tokens
+  int tiles, groups, workers;  // groups of tiles
+  bool combs_later;            // for CombKernel
 };
 
 struct BlockStreams {
@@ -613,31 +607,49 @@ __device__ __forceinline__ void StoreFp8(const MhcParams& p, int64_t at, bool va
 
 // kPasses: groups of 512 channels that a warp takes.
 template <int kPasses>
-__global__ void __launch_bounds__(kFinishThreads, 3 - kPasses)
+__global__ void __launch_bounds__(FinishThreads(kPasses), 3 - kPasses)
     FinishKernel(const __grid_constant__ FinishParams params) {
   __shared__ float4 group_squares[kMaxGroups / 4 + 1];
   __shared__ uint32_t warp_max[kMaxWorkers];
   __shared__ float pre_of[kStreams];
+  __shared__ float group_sums[kMaxTileGroups][kLanes];
   const MhcParams& p = params.p;
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const int workers = params.workers;
   float* const squares_of = reinterpret_cast<float*>(group_squares);
   // Backwards: the last tokens' streams are still in the L2.
-  const int64_t token = params.end - 1 - static_cast<int>(blockIdx.x);
-  if (warp == workers) {
+  const int64_t token = p.t - 1 - static_cast<int>(blockIdx.x);
+  if (warp >= workers) {
+    const int group = warp - workers;
     const LaneMix mix(p, lane);
     LetNextBegin();
     WaitForPrevious();
     const float* const sums = p.scratch + token * params.tiles * kMhcSumStride;
-    const float weight = mix.Weight(p, sums, params.tiles, lane);
+    float total = __fadd_rn(0.0f, GroupSum(p, sums, params.tiles, group, lane));
+    if (params.groups > 1) {
+      group_sums[group][lane] = total;
+      SyncWarps(kGroupsBarrier, params.groups);
+    }
+    if (group > 0) return;
+    for (int i = 1; i < params.groups; ++i) total = __fadd_rn(total, group_sums[i][lane]);
+    const float weight = mix.Weight(p, total, lane);
     if (lane < kStreams) pre_of[lane] = weight;
     ArriveWarps(kPreBarrier, workers + 1);
     if (p.mixes != kMhcMixes) return;
-    if (params.logits) {
-      StorePostAndLogits(p, token, weight, lane);
-    } else {
-      StorePostAndComb(p, token, weight, lane);
+    StorePost(p, token, weight, lane);
+    const float exponential = Exponential(weight);
+    if (params.combs_later) {
+      if (lane >= 2 * kStreams && lane < kMhcMixes) {
+        p.next_comb[token * kStreams * kStreams + lane - 2 * kStreams] = exponential;
+      }
+      return;
     }
+    float comb[kStreams * kStreams];
+#pragma unroll
+    for (int i = 0; i < kStreams * kStreams; ++i) {
+      comb[i] = __shfl_sync(kAllLanes, exponential, 2 * kStreams + i);
+    }
+    if (lane == 0) StoreComb(p, token, comb);
     return;
   }
 
@@ -736,7 +748,7 @@ __global__ void __launch_bounds__(kFinishThreads, 3 - kPasses)
   }
 }
 
-// comb in place of its logits, a thread a token.
+// comb in place of the exponentials, a thread a token.
 constexpr int kCombThreads = 32;
 
 struct CombParams {
@@ -762,87 +774,81 @@ __global__ void __launch_bounds__(kCombThreads)
   StoreComb(p, token, comb);
 }
 
-struct Launches {
-  bool mma;       // for tokens by the 32 or by the 64
-  int per_group;  // tokens of a thread block of sums
-  bool combs;     // by a launch of their own
-  int chunk;      // tokens, chunk by chunk: the second launch finds their streams in the L2
-};
-
-// The sums of a chunk wait for nothing that the chunk before does, and begin at its end.
-template <int kTokens>
-cudaError_t LaunchMmaSums(const SumsParams& params, dim3 grid, cudaStream_t stream) {
+template <int kTokens, bool kMany>
+cudaError_t LaunchMma(const SumsParams& params, unsigned grid, cudaStream_t stream) {
   constexpr int kBytes = sizeof(MmaShared<kTokens>);
   const cudaError_t error = cudaFuncSetAttribute(
-      MmaSumsKernel<kTokens>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+      MmaSumsKernel<kTokens, kMany>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
-  if (params.begin > 0) {
-    return LaunchDependent(MmaSumsKernel<kTokens>, grid, kSumsThreads, kBytes, stream, params);
-  }
-  MmaSumsKernel<kTokens><<<grid, kSumsThreads, kBytes, stream>>>(params);
+  MmaSumsKernel<kTokens, kMany><<<grid, kSumsThreads, kBytes, stream>>>(params);
   return cudaGetLastError();
 }
 
-cudaError_t LaunchSums(const SumsParams& params, bool mma, cudaStream_t stream) {
-  const int64_t groups =
-      (int64_t{params.end} - params.begin + params.per_group - 1) / params.per_group;
+enum class Sums { kFma, kMma, kMmaMany };
+
+cudaError_t LaunchSums(const SumsParams& params, Sums how, cudaStream_t stream) {
+  const int64_t groups = (params.p.t + params.per_group - 1) / params.per_group;
   if (groups * params.tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const dim3 grid(static_cast<unsigned>(groups * params.tiles));
-  if (mma && params.per_group == 64) return LaunchMmaSums<64>(params, grid, stream);
-  if (mma) return LaunchMmaSums<32>(params, grid, stream);
+  const auto grid = static_cast<unsigned>(groups * params.tiles);
+  if (how == Sums::kMmaMany) return LaunchMma<32, true>(params, grid, stream);
+  if (how == Sums::kMma) {
+    return params.per_group == 16 ? LaunchMma<16, false>(params, grid, stream)
+                                  : LaunchMma<32, false>(params, grid, stream);
+  }
   const int bytes = params.per_group * kStreams * kLanes * static_cast<int>(sizeof(uint2));
   SumsKernel<<<grid, kSumsThreads, bytes, stream>>>(params);
   return cudaGetLastError();
 }
 
-FinishParams FinishOf(const SumsParams& sums, bool logits) {
-  const int groups = static_cast<int>((sums.p.d + kGroup - 1) / kGroup);
-  return {sums.p, sums.tiles, std::min(groups, kMaxWorkers), logits, sums.begin, sums.end};
-}
-
-cudaError_t LaunchFinish(const FinishParams& params, cudaStream_t stream) {
-  const bool once = params.p.d <= kMaxWorkers * kGroup;
+cudaError_t LaunchFinish(const MhcParams& p, bool combs_later, cudaStream_t stream) {
+  const auto parts = [&](int channels) {
+    return static_cast<int>((p.d + channels - 1) / channels);
+  };
+  const FinishParams params{p, parts(kMhcTile), parts(kMhcTile * kMhcTileGroup),
+                            std::min(parts(kGroup), kMaxWorkers), combs_later};
+  const bool once = p.d <= kMaxWorkers * kGroup;
+  const int threads = (params.workers + params.groups) * kLanes;
   return LaunchDependent(once ? FinishKernel<1> : FinishKernel<kMaxPasses>,
-                         dim3(static_cast<unsigned>(params.end - params.begin)),
-                         (params.workers + 1) * kLanes, 0, stream, params);
+                         dim3(static_cast<unsigned>(p.t)), threads, 0, stream, params);
 }
 
-cudaError_t Launch(const MhcParams& p, cudaStream_t stream, const Launches& how) {
-  if (p.t > INT32_MAX - kFinishThreads) return cudaErrorInvalidConfiguration;
-  const bool combs = how.combs && p.mixes == kMhcMixes;
-  for (int64_t begin = 0; begin < p.t; begin += how.chunk) {
-    const int64_t end = std::min(begin + how.chunk, p.t);
-    const SumsParams sums{p, static_cast<int>(p.d / kMhcTile), how.per_group,
-                          static_cast<int>(begin), static_cast<int>(end)};
-    cudaError_t error = LaunchSums(sums, how.mma, stream);
-    if (error == cudaSuccess) error = LaunchFinish(FinishOf(sums, combs), stream);
-    if (error != cudaSuccess) return error;
-  }
-  if (!combs) return cudaSuccess;
+cudaError_t LaunchCombs(const MhcParams& p, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>((p.t + kCombThreads - 1) / kCombThreads);
   return LaunchDependent(CombKernel, dim3(blocks), kCombThreads, 0, stream, CombParams{p});
 }
 
+cudaError_t Launch(const MhcParams& p, cudaStream_t stream, Sums how, int per_group,
+                   bool combs_later) {
+  if (p.t > INT32_MAX - kMaxSumsTokens) return cudaErrorInvalidConfiguration;
+  combs_later = combs_later && p.mixes == kMhcMixes;
+  cudaError_t error = LaunchSums({p, static_cast<int>(p.d / kMhcTile), per_group}, how, stream);
+  if (error == cudaSuccess) error = LaunchFinish(p, combs_later, stream);
+  if (error == cudaSuccess && combs_later) error = LaunchCombs(p, stream);
+  return error;
+}
+
 // Measured on H100.
 constexpr int kDecodeTokens = 32;  // in the regime kAuto
-constexpr int kMmaTokens = 2048;   // so many share fn by the 64
+constexpr int kBlocks = 128;       // about as many as there are SMs
+constexpr int kFewSumsTokens = 8;  // by FMA: up to so many, half of the tokens share fn
 constexpr int kManyCombs = 512;    // are worth a launch
-constexpr int kSumsBlocks = 128;   // about as many as there are SMs
-constexpr int kSumsTokens = 32;    // of a thread block, at most
-constexpr int kChunk = INT32_MAX;
 
 }  // namespace
 
 cudaError_t MhcCuda(const MhcParams& p, cudaStream_t stream) {
   if (p.t == 0) return cudaSuccess;
   if (p.fn == nullptr) return LaunchWrite(p, stream);
-  const bool combs = p.t >= kManyCombs;
+  const int64_t tiles = p.d / kMhcTile;
+  const bool combs_later = p.t >= kManyCombs;
   if (p.regime == Regime::kPrefill || (p.regime == Regime::kAuto && p.t > kDecodeTokens)) {
-    return Launch(p, stream, {true, p.t >= kMmaTokens ? 64 : 32, combs, kChunk});
+    const int per_group = (p.t + 15) / 16 * tiles <= kBlocks ? 16 : 32;
+    const bool many = (p.t + 31) / 32 * tiles > 2 * kBlocks;
+    return Launch(p, stream, many ? Sums::kMmaMany : Sums::kMma, per_group, combs_later);
   }
-  const int64_t tiles = p.t * (p.d / kMhcTile);
-  const auto per_group = static_cast<int>((tiles + kSumsBlocks - 1) / kSumsBlocks);
-  return Launch(p, stream, {false, std::min(per_group, kSumsTokens), combs, kChunk});
+  const int64_t few = std::clamp<int64_t>(p.t / 2, 1, kFewSumsTokens);
+  const int64_t per_group =
+      std::clamp<int64_t>((p.t * tiles + kBlocks - 1) / kBlocks, few, kMaxSumsTokens);
+  return Launch(p, stream, Sums::kFma, static_cast<int>(per_group), combs_later);
 }
 
 }  // namespace dsv4

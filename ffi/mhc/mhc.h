@@ -38,9 +38,8 @@ constexpr int kMhcBf16 = 1, kMhcNvfp4 = 2, kMhcFp8 = 4;
 // - A sum over the flat streams (a mix, the squares) is a chain of 16 fused multiply-adds from zero
 //   over 4 neighbouring channels, stream by stream; 32 such lanes by halves (lane i and i + 16,
 //   ...) are a tile; 32 tiles by halves; those groups in sequence. The norm of y: see rmsnorm.h.
-// - A mean is the product with the rounded reciprocal of the count. Four of comb are summed as
-//   (0 + 1) + (2 + 3), and multiplied by the rounded reciprocal of the sum. The exponential is that
-//   of common/exp.h.
+// - A mean is the product with the rounded reciprocal of the count. Sums of four of comb: see
+//   mhc_weights.h. The exponential is that of common/exp.h.
 struct MhcParams {
   const uint16_t* streams;    // [t, 4, d] BF16
   const uint16_t* branch;     // [t, d] BF16, or nullptr: no write-back
