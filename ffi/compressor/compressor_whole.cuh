@@ -197,7 +197,7 @@ struct WholeShared {
     };
   };
   alignas(16) float x[kOwn == 1 ? kModelWidth : 1];
-  float2 norm_of[kLanes], turn[kLanes];
+  float2 norm_of[kLanes];
   float frequency[kLanes];
   int order[kOwn][kLanes];  // of the largest gates
   float tile_sum[kMaxTiles];
@@ -359,21 +359,18 @@ __global__ void __launch_bounds__(kWholeThreads, kModel&& kOwn == 2 ? 3 : 2)
   __syncthreads();
   if (cluster > 1) WaitForCluster();  // all have begun, and made their barriers
   const bool stores = kOwn == 2 || rank % 2 == 0, rotary = pair >= d - p.rotary;
-  if (slot_lane == 1 && stores) {
-    const SinCos turn = TurnOf(rotary, shared.frequency[lane], own);
-    shared.turn[lane] = make_float2(turn.sin, turn.cos);
-    Meet(1, 2 * kLanes);
-  }
   if (slot_lane == 0) {
     values = SumLanes<kOwn>(shared.value, column);
     norms = SumLanes<kOwn>(shared.norm, column);
     float2 x;
     float squares;
+    SinCos turn = {};  // while the others' are on their way
     if constexpr (kOwn == 1) {
       const float one = RoundBf16(make_float2(values.at[0] / norms.at[0], 0.0f)).x;
 #pragma unroll
       for (int i = 0; i < kModelTiles; ++i) StoreIn(&shared.x[first], barrier, 2 * i, one);
       if (stores) {
+        turn = Here(TurnOf(rotary, shared.frequency[lane], own));
         Wait(barrier, 0);
         float sums[kModelTiles];
 #pragma unroll
@@ -388,19 +385,18 @@ __global__ void __launch_bounds__(kWholeThreads, kModel&& kOwn == 2 ? 3 : 2)
       if (!mine) x = make_float2(0.0f, 0.0f);
       const float sum = TileSquares(x);
       squares = __shfl_sync(kAllLanes, sum, 1);
+      if (cluster > 1 && lane % 2 == 1 && lane / 2 < cluster) {
+        StoreIn(&shared.tile_sum[tile], barrier, lane / 2, sum);
+      }
+      turn = Here(TurnOf(rotary, shared.frequency[lane], own));
       if (cluster > 1) {
-        if (lane % 2 == 1 && lane / 2 < cluster) {
-          StoreIn(&shared.tile_sum[tile], barrier, lane / 2, sum);
-        }
         Wait(barrier, 0);
         squares = RowSquares(shared.tile_sum, TilesOf(d));
       }
     }
-    if (stores) Meet(1, 2 * kLanes);
     if (stores && tile < TilesOf(d)) {
-      const float2 turn = shared.turn[lane];
       const float mean = squares * params.width[blockIdx.y].mean;
-      const float2 y = NormAndRope(shared.norm_of[lane], {turn.x, turn.y}, rotary, mean, p.eps, x);
+      const float2 y = NormAndRope(shared.norm_of[lane], turn, rotary, mean, p.eps, x);
       StoreKey(p, job, b * job.slots + window, pair, mine, y);
     }
   }
