@@ -151,7 +151,6 @@ constexpr int kOverlapThreads = 256;
 constexpr int kOverlapWarps = kOverlapThreads / kLanes;
 constexpr int kOverlapCluster = 2;
 constexpr int kOverlapBlocks = 3;  // of a multiprocessor
-constexpr uint32_t kOverlapAhead = 132 * kOverlapBlocks;
 
 struct OverlapParams {
   CompressorParams p;
@@ -170,7 +169,7 @@ struct OverlapShared {
   uint32_t largest[kOverlapWarps];
 };
 
-// A line each of the chunk's four rows that are about an item's.
+// While the lengths are on their way: a line each of the chunk's four rows that are about an item's.
 __device__ __forceinline__ void PrefetchItem(const CompressorParams& p, const CompressorJob& job,
                                              int d, uint32_t b, uint32_t item, int thread) {
   constexpr int kLine = 32;  // floats
@@ -215,9 +214,6 @@ __device__ __forceinline__ void RunOverlap(const OverlapParams& params, int whic
   if (closes) {
     Slots slots;
     LoadSlots(rows, window, d, slots);
-    if (d % kSumChannels == 0) {
-      PrefetchItem(p, job, d, b, item + kOverlapAhead * per_block, first / kChannels);
-    }
     turn = TurnOf(constants, window * kRatio);
     AddApe(rows, window, ape, slots);
     x = Pool(slots);
