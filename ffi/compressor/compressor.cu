@@ -16,7 +16,7 @@ namespace {
 
 using namespace compressor;
 
-constexpr int64_t kFewWindows = 8;  // 128 thread blocks
+constexpr int64_t kFewWindows = 4;  // of clusters twice as large
 
 Width WidthOf(int64_t d) {
   return {1.0f / static_cast<float>(d),
@@ -77,19 +77,38 @@ cudaError_t LaunchOverlapToken(const CompressorParams& params, cudaStream_t stre
 }
 
 template <bool kModel, int kOwn>
-cudaError_t RunWhole(const WholeParams& params, cudaStream_t stream) {
+cudaError_t PrepareWhole() {
   constexpr auto kKernel = WholeKernel<kModel, kOwn>;
-  constexpr int kSharedBytes = sizeof(WholeShared<kOwn>);
-  cudaError_t error =
-      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (kOwn == 1 && error == cudaSuccess) {
-    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }
+  const cudaError_t error = cudaFuncSetAttribute(
+      kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(WholeShared<kOwn>));
+  if (error != cudaSuccess || kOwn == kChannels) return error;
+  return cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+}
+
+template <bool kModel, int kOwn>
+cudaError_t RunWhole(const WholeParams& params, cudaStream_t stream) {
+  const cudaError_t error = PrepareWhole<kModel, kOwn>();
   if (error != cudaSuccess) return error;
   const int64_t blocks = params.p.b * params.windows * params.cluster;
-  return LaunchClusters(kKernel,
+  return LaunchClusters(WholeKernel<kModel, kOwn>,
                         dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(params.p.n_jobs)),
-                        kWholeThreads, params.cluster, stream, params, kSharedBytes);
+                        kWholeThreads, params.cluster, stream, params, sizeof(WholeShared<kOwn>));
+}
+
+// Windows that may take clusters twice as large: those that run at once, where any do, of the
+// device that is current at the first call.
+int64_t FewWindows() {
+  static const int64_t few = [] {
+    int count = 0;
+    if (PrepareWhole<true, 1>() != cudaSuccess ||
+        MostClusters(WholeKernel<true, 1>, kWholeThreads, sizeof(WholeShared<1>), 2 * kModelTiles,
+                     count) != cudaSuccess) {
+      cudaGetLastError();
+      return int64_t{0};
+    }
+    return std::min<int64_t>(kFewWindows, count);
+  }();
+  return few;
 }
 
 cudaError_t LaunchWhole(const CompressorParams& params, cudaStream_t stream) {
@@ -107,7 +126,7 @@ cudaError_t LaunchWhole(const CompressorParams& params, cudaStream_t stream) {
   kernel.windows = static_cast<uint32_t>(windows);
   if (!FitsGrid(params.b * windows * kernel.cluster * 2)) return cudaErrorInvalidConfiguration;
   if (!model) return RunWhole<false, 2>(kernel, stream);
-  if (params.b * windows * params.n_jobs > kFewWindows) return RunWhole<true, 2>(kernel, stream);
+  if (params.b * windows * params.n_jobs > FewWindows()) return RunWhole<true, 2>(kernel, stream);
   kernel.cluster *= 2;
   return RunWhole<true, 1>(kernel, stream);
 }

@@ -151,7 +151,6 @@ constexpr int kOverlapThreads = 256;
 constexpr int kOverlapWarps = kOverlapThreads / kLanes;
 constexpr int kOverlapCluster = 2;
 constexpr int kOverlapBlocks = 3;  // of a multiprocessor
-constexpr uint32_t kOverlapAhead = 132 * kOverlapBlocks;
 
 struct OverlapParams {
   CompressorParams p;
@@ -215,9 +214,6 @@ __device__ __forceinline__ void RunOverlap(const OverlapParams& params, int whic
   if (closes) {
     Slots slots;
     LoadSlots(rows, window, d, slots);
-    if (d % kSumChannels == 0) {
-      PrefetchItem(p, job, d, b, item + kOverlapAhead * per_block, first / kChannels);
-    }
     turn = TurnOf(constants, window * kRatio);
     AddApe(rows, window, ape, slots);
     x = Pool(slots);

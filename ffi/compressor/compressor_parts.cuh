@@ -109,13 +109,10 @@ __device__ __forceinline__ float LoadNow(const float* from) {
   asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(x) : "l"(from));
   return x;
 }
-// x, as the compiler cannot know: what is made of it is made here and not kept from before.
-__device__ __forceinline__ uint32_t Anew(uint32_t x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-// A barrier of some of a thread block's warps.
+// A barrier of some of a thread block's warps. What was a loop of a warp ahead of it, or a branch,
+// its lanes may have left apart.
 __device__ __forceinline__ void Meet(int barrier, int threads) {
+  __syncwarp();
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
@@ -246,6 +243,11 @@ __device__ __forceinline__ Constants ConstantsOf(const CompressorParams& p,
 __device__ __forceinline__ SinCos TurnOf(bool rotary, float frequency, uint32_t position) {
   if (!rotary) return {0.0f, 1.0f};
   return SinCosAt(static_cast<int32_t>(position), frequency);
+}
+// What is made here, and not where it is used.
+__device__ __forceinline__ SinCos Here(SinCos turn) {
+  asm volatile("" : "+f"(turn.sin), "+f"(turn.cos));
+  return turn;
 }
 __device__ __forceinline__ SinCos TurnOf(const Constants& constants, uint32_t position) {
   return TurnOf(constants.rotary, constants.frequency, position);
