@@ -169,7 +169,7 @@ struct OverlapShared {
   uint32_t largest[kOverlapWarps];
 };
 
-// A line each of the chunk's four rows that are about an item's.
+// While the lengths are on their way: a line each of the chunk's four rows that are about an item's.
 __device__ __forceinline__ void PrefetchItem(const CompressorParams& p, const CompressorJob& job,
                                              int d, uint32_t b, uint32_t item, int thread) {
   constexpr int kLine = 32;  // floats

@@ -1,6 +1,6 @@
 // Ratios but 4: a thread block takes 64 or 32 channels of a window, a warp of it a slot lane, so
-// that 512 KB of HCA's window are read by 8 or 16 SMs, as a cluster. Gates come first, and of long
-// chunks ahead of the lengths: all exponentials are done while the values arrive, in shared memory.
+// that 512 KB of HCA's window are read by 8 or 16 SMs, as a cluster. Gates come first: all
+// exponentials are done while the values arrive, in shared memory.
 //
 // 64 channels are a tile: thread blocks exchange its sum of squares, and nothing else. Of few rows
 // it is the exponentials that take long: then 32 channels, and of each two thread blocks one has
@@ -226,33 +226,19 @@ __global__ void __launch_bounds__(kWholeThreads, kModel&& kOwn == 2 ? 3 : 2)
   const int pair = tile * kSumChannels + lane * kChannels;  // of what is stored
   const bool mine = kModel || first < d;
   AskForLengths(p, b, shared.lengths);
-  EndGroup();
   Rows rows(p, job, b, d, mine ? first : 0);
   Constants constants = {};
   if (slot_lane == 0) constants = ConstantsOf(p, job, d, mine ? pair : 0);
-  // While the lengths are on their way. A long chunk mostly begins with a window: its gates are
-  // asked for as if it did, and otherwise are in the L2 at least. Of a short one its rows.
-  Own<kOwn> g[kSlotsPerThread];
-  const float* ape = rows.Ape(slot_lane);
-  const auto copy_ape = [&](int i) {
-    CopyOwn<kOwn>(&shared.ape[i][slot_lane][column], ape + i * kSlotLanes * d);
-  };
-  const bool guesses = kModel && (item + 1) * ratio <= p.t;
-  if (guesses) {
-    const float* gate = rows.Gate(item * ratio + slot_lane);
-#pragma unroll
-    for (int i = 0; i < kSlotsPerThread; ++i) g[i] = LoadOwn<kOwn>(gate + i * kSlotLanes * d);
-#pragma unroll
-    for (int i = 0; i < kSlotsPerThread; ++i) copy_ape(i);
-  }
-  EndGroup();
+  // While the lengths are on their way: about the rows that it will read. Gates of a long chunk are
+  // not to wait for values.
   constexpr int kLine = 32;  // floats
   static_assert(kWholeThreads == 4 * kCompressorMaxRatio, "a line each");
-  const uint32_t ahead_row = threadIdx.x / 4;
+  const uint32_t ahead_row = threadIdx.x / 4, ahead = item * ratio + ahead_row;
   const uint32_t ahead_channel = (first - column) + threadIdx.x % 2 * kLine;
-  if (p.t < ratio && ahead_row < p.t && (kModel || ahead_channel < d) &&
-      (kOwn == 2 || threadIdx.x % 2 == 0)) {
-    Prefetch((threadIdx.x % 4 < 2 ? job.kv : job.gate) + (b * p.t + ahead_row) * d + ahead_channel);
+  const bool of_gate = threadIdx.x % 4 >= 2;
+  if ((kModel || (ahead_row < ratio && ahead_channel < d)) && ahead < p.t &&
+      (kOwn == 2 || threadIdx.x % 2 == 0) && (of_gate || p.t < ratio)) {
+    Prefetch((of_gate ? job.gate : job.kv) + (b * p.t + ahead) * d + ahead_channel);
   }
   const uint32_t barrier = SharedAddress(&shared.sums_barrier);
   if (cluster > 1) MakeBarrier(barrier);
@@ -262,15 +248,11 @@ __global__ void __launch_bounds__(kWholeThreads, kModel&& kOwn == 2 ? 3 : 2)
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) shared.order[c][lane] = OrderOf(-Infinity());
   }
-  WaitForAllButLast();
-  __syncthreads();
+  WaitForLengths();
   rows.Take(shared.lengths, p.t);
   const uint32_t oldest = rows.start / ratio, window = oldest + item;
   const uint32_t own = window * ratio, next = own + ratio;
-  if (own >= rows.end) {
-    WaitForCopies();
-    return;
-  }
+  if (own >= rows.end) return;
   // So say all of the row's thread blocks. If so, the state's other writes are the first's.
   const bool read = rows.start > oldest * ratio && (oldest + 1) * ratio <= rows.end;
   const bool writes = item == 0 || !read;
@@ -280,18 +262,17 @@ __global__ void __launch_bounds__(kWholeThreads, kModel&& kOwn == 2 ? 3 : 2)
       CopyToState<kOwn>(rows, ratio, own + slot_lane, min(next, rows.end));
       if (read) CopyToState<kOwn>(rows, ratio, next + slot_lane, rows.end);
     }
-    WaitForCopies();
     return;
   }
   const WholeSlots<kModel> slots(rows, own, slot_lane, ratio);
-  if (!guesses || rows.start % ratio != 0) {
-    slots.ForEach(rows.Gate(0), rows.GateState(0), d,
-                  [&](int i, const float* from) { g[i] = LoadOwn<kOwn>(from); });
-    if (p.t >= ratio) __syncthreads();  // values are asked for when all gates have been
-  }
-  if (guesses) {
-    // ape is on its way.
-  } else if (slots.AllNew()) {
+  Own<kOwn> g[kSlotsPerThread];
+  slots.ForEach(rows.Gate(0), rows.GateState(0), d,
+                [&](int i, const float* from) { g[i] = LoadOwn<kOwn>(from); });
+  const float* ape = rows.Ape(slot_lane);
+  const auto copy_ape = [&](int i) {
+    CopyOwn<kOwn>(&shared.ape[i][slot_lane][column], ape + i * kSlotLanes * d);
+  };
+  if (slots.AllNew()) {
 #pragma unroll
     for (int i = 0; i < kSlotsPerThread; ++i) {
       if (slots.There(i)) copy_ape(i);
@@ -303,6 +284,7 @@ __global__ void __launch_bounds__(kWholeThreads, kModel&& kOwn == 2 ? 3 : 2)
     }
   }
   EndGroup();
+  if (p.t >= ratio) __syncthreads();  // all gates have been asked for
   slots.ForEach(rows.Kv(0), rows.KvState(0), d, [&](int i, const float* from) {
     CopyOwn<kOwn>(&shared.z[i][slot_lane][column], from);
   });
