@@ -37,8 +37,8 @@ __device__ __forceinline__ void LoadSlots(const Rows& rows, uint32_t window, int
 #pragma unroll
     for (int s = 0; s < kOverlapSlots; ++s) {
       const int ahead = s * 2 * d + (s < kRatio ? 0 : d);
-      slots.g[s] = LoadPair(gate + ahead);
-      slots.z[s] = LoadPair(kv + ahead);
+      slots.g[s] = LoadPairOnce(gate + ahead);
+      slots.z[s] = LoadPairOnce(kv + ahead);
     }
     return;
   }
@@ -52,8 +52,8 @@ __device__ __forceinline__ void LoadSlots(const Rows& rows, uint32_t window, int
     const bool old = own + s < rows.start + kRatio;
     const uint32_t row = old ? at : own + s - kRatio - rows.start;
     const int column = s < kRatio ? 0 : d;
-    slots.g[s] = LoadPair((old ? rows.GateState(row) : rows.Gate(row)) + column);
-    slots.z[s] = LoadPair((old ? rows.KvState(row) : rows.Kv(row)) + column);
+    slots.g[s] = LoadPairOnce((old ? rows.GateState(row) : rows.Gate(row)) + column);
+    slots.z[s] = LoadPairOnce((old ? rows.KvState(row) : rows.Kv(row)) + column);
     if (++at == rows.ring) at = 0;
   }
 }
@@ -169,7 +169,8 @@ struct OverlapShared {
   uint32_t largest[kOverlapWarps];
 };
 
-// While the lengths are on their way: a line each of the chunk's four rows that are about an item's.
+// While the lengths are on their way: a line each of the chunk's four rows that are about an
+// item's.
 __device__ __forceinline__ void PrefetchItem(const CompressorParams& p, const CompressorJob& job,
                                              int d, uint32_t b, uint32_t item, int thread) {
   constexpr int kLine = 32;  // floats
@@ -341,8 +342,8 @@ __device__ __forceinline__ void RunToken(const TokenParams& params, int which, i
       const uint32_t behind = kOverlapSlots - 1 - s;
       const uint32_t at = to >= behind ? to - behind : to + rows.ring - behind;
       const int column = s < kRatio ? 0 : d;
-      slots.g[s] = LoadPair(rows.GateState(at) + column);
-      slots.z[s] = LoadPair(rows.KvState(at) + column);
+      slots.g[s] = LoadPairOnce(rows.GateState(at) + column);
+      slots.z[s] = LoadPairOnce(rows.KvState(at) + column);
     }
     if (parts > 1) ExpectFloats(barrier, TilesOf(d));
     turn = TurnOf(constants, window * kRatio);

@@ -37,6 +37,15 @@ __device__ __forceinline__ float2 LoadPair(const float* from) {
   asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "l"(from) : "memory");
   return x;
 }
+// Of a row that is read once: `ape` stays in the L1.
+__device__ __forceinline__ float2 LoadPairOnce(const float* from) {
+  float2 x;
+  asm volatile("ld.global.L1::no_allocate.v2.f32 {%0, %1}, [%2];"
+               : "=f"(x.x), "=f"(x.y)
+               : "l"(from)
+               : "memory");
+  return x;
+}
 __device__ __forceinline__ float LoadOne(const float* from) {
   float x;
   asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(from) : "memory");

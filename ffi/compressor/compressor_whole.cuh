@@ -41,7 +41,7 @@ __device__ __forceinline__ Own<kOwn> LoadOwn(const float* from) {
   if constexpr (kOwn == 1) {
     return {LoadOne(from)};
   } else {
-    const float2 x = LoadPair(from);
+    const float2 x = LoadPairOnce(from);
     return {x.x, x.y};
   }
 }
