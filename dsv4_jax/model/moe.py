@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.model.linear import Linear, linear_leaves
+from dsv4_jax.model.linear import Linear, linear_leaves, linears
 from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.router import router
 from dsv4_jax.ops.swiglu import swiglu
@@ -83,7 +83,9 @@ class SharedExpert(nn.Module):
         self.w3 = Linear(c.moe_intermediate_size, c.hidden_size, self.form, self.regime)
 
     def __call__(self, x: Float[Array, "t d"]) -> Float[Array, "t d"]:
-        return self.w2(swiglu(self.w1(x), self.w3(x), limit=self.config.swiglu_limit))
+        gate, up = linears(x, (self.w1, self.w3))
+        hidden = swiglu(self.w1(x, gate), self.w3(x, up), limit=self.config.swiglu_limit)
+        return self.w2(hidden)
 
 
 class Gate(nn.Module):

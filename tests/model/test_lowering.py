@@ -67,7 +67,7 @@ DENSE: dict[LayerKind | None, Counter[str]] = {
 }
 # wq_a, wq_b, wkv, wo_a, wo_b and three of the shared expert; CSA layers have the indexer's wq_b.
 LINEARS = {None: 0, SWA: 8, HCA: 8, CSA: 9}
-TOGETHER = {"fp8_linear": 1}  # wq_a and wkv
+TOGETHER = {"fp8_linear": 2}  # wq_a and wkv, w1 and w3 of the shared expert
 SELECTIONS: dict[LayerKind | None, Counter[str]] = {
     None: Counter(),
     SWA: Counter(),
