@@ -100,7 +100,7 @@ def mhc(
         hc_eps: added to ``pre`` and inside the normalisations.
         rms_eps: added to both mean squares.
         regime: of the kernels on a GPU: ``"prefill"`` multiplies by ``fn`` on tensor cores (exact
-            products, FP32 sums), ``"decode"`` and ``"exact"`` do not; ``None``: for more than 128
+            products, FP32 sums), ``"decode"`` and ``"exact"`` do not; ``None``: for more than 8
             tokens.
         forms: of ``x``: ``"bfloat16"``, ``"nvfp4"`` (model.md 9.2), ``"fp8"`` (per 128, 4.5).
 

@@ -4,8 +4,7 @@
 //
 // What bounds it: a few tokens are latency, as many loads at once as there can be, two reductions
 // over the token, 40 normalisations of comb in a row, by a warp of their own beside all else. Many
-// tokens are memory, as long as instructions are few: so fn is multiplied on tensor cores, and
-// combs are left to a third launch, a thread each.
+// tokens are memory, as long as instructions are few: so fn is multiplied on tensor cores.
 //
 // In the first launch a lane has 4 neighbouring channels of a tile, a warp the tile; see mhc.h for
 // the order of sums. In the second a lane has 16 neighbouring channels.
@@ -52,20 +51,19 @@ __device__ __forceinline__ float HalvedLanes(float x) {
   return x;
 }
 
-__device__ __forceinline__ void Prefetch(const void* at) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
-}
-
 // The number of this warp, known to the compiler to be the same in all of its lanes.
 __device__ __forceinline__ int UniformWarp() {
   return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kLanes, 0);
 }
 
-// Of some of a thread block's warps; number 0 is that of __syncthreads.
+// Of some of a thread block's warps; number 0 is that of __syncthreads. A warp counts as a whole,
+// so its lanes meet first: one that still writes would be counted too.
 __device__ __forceinline__ void SyncWarps(int barrier, int warps) {
+  __syncwarp();
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(warps * kLanes) : "memory");
 }
 __device__ __forceinline__ void ArriveWarps(int barrier, int warps) {
+  __syncwarp();
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(warps * kLanes) : "memory");
 }
 constexpr int kWorkersBarrier = 1, kPreBarrier = 2, kGroupsBarrier = 3;
@@ -386,13 +384,12 @@ __device__ __forceinline__ void Split(float4 x, uint32_t (&part)[3][2]) {
   }
 }
 
-// kMany: latency is hidden by further thread blocks on the SM. Else by all loads at once.
-template <int kTokens, bool kMany>
-__global__ void __launch_bounds__(kSumsThreads, kMany ? 3 : 2)
+// All of a thread's loads are asked for at once.
+template <int kTokens>
+__global__ void __launch_bounds__(kSumsThreads, 2)
     MmaSumsKernel(const __grid_constant__ SumsParams params) {
   constexpr int kRowTiles = kTokens / 16;
-  constexpr int kAhead = kMany ? 2 : kTokens / kMixWarps;  // tokens a warp has asked for
-  constexpr int kFnSteps = kMany ? 1 : kMmaSteps;          // of fn that it has asked for
+  constexpr int kWarpTokens = kTokens / kMixWarps;
   extern __shared__ __align__(16) uint8_t dynamic[];
   auto& shared = *reinterpret_cast<MmaShared<kTokens>*>(dynamic);
   LetNextBegin();
@@ -406,68 +403,50 @@ __global__ void __launch_bounds__(kSumsThreads, kMany ? 3 : 2)
   const int channel = tile * kMhcTile + lane * kChannels;
   float* const sums = p.scratch + (first * params.tiles + tile) * kMhcSumStride;
   const int stride = params.tiles * kMhcSumStride;
-  if (kMany) {  // fn is needed later on, for the first time by whoever is first
-    constexpr int kLines = kMhcTile * sizeof(float) / 128;
-    for (int i = threadIdx.x; i < p.mixes * kStreams * kLines; i += kSumsThreads) {
-      Prefetch(p.fn + (i / kLines * static_cast<int>(p.d) + tile * kMhcTile + i % kLines * 32));
-    }
-  }
   // A warp's tokens are warp, warp + 8, ...
-  TokenStreams ahead[kAhead] = {};
+  TokenStreams tokens[kWarpTokens] = {};
 #pragma unroll
-  for (int i = 0; i < kAhead; ++i) {
+  for (int i = 0; i < kWarpTokens; ++i) {
     const int token = warp + i * kMixWarps;
-    if (token < count) ahead[i].Load(p, first, token, channel);
+    if (token < count) tokens[i].Load(p, first, token, channel);
   }
   const int stream = warp / 2, half = warp % 2;
   const float* const fn = p.fn + (int64_t{group} * kStreams + stream) * p.d +
                           (tile * kMhcTile + half * (kMhcTile / 2) + column * kChannels);
   const int64_t column_tile = int64_t{8} * kStreams * p.d;
-  const auto load_fn = [&](int n, int step) {
-    if (8 * n + group >= p.mixes) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    return __ldg(reinterpret_cast<const float4*>(fn + n * column_tile) + step * 4);
-  };
-  float4 of_fn[kFnSteps][kMmaColumnTiles];
-  const auto begin_fn = [&] {
+  float4 of_fn[kMmaSteps][kMmaColumnTiles];
 #pragma unroll
-    for (int step = 0; step < kFnSteps; ++step) {
+  for (int step = 0; step < kMmaSteps; ++step) {
 #pragma unroll
-      for (int n = 0; n < kMmaColumnTiles; ++n) of_fn[step][n] = load_fn(n, step);
+    for (int n = 0; n < kMmaColumnTiles; ++n) {
+      of_fn[step][n] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if (8 * n + group >= p.mixes) continue;
+      of_fn[step][n] = __ldg(reinterpret_cast<const float4*>(fn + n * column_tile) + step * 4);
     }
-  };
-  if (!kMany) begin_fn();
+  }
   if (p.branch != nullptr) {
     if (threadIdx.x < count) shared.weights[threadIdx.x].Load(p, first + threadIdx.x);
     __syncthreads();
   }
-  for (int from = warp; from < count; from += kAhead * kMixWarps) {
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      TokenStreams& streams = ahead[i];
-      const int token = from + i * kMixWarps;
-      if (token < count) {
-        if (p.branch != nullptr) {
-          streams.WriteBack(p, shared.weights[token], first, token, channel);
-        }
-        const float squares = Squares(streams.s);
-        if (lane == 0) sums[token * stride + kMhcSquares] = squares;
+  for (int i = 0; i < kWarpTokens; ++i) {
+    TokenStreams& streams = tokens[i];
+    const int token = warp + i * kMixWarps;
+    if (token < count) {
+      if (p.branch != nullptr) {
+        streams.WriteBack(p, shared.weights[token], first, token, channel);
       }
-      if (i % 2 == 0) continue;
-      uint4* const to = shared.streams[token / 16 * 8 + warp] + lane;
+      const float squares = Squares(streams.s);
+      if (lane == 0) sums[token * stride + kMhcSquares] = squares;
+    }
+    if (i % 2 == 0) continue;
+    uint4* const to = shared.streams[i / 2 * 8 + warp] + lane;
 #pragma unroll
-      for (int j = 0; j < kStreams; ++j) {
-        const uint2 upper = ahead[i - 1].s[j], lower = streams.s[j];
-        to[j * kLanes] = make_uint4(upper.x, lower.x, upper.y, lower.y);
-      }
-#pragma unroll
-      for (int k = i - 1; k <= i; ++k) {
-        const int later = from + (kAhead + k) * kMixWarps;
-        if (later < count) ahead[k].Load(p, first, later, channel);
-      }
+    for (int j = 0; j < kStreams; ++j) {
+      const uint2 upper = tokens[i - 1].s[j], lower = streams.s[j];
+      to[j * kLanes] = make_uint4(upper.x, lower.x, upper.y, lower.y);
     }
   }
-
-  if (kMany) begin_fn();
   __syncthreads();
 
   float acc[kRowTiles][kMmaColumnTiles][4] = {};
@@ -486,9 +465,7 @@ __global__ void __launch_bounds__(kSumsThreads, kMany ? 3 : 2)
 #pragma unroll
     for (int n = 0; n < kMmaColumnTiles; ++n) {
       uint32_t part[3][2];
-      float4& weights = of_fn[step % kFnSteps][n];
-      Split(weights, part);
-      if (step + kFnSteps < kMmaSteps) weights = load_fn(n, step + kFnSteps);
+      Split(of_fn[step][n], part);
 #pragma unroll
       for (int i = 2; i >= 0; --i) {
 #pragma unroll
@@ -534,7 +511,6 @@ constexpr int FinishThreads(int passes) {
 struct FinishParams {
   MhcParams p;
   int tiles, groups, workers;  // groups of tiles
-  bool combs_later;            // for CombKernel
 };
 
 struct BlockStreams {
@@ -615,35 +591,32 @@ __global__ void __launch_bounds__(FinishThreads(kPasses), 3 - kPasses)
   __shared__ float group_sums[kMaxTileGroups][kLanes];
   const MhcParams& p = params.p;
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  const int workers = params.workers;
+  const int workers = params.workers, warps = workers + params.groups;
   float* const squares_of = reinterpret_cast<float*>(group_squares);
   // Backwards: the last tokens' streams are still in the L2.
-  const int64_t token = p.t - 1 - static_cast<int>(blockIdx.x);
+  const int token = static_cast<int>(p.t) - 1 - static_cast<int>(blockIdx.x);
   if (warp >= workers) {
     const int group = warp - workers;
     const LaneMix mix(p, lane);
     LetNextBegin();
     WaitForPrevious();
-    const float* const sums = p.scratch + token * params.tiles * kMhcSumStride;
+    const float* const sums = p.scratch + int64_t{token} * params.tiles * kMhcSumStride;
     float total = __fadd_rn(0.0f, GroupSum(p, sums, params.tiles, group, lane));
     if (params.groups > 1) {
       group_sums[group][lane] = total;
       SyncWarps(kGroupsBarrier, params.groups);
     }
-    if (group > 0) return;
+    if (group > 0) {  // racecheck follows arrivals where the whole thread block takes part
+      ArriveWarps(kPreBarrier, warps);
+      return;
+    }
     for (int i = 1; i < params.groups; ++i) total = __fadd_rn(total, group_sums[i][lane]);
     const float weight = mix.Weight(p, total, lane);
     if (lane < kStreams) pre_of[lane] = weight;
-    ArriveWarps(kPreBarrier, workers + 1);
+    ArriveWarps(kPreBarrier, warps);
     if (p.mixes != kMhcMixes) return;
     StorePost(p, token, weight, lane);
     const float exponential = Exponential(weight);
-    if (params.combs_later) {
-      if (lane >= 2 * kStreams && lane < kMhcMixes) {
-        p.next_comb[token * kStreams * kStreams + lane - 2 * kStreams] = exponential;
-      }
-      return;
-    }
     float comb[kStreams * kStreams];
 #pragma unroll
     for (int i = 0; i < kStreams * kStreams; ++i) {
@@ -665,10 +638,10 @@ __global__ void __launch_bounds__(FinishThreads(kPasses), 3 - kPasses)
   LetNextBegin();
   WaitForPrevious();
   const uint16_t* const streams =
-      (p.branch == nullptr ? p.streams : p.new_streams) + token * kStreams * p.d;
+      (p.branch == nullptr ? p.streams : p.new_streams) + int64_t{token} * kStreams * p.d;
   BlockStreams of_block = {};
   if (block_of(0) < blocks) of_block.Load(streams + block_of(0) * kNormBlock, p.d);
-  SyncWarps(kPreBarrier, workers + 1);
+  SyncWarps(kPreBarrier, warps);
   const float pre[kStreams] = {pre_of[0], pre_of[1], pre_of[2], pre_of[3]};
   uint32_t y[kPasses][kNormWords];
 #pragma unroll
@@ -708,7 +681,7 @@ __global__ void __launch_bounds__(FinishThreads(kPasses), 3 - kPasses)
     }
     const uint32_t (&words)[kNormWords] = y[pass];
     const bool valid = block_of(pass) < blocks;
-    const int64_t at = token * blocks + block_of(pass);
+    const int64_t at = int64_t{token} * blocks + block_of(pass);
     largest[pass] = valid ? Largest(words) : 0;
     token_largest = max(token_largest, largest[pass]);
     if (p.x != nullptr && valid) {
@@ -742,96 +715,61 @@ __global__ void __launch_bounds__(FinishThreads(kPasses), 3 - kPasses)
         words[i + 2 * k + 1] = __byte_perm(first, fourth_after, 0x7632);
       }
     }
-    const int64_t at = token * blocks + block_of(pass);
+    const int64_t at = int64_t{token} * blocks + block_of(pass);
     StoreVector(p.code4 + at * (kNvfp4Block / 2),
                 encoder.Encode(words, largest[pass], p.block_scale[at]));
   }
 }
 
-// comb in place of the exponentials, a thread a token.
-constexpr int kCombThreads = 32;
-
-struct CombParams {
-  MhcParams p;
-};
-
-__global__ void __launch_bounds__(kCombThreads)
-    CombKernel(const __grid_constant__ CombParams params) {
-  const MhcParams& p = params.p;
-  WaitForPrevious();
-  const int64_t token = int64_t{blockIdx.x} * kCombThreads + threadIdx.x;
-  if (token >= p.t) return;
-  const float4* const from = reinterpret_cast<const float4*>(p.next_comb) + token * kStreams;
-  float comb[kStreams * kStreams];
-#pragma unroll
-  for (int j = 0; j < kStreams; ++j) {
-    const float4 row = from[j];
-    comb[4 * j] = row.x;
-    comb[4 * j + 1] = row.y;
-    comb[4 * j + 2] = row.z;
-    comb[4 * j + 3] = row.w;
-  }
-  StoreComb(p, token, comb);
-}
-
-template <int kTokens, bool kMany>
+template <int kTokens>
 cudaError_t LaunchMma(const SumsParams& params, unsigned grid, cudaStream_t stream) {
   constexpr int kBytes = sizeof(MmaShared<kTokens>);
   const cudaError_t error = cudaFuncSetAttribute(
-      MmaSumsKernel<kTokens, kMany>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+      MmaSumsKernel<kTokens>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
-  MmaSumsKernel<kTokens, kMany><<<grid, kSumsThreads, kBytes, stream>>>(params);
+  MmaSumsKernel<kTokens><<<grid, kSumsThreads, kBytes, stream>>>(params);
   return cudaGetLastError();
 }
 
-enum class Sums { kFma, kMma, kMmaMany };
+enum class Sums { kFma, kMma };
 
+// On tensor cores per_group is 16 or 32.
 cudaError_t LaunchSums(const SumsParams& params, Sums how, cudaStream_t stream) {
   const int64_t groups = (params.p.t + params.per_group - 1) / params.per_group;
   if (groups * params.tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
   const auto grid = static_cast<unsigned>(groups * params.tiles);
-  if (how == Sums::kMmaMany) return LaunchMma<32, true>(params, grid, stream);
   if (how == Sums::kMma) {
-    return params.per_group == 16 ? LaunchMma<16, false>(params, grid, stream)
-                                  : LaunchMma<32, false>(params, grid, stream);
+    return params.per_group == 16 ? LaunchMma<16>(params, grid, stream)
+                                  : LaunchMma<32>(params, grid, stream);
   }
   const int bytes = params.per_group * kStreams * kLanes * static_cast<int>(sizeof(uint2));
   SumsKernel<<<grid, kSumsThreads, bytes, stream>>>(params);
   return cudaGetLastError();
 }
 
-cudaError_t LaunchFinish(const MhcParams& p, bool combs_later, cudaStream_t stream) {
+cudaError_t LaunchFinish(const MhcParams& p, cudaStream_t stream) {
   const auto parts = [&](int channels) {
     return static_cast<int>((p.d + channels - 1) / channels);
   };
   const FinishParams params{p, parts(kMhcTile), parts(kMhcTile * kMhcTileGroup),
-                            std::min(parts(kGroup), kMaxWorkers), combs_later};
+                            std::min(parts(kGroup), kMaxWorkers)};
   const bool once = p.d <= kMaxWorkers * kGroup;
   const int threads = (params.workers + params.groups) * kLanes;
   return LaunchDependent(once ? FinishKernel<1> : FinishKernel<kMaxPasses>,
                          dim3(static_cast<unsigned>(p.t)), threads, 0, stream, params);
 }
 
-cudaError_t LaunchCombs(const MhcParams& p, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>((p.t + kCombThreads - 1) / kCombThreads);
-  return LaunchDependent(CombKernel, dim3(blocks), kCombThreads, 0, stream, CombParams{p});
-}
-
-cudaError_t Launch(const MhcParams& p, cudaStream_t stream, Sums how, int per_group,
-                   bool combs_later) {
+cudaError_t Launch(const MhcParams& p, cudaStream_t stream, Sums how, int per_group) {
   if (p.t > INT32_MAX - kMaxSumsTokens) return cudaErrorInvalidConfiguration;
-  combs_later = combs_later && p.mixes == kMhcMixes;
-  cudaError_t error = LaunchSums({p, static_cast<int>(p.d / kMhcTile), per_group}, how, stream);
-  if (error == cudaSuccess) error = LaunchFinish(p, combs_later, stream);
-  if (error == cudaSuccess && combs_later) error = LaunchCombs(p, stream);
-  return error;
+  const SumsParams params{p, static_cast<int>(p.d / kMhcTile), per_group};
+  const cudaError_t error = LaunchSums(params, how, stream);
+  return error == cudaSuccess ? LaunchFinish(p, stream) : error;
 }
 
 // Measured on H100.
-constexpr int kDecodeTokens = 32;  // in the regime kAuto
+constexpr int kDecodeTokens = 8;   // in the regime kAuto
 constexpr int kBlocks = 128;       // about as many as there are SMs
 constexpr int kFewSumsTokens = 8;  // by FMA: up to so many, half of the tokens share fn
-constexpr int kManyCombs = 512;    // are worth a launch
 
 }  // namespace
 
@@ -839,16 +777,14 @@ cudaError_t MhcCuda(const MhcParams& p, cudaStream_t stream) {
   if (p.t == 0) return cudaSuccess;
   if (p.fn == nullptr) return LaunchWrite(p, stream);
   const int64_t tiles = p.d / kMhcTile;
-  const bool combs_later = p.t >= kManyCombs;
   if (p.regime == Regime::kPrefill || (p.regime == Regime::kAuto && p.t > kDecodeTokens)) {
-    const int per_group = (p.t + 15) / 16 * tiles <= kBlocks ? 16 : 32;
-    const bool many = (p.t + 31) / 32 * tiles > 2 * kBlocks;
-    return Launch(p, stream, many ? Sums::kMmaMany : Sums::kMma, per_group, combs_later);
+    const int per_group = (p.t + 15) / 16 * tiles < kBlocks ? 16 : 32;
+    return Launch(p, stream, Sums::kMma, per_group);
   }
   const int64_t few = std::clamp<int64_t>(p.t / 2, 1, kFewSumsTokens);
   const int64_t per_group =
       std::clamp<int64_t>((p.t * tiles + kBlocks - 1) / kBlocks, few, kMaxSumsTokens);
-  return Launch(p, stream, Sums::kFma, static_cast<int>(per_group), combs_later);
+  return Launch(p, stream, Sums::kFma, static_cast<int>(per_group));
 }
 
 }  // namespace dsv4

@@ -33,7 +33,7 @@ constexpr int kMhcBf16 = 1, kMhcNvfp4 = 2, kMhcFp8 = 4;
 // same order, whatever the number of tokens, so that their outputs are equal bit for bit (but for
 // the payload of a NaN). In the regime kPrefill a tile's mixes are sums of exact products on tensor
 // cores, of eight times 64 channels of a stream, in FP32 in an order of theirs; all else is the
-// same, and a token still depends on no other. kAuto: kDecode for up to 32 tokens.
+// same, and a token still depends on no other. kAuto: kDecode for up to 8 tokens.
 // - A sum over streams is a chain of fused multiply-adds, streams ascending, begun by a product.
 // - A sum over the flat streams (a mix, the squares) is a chain of 16 fused multiply-adds from zero
 //   over 4 neighbouring channels, stream by stream; 32 such lanes by halves (lane i and i + 16,

@@ -47,7 +47,7 @@ MIN_COSINE = 0.9999
 """Of the chain by XLA, whose divisions are inexact on a GPU, to the op on the CPU."""
 
 
-FMA_TOKENS = 128
+FMA_TOKENS = 8
 """Up to so many tokens the sums are those of the CPU handler."""
 MIN_MMA_COSINE = 0.999999
 WEIGHT_ABS = 1e-5
