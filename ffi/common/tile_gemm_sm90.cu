@@ -115,9 +115,9 @@ __global__ void __launch_bounds__(kRawThreads, 3)
   char* const shared = raw + (1024 - (SharedAddress(raw) & 1023)) % 1024;  // the swizzle's pattern
   if (kFp8Mma && threadIdx.x < kTables) tables[threadIdx.x] = Magnitudes(threadIdx.x);
   if (threadIdx.x == 0) {
-    const int deals = RawDeals(unit.tile.count, kRawAtOnce<kForm>);
+    const int arrivals = 1 + RawArrivals(unit.tile.count, kRawAtOnce<kForm>);
     for (int i = 0; i < kMaxSlots; ++i) {
-      InitBarrier(SharedAddress(barriers + i), 1 + deals);
+      InitBarrier(SharedAddress(barriers + i), arrivals);
       InitBarrier(SharedAddress(barriers + kMaxSlots + i), 128);
     }
     FenceBarrierInit();

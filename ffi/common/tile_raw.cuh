@@ -29,6 +29,10 @@ constexpr int kRawAtOnce = 32 / kRawLanes<kForm>;
 __host__ __device__ constexpr int RawDeals(int tokens, int at_once) {
   return (tokens + at_once - 1) / at_once;
 }
+// Arrivals on a stage's barrier: of every lane, each of which writes, for every deal.
+__host__ __device__ constexpr int RawArrivals(int tokens, int at_once) {
+  return 32 * RawDeals(tokens, at_once);
+}
 
 // Past the L1: another kernel may have written it while this one was there.
 __device__ __forceinline__ uint4 LoadRaw(const char* x) {
@@ -77,7 +81,8 @@ __device__ __forceinline__ float RawGlobalScale(const RawArgs& args, const char*
   return TokenGlobalScale(__uint_as_float(largest));
 }
 
-// By the warps `warp` < kRawWarps; `x_scale`: in shared memory, of the tile's columns.
+// By the warps `warp` < kRawWarps; `x_scale`: in shared memory, of the tile's columns. Those who
+// read it wait for the first stage, on which the lanes that write it arrive.
 template <WeightForm kForm, bool kFp8Mma>
 __device__ __forceinline__ void LayOutRaw(const RawArgs& args,
                                           Feed<kForm, kFp8Mma, false, RawArgs> feed,
@@ -158,8 +163,7 @@ __device__ __forceinline__ void LayOutRaw(const RawArgs& args,
         }
       }
       FenceForAsyncReads();
-      __syncwarp();
-      if (lane == 0) Arrive(feed.full + 8 * feed.slot);
+      Arrive(feed.full + 8 * feed.slot);
       step(deal, [&] { feed.Next(); });
     }
   }
