@@ -40,14 +40,15 @@ def check_linear(
     dtype: DTypeLike,
     regime: Regime | None,
     name: str = "weight",
+    accepted: Sequence[DTypeLike] = FLOATS,
 ) -> None:
-    """What holds for every form of weights.
+    """What holds for every form of weights; ``accepted``: dtypes of ``x``.
 
     Raises:
         TypeError: ``x``, ``weight`` or the result has a dtype that is not accepted.
         ValueError: ranks, inner sizes or groups disagree, or ``regime`` is unknown.
     """
-    check_operand(op, "x", x, "t g? k", FLOATS)
+    check_operand(op, "x", x, "t g? k", accepted)
     check_operand(op, name, weight, "n k", (jnp.dtype(stored),))
     check_result(op, dtype, regime)
     k = weight.shape[1]
@@ -113,8 +114,12 @@ def linear_call(
     act: str | None,
     dtypes: Sequence[DTypeLike],
     regime: Regime | None,
+    x_scale: Array | None = None,
 ) -> list[Array]:
-    """Calls ``dsv4.<op>`` with checked operands: ``y [t, n]`` or ``[t, g, n / g]`` per weight."""
+    """Calls ``dsv4.<op>`` with checked operands: ``y [t, n]`` or ``[t, g, n / g]`` per weight.
+
+    ``x_scale``: of ``x`` that is E4M3.
+    """
     t, k = x.shape[0], x.shape[-1]
     groups = x.shape[1] if x.ndim == 3 else 1
     shapes = [(*x.shape[:-1], weight.shape[0] // groups) for weight in weights]
@@ -128,6 +133,7 @@ def linear_call(
         x,
         *weights,
         *scales,
+        *(() if x_scale is None else (x_scale,)),
         **attributes,
         regime=np.int32(REGIMES[regime]),
     )

@@ -2,16 +2,17 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from dsv4_jax.ops._check import check_choice, check_operand
+from dsv4_jax.ops._check import FLOATS, check_choice, check_operand
 from dsv4_jax.ops._linear import check_count, check_linear, dtypes_of, linear_call
 from dsv4_jax.precision import Regime
 from dsv4_jax.quant import fp8
+from dsv4_jax.quant.fp8 import Fp8
 from dsv4_jax.typing import E4M3, UE8M0, Array, Float, Float8e4m3fn, Float8e8m0fnu
 
 __all__ = ["fp8_linear", "fp8_linears"]
@@ -19,7 +20,7 @@ __all__ = ["fp8_linear", "fp8_linears"]
 
 @functools.partial(jax.jit, static_argnames=("act", "dtype", "regime"))
 def fp8_linear(
-    x: Float[Array, "t *g k"],
+    x: Float[Array, "t *g k"] | Fp8,
     weight: Float8e4m3fn[Array, "n k"],
     scale: Float8e8m0fnu[Array, "tn tk"],
     *,
@@ -37,7 +38,9 @@ def fp8_linear(
     inside `jax.shard_map`.
 
     Args:
-        x: activations, BF16 or FP32.
+        x: activations, BF16 or FP32; or quantised already, for ``fp8``, as `rmsnorm_fp8` and `mhc`
+            return them: E4M3 codes ``[t, *g, k]`` with UE8M0 scales ``[t, *g, k / 128]``, ``k`` a
+            multiple of 128. The result is bit for bit that of the array they are made of.
         weight: codes; both sizes may be any.
         scale: one per tile of 128x128, edge tiles included.
         act: ``fp8`` quantises ``x`` per token and 128 inputs (``w8a8``); ``bfloat16`` rounds it
@@ -49,19 +52,17 @@ def fp8_linear(
 
     Raises:
         TypeError: a dtype is not accepted.
-        ValueError: ``act`` or ``regime`` is unknown, or shapes of ``x``, ``weight`` and ``scale``
-            disagree.
+        ValueError: ``act`` or ``regime`` is unknown, ``x`` is quantised with another ``act`` or
+            ``k``, or shapes of ``x``, ``weight`` and ``scale`` disagree.
     """
     _check("fp8_linear", x, weight, scale, act, dtype, regime)
-    (y,) = linear_call(
-        "fp8_linear", x, (weight,), (scale,), act=act, dtypes=(dtype,), regime=regime
-    )
+    (y,) = _call(x, (weight,), (scale,), act=act, dtypes=(dtype,), regime=regime)
     return y
 
 
 @functools.partial(jax.jit, static_argnames=("act", "dtype", "regime"))
 def fp8_linears(
-    x: Float[Array, "t *g k"],
+    x: Float[Array, "t *g k"] | Fp8,
     weights: Sequence[Float8e4m3fn[Array, "_ k"]],
     scales: Sequence[Float8e8m0fnu[Array, "_ tk"]],
     *,
@@ -72,7 +73,8 @@ def fp8_linears(
     """``fp8_linear(x, weight, scale)`` for each of several weights, the same bits, in one call.
 
     Args:
-        x: activations; with a group axis every weight's rows are split evenly over the groups.
+        x: activations, as in `fp8_linear`; with a group axis every weight's rows are split evenly
+            over the groups.
         weights: 1 to 8, each with one row per output.
         scales: of the weights.
         act: as in `fp8_linear`.
@@ -92,14 +94,19 @@ def fp8_linears(
     dtypes = dtypes_of("fp8_linears", dtype, len(weights))
     for i, (weight, scale) in enumerate(zip(weights, scales, strict=True)):
         _check("fp8_linears", x, weight, scale, act, dtypes[i], regime, f"s[{i}]")
-    return tuple(
-        linear_call("fp8_linear", x, weights, scales, act=act, dtypes=dtypes, regime=regime)
-    )
+    return tuple(_call(x, weights, scales, act=act, dtypes=dtypes, regime=regime))
+
+
+def _call(
+    x: Array | Fp8, weights: Sequence[Array], scales: Sequence[Array], **settings: Any
+) -> list[Array]:
+    code, x_scale = x if isinstance(x, Fp8) else (x, None)
+    return linear_call("fp8_linear", code, weights, scales, x_scale=x_scale, **settings)
 
 
 def _check(
     op: str,
-    x: Array,
+    x: Array | Fp8,
     weight: Array,
     scale: Array,
     act: str,
@@ -108,13 +115,35 @@ def _check(
     index: str = "",
 ) -> None:
     """Of one weight; ``index`` follows its name in messages."""
-    check_linear(op, x, weight, E4M3, dtype, regime, f"weight{index}")
+    code, accepted = (x.code, (jnp.dtype(E4M3),)) if isinstance(x, Fp8) else (x, FLOATS)
+    check_linear(op, code, weight, E4M3, dtype, regime, f"weight{index}", accepted)
     check_operand(op, f"scale{index}", scale, "tn tk", (UE8M0,))
     check_choice(op, "act", act, ("fp8", "bfloat16"))
+    if isinstance(x, Fp8):
+        _check_quantised(op, x, act)
     n, k = weight.shape
     expected = (-(-n // fp8.WEIGHT_BLOCK), -(-k // fp8.WEIGHT_BLOCK))
     if scale.shape != expected:
         raise ValueError(
             f"{op}: scale{index} must be {list(expected)} for weight{index} {[n, k]}, "
             f"got {list(scale.shape)}"
+        )
+
+
+def _check_quantised(op: str, x: Fp8, act: str) -> None:
+    """What ``x`` that is quantised already is held to, beside what its codes are."""
+    *lead, k = x.code.shape
+    check_operand(op, "scale of x", x.scale, "t g? k/128", (jnp.dtype(UE8M0),))
+    if act != "fp8":
+        raise ValueError(f"{op}: act must be 'fp8' for x that is quantised, got {act!r}")
+    if k % fp8.ACT_BLOCK:
+        raise ValueError(
+            f"{op}: x that is quantised must have a multiple of {fp8.ACT_BLOCK} inputs, "
+            f"got {[*lead, k]}"
+        )
+    expected = (*lead, k // fp8.ACT_BLOCK)
+    if x.scale.shape != expected:
+        raise ValueError(
+            f"{op}: scale of x must be {list(expected)} for codes {[*lead, k]}, "
+            f"got {list(x.scale.shape)}"
         )

@@ -103,41 +103,58 @@ __device__ __forceinline__ void LoadBatch(const void* row, bool x_float32, int64
   LoadChunks(x, count, x_float32, whole, v);
 }
 
-// q8 (model.md 4.5) of 128 inputs over 16 lanes: codes in pairs, the scale returned.
-__device__ __forceinline__ float EncodeFp8(const float (&v)[kChunk],
-                                           uint16_t (&codes)[kChunk / 2]) {
+// E4M3 codes of a chunk, and the scale of the 128 inputs around it.
+struct Fp8Chunk {
+  uint2 codes;
+  float scale;
+};
+
+// q8 (model.md 4.5) of 128 inputs over 16 lanes.
+__device__ __forceinline__ Fp8Chunk EncodeFp8(const float (&v)[kChunk]) {
   const uint32_t largest = MaxOfLanes<16>(MagnitudeOf(v));
   float amax = fminf(fmaxf(__uint_as_float(largest), 1e-4f), kFloat32Max);
   amax = __fmul_rn(amax, 1.0f / kE4m3Max);
   const uint32_t bits = __float_as_uint(amax);
   const uint32_t exponent = (bits >> 23) + ((bits & 0x7FFFFFu) != 0);
   const float inverse = __uint_as_float((254 - exponent) << 23);
+  uint16_t codes[kChunk / 2];
 #pragma unroll
   for (int i = 0; i < kChunk; i += 2) {
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"
         : "=h"(codes[i / 2])
         : "f"(__fmul_rn(v[i + 1], inverse)), "f"(__fmul_rn(v[i], inverse)));
   }
-  return largest > 0x7F800000u ? __uint_as_float(0x7FC00000u) : __uint_as_float(exponent << 23);
+  return {make_uint2(codes[0] | static_cast<uint32_t>(codes[1]) << 16,
+                     codes[2] | static_cast<uint32_t>(codes[3]) << 16),
+          __uint_as_float(largest > 0x7F800000u ? 0x7FC00000u : exponent << 23)};
 }
 
-__device__ __forceinline__ uint2 PackCodes(const uint16_t (&codes)[kChunk / 2]) {
-  return make_uint2(codes[0] | static_cast<uint32_t>(codes[1]) << 16,
-                    codes[2] | static_cast<uint32_t>(codes[3]) << 16);
-}
-
-// The same, decoded again.
-__device__ __forceinline__ void RoundFp8(float (&v)[kChunk]) {
-  uint16_t codes[kChunk / 2];
-  const float scale = EncodeFp8(v, codes);
+__device__ __forceinline__ void DecodeFp8(const Fp8Chunk& chunk, float (&v)[kChunk]) {
 #pragma unroll
   for (int i = 0; i < kChunk; i += 2) {
+    const uint32_t word = i < 4 ? chunk.codes.x : chunk.codes.y;
     uint32_t halves;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(codes[i / 2]));
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;"
+        : "=r"(halves)
+        : "h"(static_cast<uint16_t>(i % 4 == 0 ? word : word >> 16)));
     const float2 pair = __half22float2(reinterpret_cast<const __half2&>(halves));
-    v[i] = __fmul_rn(pair.x, scale);
-    v[i + 1] = __fmul_rn(pair.y, scale);
+    v[i] = __fmul_rn(pair.x, chunk.scale);
+    v[i + 1] = __fmul_rn(pair.y, chunk.scale);
   }
+}
+
+// x that comes as codes, at any address.
+__device__ __forceinline__ Fp8Chunk LoadFp8(const uint8_t* code, const uint8_t* scale) {
+  uint2 codes = make_uint2(0, 0);
+  if (reinterpret_cast<uintptr_t>(code) % kChunk == 0) {
+    codes = __ldg(reinterpret_cast<const uint2*>(code));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      (i < 4 ? codes.x : codes.y) |= uint32_t{__ldg(code + i)} << i % 4 * 8;
+    }
+  }
+  return {codes, DecodeUe8m0(__ldg(scale))};
 }
 
 // NVFP4 (model.md 9.2) of 16 inputs over two lanes: code * block scale, without `global`.
@@ -177,7 +194,7 @@ __device__ __forceinline__ uint32_t RowMagnitude(const void* row, bool x_float32
 }
 
 __device__ __forceinline__ void RoundChunk(float (&v)[kChunk], ActForm act, float global) {
-  if (act == ActForm::kFp8) RoundFp8(v);
+  if (act == ActForm::kFp8) DecodeFp8(EncodeFp8(v), v);
   if (act == ActForm::kNvfp4) RoundNvfp4(v, global);
 }
 
@@ -238,14 +255,11 @@ struct Fp8Line {
 };
 
 template <WeightForm kForm>
-__device__ __forceinline__ Fp8Line Fp8LineOf(const float (&v)[kChunk], int lane) {
-  uint16_t codes[kChunk / 2];
-  const float scale = EncodeFp8(v, codes);
+__device__ __forceinline__ Fp8Line Fp8LineOf(const Fp8Chunk& chunk, int lane) {
   // Codes 0..3 go to the lower 16 inputs of an MMA step, 4..7 to the upper.
-  const uint2 packed = PackCodes(codes);
-  uint32_t words[4] = {packed.x, packed.y, 0, 0};
+  uint32_t words[4] = {chunk.codes.x, chunk.codes.y, 0, 0};
   Transpose<kLineShift<kForm>>(words, lane >> kLineShift<kForm> & 3);
-  return {make_uint4(words[0], words[1], words[2], words[3]), scale};
+  return {make_uint4(words[0], words[1], words[2], words[3]), chunk.scale};
 }
 
 // Inputs of a stage, which the columns' scales follow.
@@ -306,10 +320,39 @@ __device__ __forceinline__ void StoreFp8Row(const void* row, bool x_float32, int
     for (int i = 0; i < kBatch; ++i) {
       const int64_t at = base + i * stride + lane * kChunk;
       if (base + i * stride >= padded) break;
-      const Fp8Line line = Fp8LineOf<kForm>(v[i], lane);
+      const Fp8Line line = Fp8LineOf<kForm>(EncodeFp8(v[i]), lane);
       if (at >= padded || k == 0) continue;
       StoreFp8Line<kForm>(line, tile + at / kStage * kStage / 32 * 33 * width,
                           static_cast<int>(at % kStage), width, column, lane);
+    }
+  }
+}
+
+// One row of `padded` codes, a multiple of 128, with their scales: laid out as either does.
+template <WeightForm kForm, bool kFp8Mma, int kLanes>
+__device__ __forceinline__ void StoreCodes(const uint8_t* row, const uint8_t* scale, bool there,
+                                           int64_t padded, int width, int column, char* tile,
+                                           int first, int step_chunks) {
+  constexpr int kTeamChunk = kLanes * kChunk, kStage = kFp8Stage<kForm>;
+  static_assert(kTeamChunk == 128);
+  const int lane = threadIdx.x % kLanes;
+#pragma unroll kBatch
+  for (int64_t base = first * kTeamChunk; base < padded; base += step_chunks * kTeamChunk) {
+    const int64_t at = base + lane * kChunk;
+    Fp8Chunk chunk = {};
+    if (there) chunk = LoadFp8(row + at, scale + base / 128);
+    if constexpr (kFp8Mma) {
+      const Fp8Line line = Fp8LineOf<kForm>(chunk, lane);
+      if (!there) continue;
+      StoreFp8Line<kForm>(line,
+                          reinterpret_cast<uint8_t*>(tile) + at / kStage * kStage / 32 * 33 * width,
+                          static_cast<int>(at % kStage), width, column, lane);
+    } else {
+      float v[kChunk];
+      DecodeFp8(chunk, v);
+      const uint4 line = LineOf<kForm>(v, lane);
+      if (!there) continue;
+      reinterpret_cast<uint4*>(tile)[LineAt<kForm>(at, lane) * width + column] = line;
     }
   }
 }

@@ -318,6 +318,10 @@ void LoadActivations(const void* x, bool x_float32, int64_t k, float* out) {
   }
 }
 
+void DecodeActivations(const void* code, const uint8_t* scale, int64_t k, float* out) {
+  DecodeFp8(static_cast<const uint8_t*>(code), scale, k, out);
+}
+
 float RoundActivations(ActForm act, const float* x, int64_t k, const float* act_scale, float* out) {
   float token_scale = 1.0f;
   switch (act) {

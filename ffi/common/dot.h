@@ -31,6 +31,9 @@ void DecodeTokenCodes(const uint8_t* code, uint8_t scale, int64_t count, float* 
 // x[0 .. k) as FP32, BF16 or FP32 before.
 void LoadActivations(const void* x, bool x_float32, int64_t k, float* out);
 
+// x[0 .. k) of E4M3 codes with a UE8M0 scale per 128; exact in BF16. k is a multiple of 128.
+void DecodeActivations(const void* code, const uint8_t* scale, int64_t k, float* out);
+
 // One token's x as the product reads it: the values decoded again, exact in BF16, without the
 // token's global scale, which is returned (1 but for kNvfp4). `act_scale`: the static one, or
 // nullptr. `out` may be `x`; zeros follow up to PaddedInputs(k). k is a multiple of 16 for kNvfp4.

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/host_device.h"
+
 #ifdef DSV4_CUDA
 #include <cuda_runtime_api.h>
 #endif
@@ -32,7 +34,8 @@ enum class Regime : int32_t {
 };
 
 struct LinearParams {
-  const void* x;              // [t, groups, k] BF16 or FP32
+  const void* x;              // [t, groups, k] BF16 or FP32, or E4M3 codes where x_scale is
+  const uint8_t* x_scale;     // kFp8 activations that are quantised: [t, groups, k/128], or nullptr
   const void* weight;         // [n, k]; two 4-bit codes a byte, element 0 in the low nibble
   const uint8_t* scale;       // kFp8 [ceil(n/128), ceil(k/128)], kMxfp4 [n, k/32], kNvfp4 [n, k/16]
   const float* global_scale;  // kNvfp4: [1]
@@ -53,6 +56,11 @@ struct LinearsParams {
   LinearParams parts[kMaxLinearParts];
   int n_parts;
 };
+
+// Of an element of x.
+DSV4_HOST_DEVICE inline int InputBytes(const LinearParams& params) {
+  return params.x_scale != nullptr ? 1 : params.x_float32 ? 4 : 2;
+}
 
 // Device bytes a call may need besides its operands: x in the order of the kernels, and its scales.
 inline int64_t LinearScratchBytes(int64_t t, int64_t groups, int64_t k) {

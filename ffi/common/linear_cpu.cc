@@ -25,10 +25,16 @@ LinearActivations::LinearActivations(const LinearParams& params, int64_t first, 
 
 void LinearActivations::Round(int64_t begin, int64_t end) {
   const KeepDenormals keep_denormals;
-  const int64_t bytes = params_.k * (params_.x_float32 ? 4 : 2);
+  const int64_t bytes = params_.k * InputBytes(params_);
   const auto* x = static_cast<const char*>(params_.x) + first_ * params_.groups * bytes;
   for (int64_t i = begin; i < end; ++i) {
     float* values = values_.get() + i * stride_;
+    if (params_.x_scale != nullptr) {
+      const int64_t at = first_ * params_.groups + i;
+      DecodeActivations(x + i * bytes, params_.x_scale + at * (params_.k / 128), params_.k, values);
+      scales_[i] = 1.0f;
+      continue;
+    }
     LoadActivations(x + i * bytes, params_.x_float32, params_.k, values);
     scales_[i] = RoundActivations(params_.act, values, params_.k, params_.act_scale, values);
   }

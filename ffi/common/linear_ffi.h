@@ -21,6 +21,7 @@ struct LinearOperands {
   const ffi::AnyBuffer* scale = nullptr;          // all but kBf16
   const ffi::AnyBuffer* global_scale = nullptr;   // kNvfp4: []
   const ffi::RemainingArgs* act_scale = nullptr;  // kNvfp4: [], if static
+  const ffi::AnyBuffer* x_scale = nullptr;        // of x as codes (kFp8): [t, k / 128], [t, g, ..]
   std::string index = {};                         // of weight, scale and y in messages, if several
 };
 
@@ -84,14 +85,37 @@ inline ffi::Error CheckLinearAttributes(const LinearOperands& in, int32_t act, i
   return ffi::Error::Success();
 }
 
+// x as E4M3 codes, which its dtype says.
+inline ffi::Error CheckCodedInput(const LinearOperands& in, const Dims& dims,
+                                  LinearParams& params) {
+  const int64_t k = dims[dims.size() - 1];
+  if (params.act != ActForm::kFp8 || k % 128 != 0) {
+    return InvalidArgument(in.op,
+                           "x as float8_e4m3fn must come with act 1 (fp8) and a multiple of "
+                           "128 inputs, got act " +
+                               std::to_string(static_cast<int32_t>(params.act)) + " and " +
+                               ToString(dims));
+  }
+  DSV4_RETURN_IF_ERROR(
+      CheckDtype(in.op, "x_scale", in.x_scale->element_type(), {ffi::DataType::F8E8M0FNU}));
+  DSV4_RETURN_IF_ERROR(
+      dims.size() == 3
+          ? CheckShape(in.op, "x_scale", in.x_scale->dimensions(), {dims[0], dims[1], k / 128})
+          : CheckShape(in.op, "x_scale", in.x_scale->dimensions(), {dims[0], k / 128}));
+  params.x_scale = static_cast<const uint8_t*>(in.x_scale->untyped_data());
+  return ffi::Error::Success();
+}
+
 inline ffi::Error FillLinear(const LinearOperands& in, int32_t act, int32_t regime, LinearResult y,
                              LinearResult scratch, LinearParams& params) {
   DSV4_RETURN_IF_ERROR(CheckLinearAttributes(in, act, regime, params));
   const std::string weight_name = "weight" + in.index, y_name = "y" + in.index;
   const bool dense = in.form == WeightForm::kBf16;
-  DSV4_RETURN_IF_ERROR(dense ? CheckDtype(in.op, "x", in.x.element_type(), {ffi::DataType::BF16})
-                             : CheckDtype(in.op, "x", in.x.element_type(),
-                                          {ffi::DataType::BF16, ffi::DataType::F32}));
+  if (in.x_scale == nullptr) {
+    DSV4_RETURN_IF_ERROR(dense ? CheckDtype(in.op, "x", in.x.element_type(), {ffi::DataType::BF16})
+                               : CheckDtype(in.op, "x", in.x.element_type(),
+                                            {ffi::DataType::BF16, ffi::DataType::F32}));
+  }
   DSV4_RETURN_IF_ERROR(
       CheckDtype(in.op, weight_name, in.weight.element_type(), {LinearWeightDtype(in.form)}));
   DSV4_RETURN_IF_ERROR(
@@ -115,6 +139,9 @@ inline ffi::Error FillLinear(const LinearOperands& in, int32_t act, int32_t regi
   if (g < 1 || n % g != 0) {
     return InvalidArgument(in.op, weight_name + " must split evenly over x's " + std::to_string(g) +
                                       " groups, got " + ToString(weight_dims));
+  }
+  if (in.x_scale != nullptr) {
+    DSV4_RETURN_IF_ERROR(CheckCodedInput(in, dims, params));
   }
   if (in.scale != nullptr) {
     const bool nvfp4 = in.form == WeightForm::kNvfp4;
@@ -158,31 +185,39 @@ inline ffi::Error FillLinear(const LinearOperands& in, int32_t act, int32_t regi
   return ffi::Error::Success();
 }
 
-// A call with several weights: operands are those, then as many scales (all but kBf16); results y
-// of each, then scratch. Parts without rows or tokens are left out.
+// A call with several weights: operands are those, then as many scales (all but kBf16), then that
+// of x if it is E4M3 (kFp8); results y of each, then scratch. Parts without rows or tokens are left
+// out.
 inline ffi::Error FillLinears(const char* op, WeightForm form, int32_t act, int32_t regime,
                               const ffi::AnyBuffer& x, const ffi::RemainingArgs& operands,
                               const ffi::RemainingRets& results, LinearsParams& params) {
   const bool scaled = form != WeightForm::kBf16;
+  const bool coded = form == WeightForm::kFp8 && x.element_type() == ffi::DataType::F8E4M3FN;
   const size_t each = scaled ? 2 : 1, n = operands.size() / each;
-  if (operands.size() % each != 0 || n < 1 || n > kMaxLinearParts || results.size() != n + 1) {
-    return InvalidArgument(
-        op, std::string("must have x") + (scaled ? ", n weights and n scales" : " and n weights") +
-                " for n results and scratch, n = 1.." + std::to_string(kMaxLinearParts) + ", got " +
-                std::to_string(operands.size()) +
-                (scaled ? " operands beside x and " : " weights and ") +
-                std::to_string(results.size()) + " results");
+  if (operands.size() % each != (coded ? 1 : 0) || n < 1 || n > kMaxLinearParts ||
+      results.size() != n + 1) {
+    return InvalidArgument(op, std::string("must have x") +
+                                   (coded    ? ", n weights, n scales and x_scale"
+                                    : scaled ? ", n weights and n scales"
+                                             : " and n weights") +
+                                   " for n results and scratch, n = 1.." +
+                                   std::to_string(kMaxLinearParts) + ", got " +
+                                   std::to_string(operands.size()) +
+                                   (scaled ? " operands beside x and " : " weights and ") +
+                                   std::to_string(results.size()) + " results");
   }
   auto scratch = results.get<ffi::AnyBuffer>(n);
   for (size_t i = 0; i < n; ++i) {
     auto weight = operands.get<ffi::AnyBuffer>(i);
     auto scale = operands.get<ffi::AnyBuffer>(scaled ? n + i : i);
     auto y = results.get<ffi::AnyBuffer>(i);
-    if (!weight || !scale || !y || !scratch) {
+    auto x_scale = operands.get<ffi::AnyBuffer>(operands.size() - 1);  // if coded
+    if (!weight || !scale || !y || !scratch || !x_scale) {
       return InvalidArgument(op, "operands and results must be buffers");
     }
     LinearOperands in{op, form, x, *weight};
     if (scaled) in.scale = &*scale;
+    if (coded) in.x_scale = &*x_scale;
     if (n > 1) in.index = "[" + std::to_string(i) + "]";
     LinearParams part{};
     DSV4_RETURN_IF_ERROR(FillLinear(in, act, regime, *y, *scratch, part));

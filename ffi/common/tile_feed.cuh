@@ -94,7 +94,8 @@ struct Part {
 struct RawArgs {
   Part parts[kMaxLinearParts];
   int n_parts;
-  const void* x;  // BF16 [tokens, groups, inputs]
+  const void* x;           // BF16 [tokens, groups, inputs], or E4M3 codes
+  const uint8_t* x_scale;  // of codes: UE8M0 [tokens, groups, inputs / 128]
   ActForm act;
   const float* act_scale;
   int64_t inputs, scale_columns;

@@ -143,7 +143,7 @@ __device__ __forceinline__ float ScaleOfRow(const LinearParams& params, const ch
 }
 
 // x [tokens, groups, inputs] into tiles of `width` tokens.
-template <WeightForm kForm, ActForm kAct, bool kFp8Mma>
+template <WeightForm kForm, ActForm kAct, bool kFp8Mma, bool kCoded>
 __global__ void __launch_bounds__(kPrepareThreads)
     PrepareKernel(const __grid_constant__ LinearParams params, unsigned width, int64_t padded,
                   unsigned parts, char* out, float* column_scale) {
@@ -155,9 +155,10 @@ __global__ void __launch_bounds__(kPrepareThreads)
   const unsigned in_block = threadIdx.x / kTeam<kAct>;
   const unsigned first_token = tokens * kPrepareTokens<kAct>, token = first_token + in_block;
   const int64_t k = token < params.t ? params.k : 0;
-  const int64_t stride = groups * params.k * (params.x_float32 ? 4 : 2);
-  const char* const first_row = static_cast<const char*>(params.x) + first_token * stride +
-                                group * params.k * (params.x_float32 ? 4 : 2);
+  const int64_t row_bytes = params.k * (kCoded ? 1 : params.x_float32 ? 4 : 2);
+  const int64_t stride = groups * row_bytes;
+  const char* const first_row =
+      static_cast<const char*>(params.x) + first_token * stride + group * row_bytes;
   float global = 1.0f;
   if constexpr (kAct == ActForm::kNvfp4) {
     const int64_t left = params.t - first_token;
@@ -173,7 +174,12 @@ __global__ void __launch_bounds__(kPrepareThreads)
     column_scale[first + column] = global;
   }
   char* const tile = out + first * ColumnBytes(kFp8Mma, padded);
-  if constexpr (kFp8Mma) {
+  if constexpr (kCoded) {
+    const int64_t at = (int64_t{token} * groups + group) * (padded / 128);
+    StoreCodes<kForm, kFp8Mma, kTeam<kAct>>(reinterpret_cast<const uint8_t*>(row),
+                                            params.x_scale + at, k > 0, padded, width, column, tile,
+                                            part, parts);
+  } else if constexpr (kFp8Mma) {
     StoreFp8Row<kForm, kTeam<kAct>>(row, params.x_float32, k, padded, width, column,
                                     reinterpret_cast<uint8_t*>(tile), part, parts);
   } else {
@@ -182,7 +188,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
   }
 }
 
-template <WeightForm kForm, ActForm kAct, bool kFp8Mma>
+template <WeightForm kForm, ActForm kAct, bool kFp8Mma, bool kCoded = false>
 cudaError_t Prepare(const LinearParams& params, int width, int64_t padded, char* out,
                     float* column_scale, cudaStream_t stream) {
   const int64_t most = std::max<int64_t>(1, padded / (kBatch * kTeam<kAct> * kChunk));
@@ -190,7 +196,7 @@ cudaError_t Prepare(const LinearParams& params, int width, int64_t padded, char*
   const int64_t blocks =
       (params.t + kPrepareTokens<kAct> - 1) / kPrepareTokens<kAct> * params.groups * parts;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  PrepareKernel<kForm, kAct, kFp8Mma>
+  PrepareKernel<kForm, kAct, kFp8Mma, kCoded>
       <<<static_cast<unsigned>(blocks), kPrepareThreads, 0, stream>>>(
           params, width, padded, static_cast<unsigned>(parts), out, column_scale);
   return cudaGetLastError();
@@ -204,6 +210,12 @@ cudaError_t PrepareForm(const LinearParams& params, int width, int64_t padded, b
   };
   if constexpr (kForm == WeightForm::kNvfp4) {
     if (params.act == ActForm::kNvfp4) return run(Prepare<kForm, ActForm::kNvfp4, false>);
+  }
+  if constexpr (kForm == WeightForm::kFp8) {
+    if (params.x_scale != nullptr) {
+      return fp8_mma ? run(Prepare<kForm, ActForm::kFp8, true, true>)
+                     : run(Prepare<kForm, ActForm::kFp8, false, true>);
+    }
   }
   if constexpr (kForm != WeightForm::kBf16) {
     if (fp8_mma) return run(Prepare<kForm, ActForm::kFp8, true>);
@@ -367,6 +379,7 @@ cudaError_t LinearTiles(WeightForm form, const LinearParams* parts, int n_parts,
     TileGemm gemm = GemmOf(form, parts[p]);
     if (TakesRaw(parts[p], gemm)) {
       gemm.raw_x = parts[p].x;
+      gemm.raw_scale = parts[p].x_scale;
       raw[n_raw++] = gemm;
     } else {
       gemms[n_gemms++] = gemm;

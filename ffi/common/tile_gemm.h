@@ -49,7 +49,8 @@ struct TileGemm {
   bool fp8_mma;       // by E4M3 on both sides: kFp8, kMxfp4, kNvfp4 of powers of two; Hopper only
   const void* raw_x;  // kTokens, kRawWidth: BF16 [tokens, groups, inputs] in place of `x`, which
                       // the kernel then lays out itself, or nullptr
-  ActForm act;        // of raw_x
+  const uint8_t* raw_scale;    // kFp8, where raw_x is E4M3: UE8M0 [tokens, groups, inputs / 128]
+  ActForm act;                 // of raw_x
   const float* act_scale;      // of raw_x, kNvfp4: [1], or nullptr: of each token's largest
   const float* column_scale;   // [columns] or nullptr
   const float* column_weight;  // kSwiglu: [columns]

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads<kMany>, kMany ? 1 : 3)
 // The same for few tokens whose x three more warps lay out.
 constexpr int kRawThreads = 128 + 32 + 32 * kRawWarps;
 
-template <WeightForm kForm, bool kFp8Mma>
+template <WeightForm kForm, bool kFp8Mma, bool kCoded>
 __global__ void __launch_bounds__(kRawThreads, 3)
     RawGemmKernel(const __grid_constant__ RawArgs args) {
   extern __shared__ char raw[];
@@ -115,9 +115,9 @@ __global__ void __launch_bounds__(kRawThreads, 3)
   char* const shared = raw + (1024 - (SharedAddress(raw) & 1023)) % 1024;  // the swizzle's pattern
   if (kFp8Mma && threadIdx.x < kTables) tables[threadIdx.x] = Magnitudes(threadIdx.x);
   if (threadIdx.x == 0) {
-    const int deals = RawDeals(unit.tile.count, kRawAtOnce<kForm>);
+    const int arrivals = 1 + RawArrivals(unit.tile.count, kRawAtOnce<kForm>);
     for (int i = 0; i < kMaxSlots; ++i) {
-      InitBarrier(SharedAddress(barriers + i), 1 + deals);
+      InitBarrier(SharedAddress(barriers + i), arrivals);
       InitBarrier(SharedAddress(barriers + kMaxSlots + i), 128);
     }
     FenceBarrierInit();
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kRawThreads, 3)
     if constexpr (kTrade) asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
     const int warp = static_cast<int>(threadIdx.x) / 32 - 5;
     if (warp >= 0) {
-      LayOutRaw<kForm, kFp8Mma>(args, feed, unit, warp, x_scale);
+      LayOutRaw<kForm, kFp8Mma, kCoded>(args, feed, unit, warp, x_scale);
     } else if (threadIdx.x == 128) {
       feed.FillWeights();
     }
@@ -221,10 +221,13 @@ cudaError_t Launch(const TileGemm& gemm, cudaStream_t stream) {
                          stream, args, cluster);
 }
 
-template <WeightForm kForm, bool kFp8Mma>
+template <WeightForm kForm, bool kFp8Mma, bool kCoded = false>
 cudaError_t LaunchRaw(const TileGemm* gemms, int count, cudaStream_t stream) {
   using Layout = Stage<kForm, kFp8Mma, false>;
   static_assert(sizeof(RawArgs) <= 4096);
+  if constexpr (kForm == WeightForm::kFp8 && !kCoded) {
+    if (gemms[0].raw_scale != nullptr) return LaunchRaw<kForm, kFp8Mma, true>(gemms, count, stream);
+  }
   const TileGemm& gemm = gemms[0];
   RawArgs args = {};
   int64_t blocks = 0;
@@ -242,6 +245,7 @@ cudaError_t LaunchRaw(const TileGemm* gemms, int count, cudaStream_t stream) {
     blocks += (one.rows + 2 * Layout::kRows - 1) / (2 * Layout::kRows);
   }
   args.x = gemm.raw_x;
+  args.x_scale = gemm.raw_scale;
   args.act = gemm.act;
   args.act_scale = gemm.act_scale;
   args.inputs = gemm.inputs;
@@ -251,7 +255,7 @@ cudaError_t LaunchRaw(const TileGemm* gemms, int count, cudaStream_t stream) {
   const int stage = Layout::Bytes(kRawWidth);
   args.slots = SlotsOf(stage, blocks * cluster * gemm.max_tiles, cluster);
   const int bytes = std::max(args.slots * stage, 2 * kRawWidth * kSumPitch * 4) + 1024;
-  const auto kernel = RawGemmKernel<kForm, kFp8Mma>;
+  const auto kernel = RawGemmKernel<kForm, kFp8Mma, kCoded>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;

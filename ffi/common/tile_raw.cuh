@@ -1,6 +1,7 @@
 // x of few tokens from where the caller has it into the stages: warps beside the copying one read,
-// round and lay it out as the kernel of its own does for many tokens (activations.cuh), so that a
-// linear is one launch. Columns without a token keep whatever lies there: no other reads them.
+// round (unless it comes as codes) and lay it out as the kernel of its own does for many tokens
+// (activations.cuh), so that a linear is one launch. Columns without a token keep whatever lies
+// there: no other reads them.
 #pragma once
 
 #include <type_traits>
@@ -28,6 +29,10 @@ constexpr int kRawAtOnce = 32 / kRawLanes<kForm>;
 // warp goes through the stages in order, and what it waits for never waits for it.
 __host__ __device__ constexpr int RawDeals(int tokens, int at_once) {
   return (tokens + at_once - 1) / at_once;
+}
+// Arrivals on a stage's barrier: of every lane, each of which writes, for every deal.
+__host__ __device__ constexpr int RawArrivals(int tokens, int at_once) {
+  return 32 * RawDeals(tokens, at_once);
 }
 
 // Past the L1: another kernel may have written it while this one was there.
@@ -77,8 +82,9 @@ __device__ __forceinline__ float RawGlobalScale(const RawArgs& args, const char*
   return TokenGlobalScale(__uint_as_float(largest));
 }
 
-// By the warps `warp` < kRawWarps; `x_scale`: in shared memory, of the tile's columns.
-template <WeightForm kForm, bool kFp8Mma>
+// By the warps `warp` < kRawWarps; `x_scale`: in shared memory, of the tile's columns. Those who
+// read it wait for the first stage, on which the lanes that write it arrive.
+template <WeightForm kForm, bool kFp8Mma, bool kCoded>
 __device__ __forceinline__ void LayOutRaw(const RawArgs& args,
                                           Feed<kForm, kFp8Mma, false, RawArgs> feed,
                                           const Unit& unit, int warp, float* x_scale) {
@@ -88,9 +94,11 @@ __device__ __forceinline__ void LayOutRaw(const RawArgs& args,
   const Tile& tile = unit.tile;
   const int lane = threadIdx.x % 32, in = lane % kLanes * kChunk;
   const int deals = RawDeals(tile.count, kAtOnce);
-  const int64_t row_bytes = args.inputs * 2, stride = args.OutputOf(unit).groups * row_bytes;
+  constexpr int kElement = kCoded ? 1 : 2;
+  const int64_t groups = args.OutputOf(unit).groups;
+  const int64_t row_bytes = args.inputs * kElement, stride = groups * row_bytes;
   const char* const x = static_cast<const char*>(args.x) + tile.group * row_bytes;
-  const char* const from = x + lane / kLanes * stride + in * 2;
+  const char* const from = x + lane / kLanes * stride + in * kElement;
   WaitForPrevious();
 
   // The warp's deals of a stage begin with `deal`; those to load are some ahead.
@@ -100,9 +108,20 @@ __device__ __forceinline__ void LayOutRaw(const RawArgs& args,
   int load_stage = feed.stage, load_deal = warp;
   const auto load = [&] {
     uint4 words = make_uint4(0, 0, 0, 0);
-    if (load_stage < feed.stages && load_deal * kAtOnce + lane / kLanes < tile.count) {
-      words = LoadRaw(from + load_deal * kAtOnce * stride +
-                      int64_t{load_stage} * kStageInputs<kForm> * 2);
+    const int token = load_deal * kAtOnce + lane / kLanes;
+    if (load_stage < feed.stages && token < tile.count) {
+      const char* const at = from + load_deal * kAtOnce * stride +
+                             int64_t{load_stage} * kStageInputs<kForm> * kElement;
+      if constexpr (kCoded) {
+        static_assert(kStageInputs<kForm> == 128);
+        const uint2 codes = __ldcg(reinterpret_cast<const uint2*>(at));
+        const int64_t row = token * groups + tile.group;
+        words.x = codes.x;
+        words.y = codes.y;
+        words.z = __ldcg(args.x_scale + row * args.scale_columns + load_stage);
+      } else {
+        words = LoadRaw(at);
+      }
     }
     step(load_deal, [&] { ++load_stage; });
     return words;
@@ -127,11 +146,21 @@ __device__ __forceinline__ void LayOutRaw(const RawArgs& args,
     std::conditional_t<kFp8Mma, Fp8Line, uint4> lines[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      float v[kChunk];
-      UnpackChunk(words[i], v);
+      const uint4 now = words[i];
       words[i] = load();
+      float v[kChunk];
+      Fp8Chunk chunk;
+      if constexpr (kCoded) {
+        chunk = {make_uint2(now.x, now.y), DecodeUe8m0(now.z)};
+      } else {
+        UnpackChunk(now, v);
+        if constexpr (kFp8Mma) chunk = EncodeFp8(v);
+      }
       if constexpr (kFp8Mma) {
-        lines[i] = Fp8LineOf<kForm>(v, lane);
+        lines[i] = Fp8LineOf<kForm>(chunk, lane);
+      } else if constexpr (kCoded) {
+        DecodeFp8(chunk, v);
+        lines[i] = LineOf<kForm>(v, lane);
       } else {
         float global = 1.0f;
         if constexpr (kForm == WeightForm::kNvfp4) {
@@ -158,8 +187,7 @@ __device__ __forceinline__ void LayOutRaw(const RawArgs& args,
         }
       }
       FenceForAsyncReads();
-      __syncwarp();
-      if (lane == 0) Arrive(feed.full + 8 * feed.slot);
+      Arrive(feed.full + 8 * feed.slot);
       step(deal, [&] { feed.Next(); });
     }
   }

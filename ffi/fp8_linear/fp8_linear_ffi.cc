@@ -1,4 +1,5 @@
-// Handlers of dsv4.fp8_linear. Operands: x, n weights, n scales; results: n y, then scratch.
+// Handlers of dsv4.fp8_linear. Operands: x, n weights, n scales, and x's scale if x is E4M3;
+// results: n y, then scratch.
 #include <cstdint>
 
 #include "common/linear_cpu.h"

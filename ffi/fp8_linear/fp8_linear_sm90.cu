@@ -59,11 +59,27 @@ __global__ void __launch_bounds__(32 * kPrepareTokens)
 #pragma unroll
   for (int i = 0; i < kBatch; ++i) {
     const int64_t at = first + i * kWarpInputs;
-    uint16_t codes[kChunk / 2];
-    const float scale = EncodeFp8(v[i], codes);
+    const Fp8Chunk chunk = EncodeFp8(v[i]);
     if (at >= params.k) continue;
-    *reinterpret_cast<uint2*>(codes_out + token * params.k + at) = PackCodes(codes);
-    if (lane % 16 == 0) scales[at / kInputs * padded + token] = scale;
+    *reinterpret_cast<uint2*>(codes_out + token * params.k + at) = chunk.codes;
+    if (lane % 16 == 0) scales[at / kInputs * padded + token] = chunk.scale;
+  }
+}
+
+// Of x that comes as codes, which serve as they lie: the scales, a thread for some of a token's.
+constexpr int kScaleThreads = 128, kThreadScales = 8;
+
+__global__ void __launch_bounds__(kScaleThreads)
+    ScaleKernel(const __grid_constant__ LinearParams params, float* scales, int64_t padded) {
+  LetNextBegin();
+  const int64_t token = int64_t{blockIdx.x} * kScaleThreads + threadIdx.x;
+  if (token >= params.t) return;
+  const int64_t blocks = params.k / kInputs, first = int64_t{blockIdx.y} * kThreadScales;
+#pragma unroll
+  for (int i = 0; i < kThreadScales; ++i) {
+    const int64_t at = first + i;
+    if (at >= blocks) break;
+    scales[at * padded + token] = DecodeUe8m0(__ldg(params.x_scale + token * blocks + at));
   }
 }
 
@@ -334,7 +350,7 @@ bool Fp8PrefillTakes(const LinearParams& params) {
   return params.groups == 1 && params.k % kInputs == 0 && params.n % 8 == 0 &&
          std::max({params.n, params.k, params.t + 2 * kTokens, Tiles(params)}) <= INT32_MAX &&
          aligned(params.weight) && aligned(params.y) && aligned(params.scratch) &&
-         TensorMapEncoder() != nullptr;
+         (params.x_scale == nullptr || aligned(params.x)) && TensorMapEncoder() != nullptr;
 }
 
 bool Fp8PrefillPays(const LinearParams& params) {
@@ -350,16 +366,25 @@ cudaError_t Fp8PrefillSm90(const LinearParams* parts, int n_parts, cudaStream_t 
   const bool many = params.t > kTokens;
   const int64_t together = many ? 2 * kTokens : kTokens;
   args.padded = (params.t + together - 1) / together * together;
-  uint8_t* const codes = static_cast<uint8_t*>(params.scratch);
-  float* const scales = reinterpret_cast<float*>(codes + (params.t * params.k + 15) / 16 * 16);
+  uint8_t* const scratch = static_cast<uint8_t*>(params.scratch);
+  float* const scales = reinterpret_cast<float*>(scratch + (params.t * params.k + 15) / 16 * 16);
   args.x_scale = scales;
+  const bool coded = params.x_scale != nullptr;
+  const void* const codes = coded ? params.x : scratch;
   if (!MakeMap(args.x, codes, params.t, params.k, kInputs, kTokens, CU_TENSOR_MAP_SWIZZLE_128B)) {
     return cudaErrorInvalidValue;
   }
-  const dim3 grid(
-      static_cast<unsigned>((params.t + kPrepareTokens - 1) / kPrepareTokens),
-      static_cast<unsigned>((params.k + kBatch * kWarpInputs - 1) / (kBatch * kWarpInputs)));
-  QuantizeKernel<<<grid, 32 * kPrepareTokens, 0, stream>>>(params, codes, scales, args.padded);
+  const auto count = [](int64_t whole, int64_t part) {
+    return static_cast<unsigned>((whole + part - 1) / part);
+  };
+  if (coded) {
+    const dim3 grid(count(params.t, kScaleThreads),
+                    count(params.k, int64_t{kThreadScales} * kInputs));
+    ScaleKernel<<<grid, kScaleThreads, 0, stream>>>(params, scales, args.padded);
+  } else {
+    const dim3 grid(count(params.t, kPrepareTokens), count(params.k, kBatch * kWarpInputs));
+    QuantizeKernel<<<grid, 32 * kPrepareTokens, 0, stream>>>(params, scratch, scales, args.padded);
+  }
   cudaError_t error = cudaGetLastError();
   for (int p = 0; p < n_parts && error == cudaSuccess; ++p) {
     const LinearParams& part = parts[p];

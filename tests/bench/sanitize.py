@@ -34,6 +34,7 @@ from dsv4_jax.ops.query_finish import query_finish
 from dsv4_jax.ops.rmsnorm_fp8 import rmsnorm_fp8
 from dsv4_jax.ops.rmsnorm_nvfp4 import rmsnorm_nvfp4
 from dsv4_jax.ops.router import router
+from dsv4_jax.quant.fp8 import Fp8
 from dsv4_jax.quant.kv import IndexRows, KvRows
 from dsv4_jax.typing import E2M1, E4M3, UE8M0
 from tests.bench.timing import random_bytes
@@ -305,7 +306,7 @@ def _dense_linear() -> Iterator[Any]:
 
 
 def _fp8_linear() -> Iterator[Any]:
-    """Edge tiles, any number of inputs, and two weights at once."""
+    """Edge tiles, any number of inputs, two weights at once, and x that is quantised."""
 
     def weights(n: int, k: int) -> tuple[Any, ...]:
         return random_bytes(0, (n, k), E4M3), random_bytes(1, (-(-n // 128), -(-k // 128)), UE8M0)
@@ -314,6 +315,11 @@ def _fp8_linear() -> Iterator[Any]:
     yield from _linear(fp8_linear, weights, ("fp8", "bfloat16"), shapes)
     two = lambda x, w, s, **settings: fp8_linears(x, (w, w), (s, s), **settings)  # noqa: E731
     yield from _linear(two, weights, ("fp8", "bfloat16"))
+    for t, groups, k, n in ((1, 0, 384, 19), (2, 2, 512, 130), (9, 0, 128, 48), (140, 0, 640, 136)):
+        lead = (t, groups) if groups else (t,)
+        x = Fp8(random_bytes(2, (*lead, k), E4M3), random_bytes(3, (*lead, k // 128), UE8M0))
+        for regime in ("decode", "prefill", "exact"):
+            yield two(x, *weights(n * max(groups, 1), k), regime=regime)
 
 
 def _mxfp4_linear() -> Iterator[Any]:

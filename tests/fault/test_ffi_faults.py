@@ -192,6 +192,15 @@ SEVERAL_FP8 = RawCall(
     (s("3 10", F32), s("3 5"), SCRATCH),
     {"abi": ABI, "act": np.int32(1), "regime": np.int32(0)},
 )
+CODED_FP8 = RawCall(
+    "fp8_linear",
+    (
+        *(s("3 2 256", E4M3), s("10 256", E4M3), s("6 256", E4M3)),
+        *(s("1 2", UE8M0), s("1 2", UE8M0), s("3 2 2", UE8M0)),
+    ),
+    (s("3 2 5", F32), s("3 2 3"), SCRATCH),
+    {"abi": ABI, "act": np.int32(1), "regime": np.int32(0)},
+)
 LINEARS = ("dense_linear", "fp8_linear", "mxfp4_linear", "nvfp4_linear")
 TARGETS = {
     call.op: call
@@ -338,6 +347,11 @@ def several(mutation: Mutation) -> Mutation:
 def several_fp8(mutation: Mutation) -> Mutation:
     """The same of `fp8_linear`."""
     return lambda call: mutation(SEVERAL_FP8)
+
+
+def coded(mutation: Mutation) -> Mutation:
+    """The same with ``x`` that is quantised, in two groups."""
+    return lambda call: mutation(CODED_FP8)
 
 
 def _nine_weights(call: RawCall) -> RawCall:
@@ -1533,6 +1547,51 @@ SHAPES += [
             results=(*call.results[:1] * 9, SCRATCH),
         ),
         "must have .* n = 1..8, got 18 operands beside x and 10 results",
+    ),
+    (
+        "fp8_linear",
+        "coded-without-scale",
+        coded(first(operands=5)),
+        "must have x, n weights, n scales and x_scale .*got 4 operands beside x and 3 results",
+    ),
+    (
+        "fp8_linear",
+        "coded-act",
+        coded(attributes(act=np.int32(0))),
+        r"x as float8_e4m3fn must come with act 1 .*got act 0 and \[3, 2, 256\]",
+    ),
+    (
+        "fp8_linear",
+        "coded-inputs",
+        lambda call: dataclasses.replace(
+            call,
+            operands=(s("3 32", E4M3), *call.operands[1:], s("3 1", UE8M0)),
+        ),
+        r"x as float8_e4m3fn must come with .*multiple of 128 .*got act 1 and \[3, 32\]",
+    ),
+    (
+        "fp8_linear",
+        "coded-scale-shape",
+        coded(operand(5, "3 2 3", UE8M0)),
+        r"x_scale must be \[3, 2, 2\], got \[3, 2, 3\]",
+    ),
+    (
+        "fp8_linear",
+        "coded-scale-rank",
+        coded(operand(5, "6 2", UE8M0)),
+        r"x_scale must be \[3, 2, 2\], got \[6, 2\]",
+    ),
+    (
+        "fp8_linear",
+        "coded-scale-dtype",
+        coded(operand(5, "3 2 2", F32)),
+        "x_scale must be float8_e8m0fnu, got float32",
+    ),
+    (
+        "fp8_linear",
+        "coded-x-dtype",
+        coded(operand(0, "3 2 256", U8)),
+        "must have x, n weights and n scales .*got 5 operands beside x and 3 results",
     ),
     (
         "fp8_linear",

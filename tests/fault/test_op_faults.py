@@ -38,6 +38,7 @@ from dsv4_jax.ops.rope import rope
 from dsv4_jax.ops.router import router
 from dsv4_jax.ops.swiglu import swiglu
 from dsv4_jax.precision import Precision
+from dsv4_jax.quant.fp8 import Fp8
 from dsv4_jax.quant.kv import IndexRows, KvRows
 from dsv4_jax.typing import E2M1, E4M3, UE8M0
 from tests.support.numerics import assert_same_tree, f64, row_of
@@ -170,6 +171,12 @@ def _fp8_linear(
     **settings: Any,
 ) -> Any:
     return jax.eval_shape(lambda *a: fp8_linear(*a, **settings), x, weight, scale)
+
+
+def coded(code: str, scale: str, **settings: Any) -> dict[str, Any]:
+    """Operands of `_fp8_linear` with ``x`` that is quantised, of 256 inputs."""
+    x = Fp8(s(code, E4M3), s(scale, UE8M0))
+    return {"x": x, "weight": s("160 256", E4M3), "scale": s("2 2", UE8M0), **settings}
 
 
 def _fp8_linears(
@@ -424,6 +431,8 @@ RANK: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_fp8_linear, "x", {"x": s("192")}),
     (_fp8_linear, "weight", {"weight": s("1 160 192", E4M3)}),
     (_fp8_linear, "scale", {"scale": s("2", UE8M0)}),
+    (_fp8_linear, "x", coded("256", "2")),
+    (_fp8_linear, "scale of x", coded("5 256", "2")),
     (_fp8_linears, r"weights\[1\]", {"weights": [s("160 192", E4M3), s("24", E4M3)]}),
     (_fp8_linears, r"scales\[0\]", {"scales": [s("2", UE8M0), s("1 2", UE8M0)]}),
     (_mxfp4_linear, "x", {"x": s("192")}),
@@ -572,6 +581,14 @@ AXIS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     ),
     (_fp8_linear, r"act must be one of .*got 'nvfp4'", {"act": "nvfp4"}),
     (_fp8_linear, r"regime must be one of .*got 'Decode'", {"regime": "Decode"}),
+    (_fp8_linear, r"act must be 'fp8' for x .*'bfloat16'", coded("5 256", "5 2", act="bfloat16")),
+    (
+        _fp8_linear,
+        r"x that is quantised must have a multiple of 128 inputs, got \[5, 192\]",
+        {"x": Fp8(s("5 192", E4M3), s("5 2", UE8M0))},
+    ),
+    (_fp8_linear, r"x must end in weight's 256 inputs, got \[5, 384\]", coded("5 384", "5 3")),
+    (_fp8_linear, r"evenly over x's 3 groups", coded("5 3 256", "5 3 2")),
     (_fp8_linears, r"weights must hold 1\.\.8 arrays, got 0", {"weights": [], "scales": []}),
     (_fp8_linears, "scales must be as many as weights, 2, got 1", {"scales": [s("2 2", UE8M0)]}),
     (_fp8_linears, "dtype must be one or 2, .*got 3", {"dtype": (F32, BF16, F32)}),
@@ -841,6 +858,17 @@ DTYPE: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
         {"scales": [s("2 2", UE8M0), s("1 2", F32)]},
     ),
     (_fp8_linear, "x must be .*got float16", {"x": s("5 192", F16)}),
+    (_fp8_linear, "x must be bfloat16 or float32, got float8_e4m3fn", {"x": s("5 192", E4M3)}),
+    (
+        _fp8_linear,
+        "x must be float8_e4m3fn, got uint8",
+        coded("5 256", "5 2") | {"x": Fp8(s("5 256", U8), s("5 2", UE8M0))},
+    ),
+    (
+        _fp8_linear,
+        "scale of x must be float8_e8m0fnu, got float32",
+        coded("5 256", "5 2") | {"x": Fp8(s("5 256", E4M3), s("5 2", F32))},
+    ),
     (_fp8_linear, "dtype must be bfloat16 or float32, got float8_e4m3fn", {"dtype": E4M3}),
     (_fp8_linear, "weight must be float8_e4m3fn, got uint8", {"weight": s("160 192", U8)}),
     (_fp8_linear, "scale must be float8_e8m0fnu, got float32", {"scale": s("2 2", F32)}),
@@ -999,6 +1027,9 @@ GROUPS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
 SCALES: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_fp8_linear, r"scale must be \[2, 2\] .*got \[2, 3\]", {"scale": s("2 3", UE8M0)}),
     (_fp8_linear, r"scale must be \[2, 2\] .*got \[1, 2\]", {"scale": s("1 2", UE8M0)}),
+    (_fp8_linear, r"scale of x must be \[5, 2\] .*got \[5, 3\]", coded("5 256", "5 3")),
+    (_fp8_linear, r"scale of x must be \[5, 2\] .*got \[4, 2\]", coded("5 256", "4 2")),
+    (_fp8_linear, r"scale of x must be \[5, 2, 2\] .*\[5, 4\]", coded("5 2 256", "5 4")),
     (
         _fp8_linears,
         r"scales\[1\] must be \[1, 2\] for weights\[1\] \[24, 192\], got \[2, 2\]",
@@ -1170,6 +1201,7 @@ def test_settings_of_jax(name: str) -> None:
         "dense_linear-groups",
         "dense_linear-several",
         "fp8_linear-w8a16-groups",
+        "fp8_linear-quantised",
         "fp8_linear-several",
         "mxfp4_linear-w4a8",
         "nvfp4_linear-w4a4-static",

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from dsv4_jax.ops.fp8_linear import fp8_linear, fp8_linears
+from dsv4_jax.quant import fp8
 from dsv4_jax.typing import E4M3, UE8M0
 from reference import formats
 from tests.support import linears
 from tests.support.linears import SHAPES, assert_product, exact, operands
-from tests.support.numerics import assert_same_bits
+from tests.support.numerics import assert_same_bits, f64
 from tests.support.products import product_problems
 
 OP = "fp8_linear"
@@ -73,6 +74,52 @@ def test_several_weights(t: int, groups: int, act: Any) -> None:
     several = fp8_linears(x, weights, scales, act=act, dtype=dtypes)
     for y, weight, scale, dtype in zip(several, weights, scales, dtypes, strict=True):
         assert_same_bits(y, fp8_linear(x, weight, scale, act=act, dtype=dtype), str(weight.shape))
+
+
+@pytest.mark.parametrize("t", [1, 2, 8, 9, 40, 200])
+@pytest.mark.parametrize("groups", [0, 3])
+def test_quantised_x(groups: int, t: int) -> None:
+    """Bit for bit the array's result, as one call and as one of several; NaN in its own row."""
+    lead, n = (t, groups) if groups else (t,), 24 * (groups or 1)
+    rng = np.random.default_rng(t)
+    x = rng.standard_normal((*lead, 384)) * np.exp2(rng.integers(-30, 30, (*lead, 1)))
+    x[..., 128:256] *= 2.0**-20
+    x[0, ..., 5] = 0
+    wide = jnp.asarray(x, jnp.bfloat16).at[-1, ..., 3].set(jnp.inf)
+    if t > 1:
+        wide = wide.at[1, ..., 200].set(jnp.nan).at[0].set(0)
+    quantised = fp8.quantize_act(wide.astype(jnp.float32), fp8.ACT_BLOCK)
+    assert quantised.scale.shape == (*lead, 3)
+    weights, scales = zip(*(linears.stored(OP, n * i, 384, i) for i in (1, 8)), strict=True)
+    several = fp8_linears(quantised, weights, scales, dtype=(jnp.float32, jnp.bfloat16))
+    expected = fp8_linears(wide, weights, scales, dtype=(jnp.float32, jnp.bfloat16))
+    for got, want, weight, scale in zip(several, expected, weights, scales, strict=True):
+        bad = np.isnan(f64(want))
+        assert t == 1 or bad[1].all()
+        np.testing.assert_array_equal(np.isnan(f64(got)), bad)
+        clean = [np.where(bad, 0, np.asarray(y)) for y in (got, want)]
+        assert_same_bits(*clean)
+        alone = fp8_linear(quantised, weight, scale, dtype=got.dtype)
+        assert_same_bits(alone, got)
+
+
+def test_every_quantised_x() -> None:
+    """256 codes under 256 scales, as of a weight."""
+    code = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 128, 1) * (np.arange(128) == 5)
+    scale = np.arange(256, dtype=np.uint8)
+    x = fp8.Fp8(
+        jnp.asarray(np.tile(code, (256, 1)).astype(np.uint8)).view(E4M3),
+        jnp.asarray(np.repeat(scale, 256)[:, None]).view(UE8M0),
+    )
+    one = jnp.asarray(np.full((1, 128), 0x38, np.uint8)).view(E4M3)
+    got = fp8_linear(x, one, jnp.asarray([[127]], jnp.uint8).view(UE8M0))
+    with np.errstate(over="ignore", invalid="ignore"):
+        value = formats.decode_e4m3(np.tile(np.arange(256, dtype=np.uint8), 256))
+        value = value * formats.decode_ue8m0(np.repeat(scale, 256))
+        want = value.astype(ml_dtypes.bfloat16).astype(np.float32) + np.float32(0)
+    bad = np.isnan(want)
+    np.testing.assert_array_equal(np.isnan(got[:, 0]), bad)
+    assert_same_bits(np.asarray(got)[~bad, 0], want[~bad])
 
 
 def test_empty() -> None:

@@ -21,7 +21,7 @@ from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
 from dsv4_jax.ops.router import router
 from dsv4_jax.precision import act_format, weight_format
-from dsv4_jax.quant import bits
+from dsv4_jax.quant import bits, fp8
 from dsv4_jax.typing import E4M3, UE8M0
 from tests.bench.timing import filled
 from tests.support import products
@@ -183,6 +183,50 @@ def test_few_tokens(form: str, shape: str) -> None:
         for (t, regime, dtype), y in results.items():
             most = results[40, regime, dtype]
             assert_same_bits(y, most[:t], f"{form} {shape} t={t} {regime} {dtype}")
+
+
+QUANTISED = {
+    # As FEW, and rows and tokens enough for the kernel of many; rows that it does not take.
+    "a-stage": (8, 128, 1),
+    "odd-stages": (200, 640, 1),
+    "not-of-8": (130, 384, 1),
+    "groups": (1536, 512, 4),
+    "shared": (512, 4096, 1),
+    "wq_b": (32768, 1024, 1),
+}
+
+
+@pytest.mark.parametrize("shape", QUANTISED)
+def test_quantised_x(shape: str) -> None:
+    """Codes and scales, by every kernel: bit for bit what the BF16 array gives."""
+    n, k, groups = QUANTISED[shape]
+    weight = products.random_weight(n + k, "fp8", (n, k))
+    other = products.random_weight(n, "fp8", (n, k))
+    x = jnp.asarray(tokens(n, 300, k, groups))
+    x = x.at[5].set(jnp.nan).at[6, ..., 3].set(-jnp.inf)
+
+    def call(x: Any, pairs: Any, regime: str | None) -> Any:
+        weights, scales = zip(*((p["weight"], p["scale"]) for p in pairs), strict=True)
+        return fp8_linears(x, weights, scales, dtype=MIXED[: len(pairs)], regime=regime)
+
+    @jax.jit
+    def run(x: jax.Array, pairs: Any) -> Any:
+        q = fp8.quantize_act(x.astype(jnp.float32), fp8.ACT_BLOCK)
+        return {
+            (t, regime, len(some)): (
+                call(fp8.Fp8(q.code[:t], q.scale[:t]), some, regime),
+                call(x[:t], some, regime),
+            )
+            for t in (1, 2, 8, 9, 40, 300)
+            for regime in (None, *REGIMES)
+            for some in (pairs, pairs[:1])
+        }
+
+    for _ in range(3):
+        results = jax.device_get(run(x, (weight, other)))
+        for key, (got, want) in results.items():
+            for one, two in zip(got, want, strict=True):
+                assert_same_bits(one, two, f"{shape} {key}")
 
 
 def test_operands_of_the_kernel_ahead() -> None:

@@ -250,6 +250,14 @@ def _fp8_linear(groups: int = 0, **settings: Any) -> OpCase:
     return OpCase(lambda x: fp8_linear(x, code, scale, **settings), (_linear_x(192, groups),))
 
 
+def _fp8_linear_quantised() -> OpCase:
+    code, scale = jax.jit(fp8.quantize_weight)(normal(1, 160, 256))
+    ones = jnp.ones(256, jnp.bfloat16)
+    return OpCase(
+        lambda x: fp8_linear(rmsnorm_fp8(x, ones, EPS), code, scale), (_linear_x(256, 0),)
+    )
+
+
 def _fp8_linears() -> OpCase:
     pairs = [jax.jit(fp8.quantize_weight)(normal(i, n, 192)) for i, n in enumerate((160, 24), 1)]
     codes, scales = zip(*pairs, strict=True)
@@ -442,6 +450,7 @@ CASES: dict[str, Callable[[], OpCase]] = {
         "dense_linear-several": _dense_linears,
         "fp8_linear-w8a8": lambda: _fp8_linear(dtype=jnp.bfloat16, regime="decode"),
         "fp8_linear-w8a16-groups": lambda: _fp8_linear(2, act="bfloat16"),
+        "fp8_linear-quantised": _fp8_linear_quantised,
         "fp8_linear-several": _fp8_linears,
         "mxfp4_linear-w4a8": lambda: _mxfp4_linear(),
         "mxfp4_linear-w4a16": lambda: _mxfp4_linear(act="bfloat16", regime="prefill"),
