@@ -591,7 +591,7 @@ __global__ void __launch_bounds__(FinishThreads(kPasses), 3 - kPasses)
   __shared__ float group_sums[kMaxTileGroups][kLanes];
   const MhcParams& p = params.p;
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  const int workers = params.workers, warps = workers + params.groups;
+  const int workers = params.workers;
   float* const squares_of = reinterpret_cast<float*>(group_squares);
   // Backwards: the last tokens' streams are still in the L2.
   const int token = static_cast<int>(p.t) - 1 - static_cast<int>(blockIdx.x);
@@ -606,14 +606,11 @@ __global__ void __launch_bounds__(FinishThreads(kPasses), 3 - kPasses)
       group_sums[group][lane] = total;
       SyncWarps(kGroupsBarrier, params.groups);
     }
-    if (group > 0) {  // racecheck follows arrivals where the whole thread block takes part
-      ArriveWarps(kPreBarrier, warps);
-      return;
-    }
+    if (group > 0) return;
     for (int i = 1; i < params.groups; ++i) total = __fadd_rn(total, group_sums[i][lane]);
     const float weight = mix.Weight(p, total, lane);
     if (lane < kStreams) pre_of[lane] = weight;
-    ArriveWarps(kPreBarrier, warps);
+    ArriveWarps(kPreBarrier, workers + 1);
     if (p.mixes != kMhcMixes) return;
     StorePost(p, token, weight, lane);
     const float exponential = Exponential(weight);
@@ -641,7 +638,7 @@ __global__ void __launch_bounds__(FinishThreads(kPasses), 3 - kPasses)
       (p.branch == nullptr ? p.streams : p.new_streams) + int64_t{token} * kStreams * p.d;
   BlockStreams of_block = {};
   if (block_of(0) < blocks) of_block.Load(streams + block_of(0) * kNormBlock, p.d);
-  SyncWarps(kPreBarrier, warps);
+  SyncWarps(kPreBarrier, workers + 1);
   const float pre[kStreams] = {pre_of[0], pre_of[1], pre_of[2], pre_of[3]};
   uint32_t y[kPasses][kNormWords];
 #pragma unroll
