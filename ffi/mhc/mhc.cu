@@ -62,10 +62,6 @@ __device__ __forceinline__ void SyncWarps(int barrier, int warps) {
   __syncwarp();
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(warps * kLanes) : "memory");
 }
-__device__ __forceinline__ void ArriveWarps(int barrier, int warps) {
-  __syncwarp();
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(warps * kLanes) : "memory");
-}
 constexpr int kWorkersBarrier = 1, kPreBarrier = 2, kGroupsBarrier = 3;
 
 // What a token's write-back is weighted by: post, and the rows of comb.
@@ -610,7 +606,7 @@ __global__ void __launch_bounds__(FinishThreads(kPasses), 3 - kPasses)
     for (int i = 1; i < params.groups; ++i) total = __fadd_rn(total, group_sums[i][lane]);
     const float weight = mix.Weight(p, total, lane);
     if (lane < kStreams) pre_of[lane] = weight;
-    ArriveWarps(kPreBarrier, workers + 1);
+    SyncWarps(kPreBarrier, workers + 1);
     if (p.mixes != kMhcMixes) return;
     StorePost(p, token, weight, lane);
     const float exponential = Exponential(weight);

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -116,7 +117,9 @@ def test_every_quantised_x() -> None:
     with np.errstate(over="ignore", invalid="ignore"):
         value = formats.decode_e4m3(np.tile(np.arange(256, dtype=np.uint8), 256))
         value = value * formats.decode_ue8m0(np.repeat(scale, 256))
-        want = value.astype(ml_dtypes.bfloat16).astype(np.float32) + np.float32(0)
+        if jax.default_backend() == "cpu":  # tensor cores take the code, where BF16 is subnormal
+            value = value.astype(ml_dtypes.bfloat16)
+        want = value.astype(np.float32) + np.float32(0)
     bad = np.isnan(want)
     np.testing.assert_array_equal(np.isnan(got[:, 0]), bad)
     assert_same_bits(np.asarray(got)[~bad, 0], want[~bad])
