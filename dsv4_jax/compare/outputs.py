@@ -15,6 +15,8 @@ from dsv4_jax.model.hc import HcHead, HyperConnection
 from dsv4_jax.model.linear import Weight
 from dsv4_jax.model.moe import Gate, Leaves
 from dsv4_jax.ops._blocks import gather_rows, view_rows
+from dsv4_jax.quant import fp8
+from dsv4_jax.quant.fp8 import Fp8
 from dsv4_jax.quant.kv import KvRows, index_dequant, kv_dequant
 from dsv4_jax.typing import Array
 
@@ -75,6 +77,8 @@ class Recorder:
                 token = jnp.arange(picks.shape[0])[:, None]
                 spread = jnp.zeros((picks.shape[0], self._experts), jnp.float32)
                 add(f"{name}:weights", spread.at[token, picks].set(weights, mode="drop"), valid)
+            elif isinstance(value, Fp8):
+                add(name, fp8.dequantize_act(value, fp8.ACT_BLOCK), valid)
             elif name.endswith("indexer"):
                 if value is not None:
                     add(f"{name}:picks", value, valid)

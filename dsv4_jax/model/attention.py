@@ -19,8 +19,11 @@ from dsv4_jax.ops.compressor import CompressorJob, compressor
 from dsv4_jax.ops.dense_linear import dense_linears
 from dsv4_jax.ops.key_finish import key_finish, ring_takes_first
 from dsv4_jax.ops.query_finish import query_finish
+from dsv4_jax.ops.rmsnorm_nvfp4 import MAX_DIM
 from dsv4_jax.ops.rope import rope_frequencies
 from dsv4_jax.precision import Precision
+from dsv4_jax.quant import fp8
+from dsv4_jax.quant.fp8 import Fp8
 from dsv4_jax.typing import Array, Float
 
 __all__ = ["Attention"]
@@ -58,7 +61,7 @@ class Attention(nn.Module):
         frequencies = rope_frequencies(c, self.kind)
 
         low, kv = linears(x, (self.wq_a, self.wkv))
-        qr = self.q_norm(self.wq_a(x, low))
+        qr = self._queries(self.wq_a(x, low))
         q = self.wq_b(qr).reshape(b, t, c.num_attention_heads, c.head_dim)
         q = query_finish(q, step.positions, frequencies, c.rms_norm_eps, rounding=p.q_norm)
 
@@ -106,6 +109,15 @@ class Attention(nn.Module):
         grouped = o.reshape(b * t, c.o_groups, -1)
         u = self.wo_a(grouped).reshape(b * t, -1)
         return self.wo_b(u), cache
+
+    def _queries(self, low: Float[Array, "n rank"]) -> Float[Array, "n rank"] | Fp8:
+        """Normed, for ``wq_b`` and the indexer's: FP8 at once if that is what all of them read."""
+        forms = {self.precision.wq_b}
+        if self.kind is LayerKind.CSA:
+            forms.add(self.precision.indexer_wq_b)
+        whole = low.shape[-1] % fp8.ACT_BLOCK == 0 and low.shape[-1] <= MAX_DIM
+        bf16 = low.dtype == self.q_norm.weight.dtype == jnp.bfloat16
+        return self.q_norm(low, quantised=forms == {"fp8_w8a8"} and whole and bf16)
 
     def _compress(
         self, x: Float[Array, "n dim"], cache: LayerCache, step: Step, frequencies: np.ndarray

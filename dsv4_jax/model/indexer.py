@@ -12,6 +12,7 @@ from dsv4_jax.ops._round import round_to
 from dsv4_jax.ops.index_query_finish import index_query_finish
 from dsv4_jax.ops.index_topk import index_topk
 from dsv4_jax.precision import Precision
+from dsv4_jax.quant.fp8 import Fp8
 from dsv4_jax.quant.kv import IndexRows
 from dsv4_jax.typing import Array, Float, Int32
 
@@ -37,7 +38,7 @@ class Indexer(nn.Module):
 
     def __call__(
         self,
-        qr: Float[Array, "n rank"],
+        qr: Float[Array, "n rank"] | Fp8,
         weight: Float[Array, "n heads"] | None,
         index: IndexRows,
         step: Step,
@@ -53,7 +54,7 @@ class Indexer(nn.Module):
         if weight is None:
             return None
         size = jnp.float32(dim**-0.5 * heads**-0.5)
-        weight = round_to(weight.astype(jnp.float32) * size, qr.dtype)
+        weight = round_to(weight.astype(jnp.float32) * size, weight.dtype)
         return index_topk(
             index_query_finish(query, step.positions, frequencies, form=self.precision.index_keys),
             weight.reshape(b, t, heads),

@@ -1,7 +1,7 @@
 """Linear, norm and embedding modules: they declare parameters and call an op, nothing else."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,10 @@ from dsv4_jax.ops.fp8_linear import fp8_linear, fp8_linears
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
 from dsv4_jax.ops.rmsnorm import rmsnorm
+from dsv4_jax.ops.rmsnorm_fp8 import rmsnorm_fp8
 from dsv4_jax.precision import SCALE_LEAVES, LinearFormat, Regime, act_format, weight_format
 from dsv4_jax.quant import fp8, mxfp4, nvfp4
+from dsv4_jax.quant.fp8 import Fp8
 from dsv4_jax.typing import Array, Float
 
 __all__ = ["Linear", "RMSNorm", "Weight", "linear", "linear_leaves", "linears"]
@@ -68,17 +70,23 @@ def linear_leaves(
 
 
 def linear(
-    x: Float[Array, "t *g k"],
+    x: Float[Array, "t *g k"] | Fp8,
     leaves: Mapping[str, Array],
     form: LinearFormat,
     dtype: DTypeLike = jnp.float32,
     regime: Regime | None = None,
 ) -> Float[Array, "t *g n"]:
-    """The op that serves a linear format; FP32 sums, rounded once to ``dtype``."""
+    """The op that serves a linear format; FP32 sums, rounded once to ``dtype``.
+
+    Raises:
+        TypeError: ``x`` is quantised and ``form`` is not ``fp8_w8a8``.
+    """
     stored, act = weight_format(form), act_format(form)
     settings: dict[str, Any] = {"dtype": dtype, "regime": regime}
     if stored == "fp8":
         return fp8_linear(x, leaves["weight"], leaves["scale"], act=act, **settings)
+    if isinstance(x, Fp8):
+        raise TypeError(f"linear: x of {form} must not be quantised")
     if stored == "mxfp4":
         return mxfp4_linear(x, leaves["weight"], leaves["scale"], act=act, **settings)
     if stored == "nvfp4":
@@ -88,7 +96,7 @@ def linear(
 
 
 class Linear(nn.Module):
-    """``round(x . W^T)`` in a given format, rounded to ``x``'s dtype."""
+    """``round(x . W^T)`` in a given format, rounded to ``x``'s dtype; to BF16 if quantised."""
 
     features: int
     inputs: int
@@ -99,10 +107,11 @@ class Linear(nn.Module):
         self.leaves = linear_leaves(self, (self.features, self.inputs), self.form)
 
     def __call__(
-        self, x: Float[Array, "t *g k"], y: Float[Array, "t *g n"] | None = None
+        self, x: Float[Array, "t *g k"] | Fp8, y: Float[Array, "t *g n"] | None = None
     ) -> Float[Array, "t *g n"]:
         """Of ``x``; ``y`` is that if it is there already (`linears`)."""
-        return linear(x, self.leaves, self.form, x.dtype, self.regime) if y is None else y
+        dtype = jnp.bfloat16 if isinstance(x, Fp8) else x.dtype
+        return linear(x, self.leaves, self.form, dtype, self.regime) if y is None else y
 
 
 def linears(
@@ -136,7 +145,7 @@ class Weight(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """`rmsnorm` with its own weight."""
+    """`rmsnorm` with its own weight, or `rmsnorm_fp8`."""
 
     features: int
     dtype: str
@@ -147,5 +156,17 @@ class RMSNorm(nn.Module):
             "weight", nn.initializers.ones, (self.features,), jnp.dtype(self.dtype)
         )
 
-    def __call__(self, x: Float[Array, "*lead d"]) -> Float[Array, "*lead d"]:
+    @overload
+    def __call__(self, x: Float[Array, "*lead d"]) -> Float[Array, "*lead d"]: ...
+
+    @overload
+    def __call__(
+        self, x: Float[Array, "*lead d"], quantised: bool
+    ) -> Float[Array, "*lead d"] | Fp8: ...
+
+    def __call__(
+        self, x: Float[Array, "*lead d"], quantised: bool = False
+    ) -> Float[Array, "*lead d"] | Fp8:
+        if quantised:
+            return rmsnorm_fp8(x, self.weight, self.eps)
         return rmsnorm(x, self.weight, self.eps)

@@ -29,6 +29,35 @@ TEST(EveryCodeAndScale) {
   }
 }
 
+// x as codes: what its values in BF16 give, whatever tokens are taken at a time.
+TEST(CodedX) {
+  const LinearShape shape = {5, 3, 18, 256};
+  const int64_t size = shape.t * shape.groups * shape.k;
+  LinearProblem wide(kForm, Fp8LinearCpu, shape, ActForm::kBf16);
+  Guarded<uint8_t> code(size, 1), scale(size / 128, 1);
+  for (int64_t i = 0; i < size / 128; ++i) scale[i] = static_cast<uint8_t>(110 + i % 23);
+  for (int64_t i = 0; i < size; ++i) {
+    code[i] = static_cast<uint8_t>(i * 37 % 0x7F + i % 2 * 0x80);
+    wide.SetX(i, static_cast<float>(E4m3Definition(code[i]) * Ue8m0Definition(scale[i / 128])));
+  }
+  const std::vector<uint32_t> expected = wide.Run();
+  Guarded<float> y(shape.t * shape.n);
+  LinearParams params = wide.Params(y.data(), false);
+  params.x = code.data();
+  params.x_scale = scale.data();
+  params.act = ActForm::kFp8;
+  for (int64_t count : {shape.t, int64_t{1}}) {
+    y.Fill(0x5A);
+    for (int64_t first = 0; first < shape.t; first += count) {
+      LinearActivations some(params, first, count);
+      some.Round(0, some.size());
+      Fp8LinearCpu(params, some, 0, shape.n);
+    }
+    for (int64_t i = 0; i < y.size(); ++i) EXPECT_EQ(FloatBits(y[i]), expected[i], count, i);
+  }
+  EXPECT_EQ(y.Intact() && code.Intact() && scale.Intact(), true);
+}
+
 TEST(OffsetsBeyond32Bits) { ExpectFarOffsets(kForm, Fp8LinearCpu, ActForm::kFp8); }
 
 }  // namespace
