@@ -3,8 +3,6 @@
 
 #include <cstdint>
 
-#include "common/host_device.h"
-
 #ifdef DSV4_CUDA
 #include <cuda_runtime_api.h>
 #endif
@@ -56,11 +54,6 @@ struct LinearsParams {
   LinearParams parts[kMaxLinearParts];
   int n_parts;
 };
-
-// Of an element of x.
-DSV4_HOST_DEVICE inline int InputBytes(const LinearParams& params) {
-  return params.x_scale != nullptr ? 1 : params.x_float32 ? 4 : 2;
-}
 
 // Device bytes a call may need besides its operands: x in the order of the kernels, and its scales.
 inline int64_t LinearScratchBytes(int64_t t, int64_t groups, int64_t k) {

@@ -25,7 +25,7 @@ LinearActivations::LinearActivations(const LinearParams& params, int64_t first, 
 
 void LinearActivations::Round(int64_t begin, int64_t end) {
   const KeepDenormals keep_denormals;
-  const int64_t bytes = params_.k * InputBytes(params_);
+  const int64_t bytes = params_.k * (params_.x_scale != nullptr ? 1 : params_.x_float32 ? 4 : 2);
   const auto* x = static_cast<const char*>(params_.x) + first_ * params_.groups * bytes;
   for (int64_t i = begin; i < end; ++i) {
     float* values = values_.get() + i * stride_;

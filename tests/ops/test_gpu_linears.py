@@ -213,7 +213,7 @@ def test_quantised_x(shape: str) -> None:
     def run(x: jax.Array, pairs: Any) -> Any:
         q = fp8.quantize_act(x.astype(jnp.float32), fp8.ACT_BLOCK)
         return {
-            (t, regime, len(some)): (
+            (t, regime or "auto", len(some)): (
                 call(fp8.Fp8(q.code[:t], q.scale[:t]), some, regime),
                 call(x[:t], some, regime),
             )
