@@ -90,9 +90,9 @@ def _calls(linear: str) -> dict[LayerKind | None, Counter[str]]:
 
 
 CALLS = {"official": _calls("fp8_linear"), "nvfp4": _calls("nvfp4_linear")}
+"""Foreign calls of one decode step by preset and kind of layer, ``None``: outside of layers."""
 for _kind in (SWA, HCA, CSA):
     CALLS["official"][_kind]["rmsnorm_fp8"] = 1  # what wq_b reads
-"""Foreign calls of one decode step by preset and kind of layer, ``None``: outside of layers."""
 
 ALIASES: dict[str, Callable[[int], dict[int, int]]] = {
     "attention": lambda n: {},
