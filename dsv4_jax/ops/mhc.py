@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from dsv4_jax import library
 from dsv4_jax.ops._check import FLOAT32, check_choice, check_operand
@@ -122,7 +123,7 @@ def mhc(
     operands: list[Array] = [streams]
     results: list[jax.ShapeDtypeStruct] = []
 
-    def result(dtype: jnp.dtype, *shape: int) -> None:
+    def result(dtype: DTypeLike, *shape: int) -> None:
         results.append(jax.ShapeDtypeStruct(shape, dtype))
 
     if write is not None:

@@ -110,8 +110,8 @@ __device__ __forceinline__ uint2 EncodeE4m3(const Eight& x, uint32_t inverse) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const uint32_t scaled = MulBf16x2(x.word[i], inverse);
-    pair[i] = __nv_cvt_float2_to_fp8x2(make_float2(Low(scaled), High(scaled)), __NV_SATFINITE,
-                                       __NV_E4M3);
+    pair[i] =
+        __nv_cvt_float2_to_fp8x2(make_float2(Low(scaled), High(scaled)), __NV_SATFINITE, __NV_E4M3);
   }
   return make_uint2(pair[0] | pair[1] << 16, pair[2] | pair[3] << 16);
 }

@@ -25,8 +25,12 @@ DSV4_HOST_DEVICE inline float RoundedReciprocal(float x) {
 #endif
 }
 
-// Of a logit that was scaled and shifted. -Inf gives 0, NaN stays.
-DSV4_HOST_DEVICE inline float Sigmoid(float x) { return 1.0f / (1.0f + Exp(-x)); }
+// Of a logit that was scaled and shifted; 0 where it is no normal number. -Inf gives 0, NaN stays.
+DSV4_HOST_DEVICE inline float Sigmoid(float x) {
+  const float inverse = 1.0f + Exp(-x);
+  const float sigmoid = RoundedReciprocal(inverse);
+  return inverse <= 0x1p126f ? sigmoid : inverse != inverse ? inverse : 0.0f;
+}
 
 // What a mix turns into: pre, post, or a logit of comb. `mix` is the sum times the norm.
 DSV4_HOST_DEVICE inline float MhcWeight(int index, float mix, float scale, float base,

@@ -77,7 +77,7 @@ def test_several_weights(t: int, groups: int, act: Any) -> None:
         assert_same_bits(y, fp8_linear(x, weight, scale, act=act, dtype=dtype), str(weight.shape))
 
 
-@pytest.mark.parametrize("t", [1, 2, 8, 9, 40, 200])
+@pytest.mark.parametrize("t", [1, 9, 200])
 @pytest.mark.parametrize("groups", [0, 3])
 def test_quantised_x(groups: int, t: int) -> None:
     """Bit for bit the array's result, as one call and as one of several; NaN in its own row."""

@@ -21,7 +21,7 @@ LAST = 1_048_575
 # 8e-6 of E4M3 codes, no E2M1 code).
 MOST_TURNED = 1e-4
 # (heads, channels, rotary): the model's, the other widths, no rotation, all channels.
-SIZES = [(64, 128, 64), (5, 64, 32), (3, 32, 8), (2, 128, 0), (7, 64, 64)]
+SIZES = [(64, 128, 64), (5, 64, 32), (3, 32, 8), (2, 128, 0)]
 
 
 def table(rotary: int) -> np.ndarray:

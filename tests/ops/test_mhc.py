@@ -45,10 +45,8 @@ WEIGHT_ABS = 1e-5
 # (d, t) and what of the kernels and of the CPU handler they reach.
 SHAPES = [
     pytest.param(128, 1, id="d128-t1"),  # one tile
-    pytest.param(256, 3, id="d256-t3"),
     pytest.param(384, 130, id="d384-t130"),  # the last group of two tokens
     pytest.param(1024, 17, id="d1024-t17"),
-    pytest.param(2048, 2, id="d2048-t2"),
     pytest.param(4096, 8, id="d4096-t8"),  # Flash; a group of 32 tiles
     pytest.param(4224, 1, id="d4224-t1"),  # a second group of one tile
     pytest.param(7168, 3, id="d7168-t3"),  # Pro

@@ -18,7 +18,7 @@ from tests.support.op_cases import normal
 EPS = 1e-6
 # BF16 values within an FP32 sum's error of a tie, then of a code (measured: none of 2e5).
 MOST_TURNED = 2e-4
-WIDTHS = [16, 48, 128, 144, 512, 528, 1024, 1536, 4096, 7168]
+WIDTHS = [16, 144, 512, 528, 1536, 7168]
 
 
 def operands(t: int, d: int) -> tuple[jax.Array, jax.Array]:
