@@ -62,7 +62,7 @@ __device__ __forceinline__ void SyncWarps(int barrier, int warps) {
   __syncwarp();
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(warps * kLanes) : "memory");
 }
-constexpr int kWorkersBarrier = 1, kPreBarrier = 2, kGroupsBarrier = 3;
+constexpr int kWorkersBarrier = 1, kGroupsBarrier = 2;
 
 // What a token's write-back is weighted by: post, and the rows of comb.
 struct BackWeights {
@@ -591,8 +591,17 @@ __global__ void __launch_bounds__(FinishThreads(kPasses), 3 - kPasses)
   float* const squares_of = reinterpret_cast<float*>(group_squares);
   // Backwards: the last tokens' streams are still in the L2.
   const int token = static_cast<int>(p.t) - 1 - static_cast<int>(blockIdx.x);
-  if (warp >= workers) {
-    const int group = warp - workers;
+  const int blocks = static_cast<int>(p.d) / kNormBlock, group = warp - workers;
+  const auto block_of = [&](int pass) { return (warp + pass * workers) * kLanes + lane; };
+  const auto weights_of = [&](int pass, uint32_t (&words)[kNormWords]) {
+    if (block_of(pass) < blocks) LoadBlock<true>(words, p.norm + block_of(pass) * kNormBlock);
+  };
+  const uint16_t* const streams =
+      (p.branch == nullptr ? p.streams : p.new_streams) + int64_t{token} * kStreams * p.d;
+  uint32_t norm_weight[kNormWords] = {};
+  BlockStreams of_block = {};
+  float static_scale = 0.0f, weight = 0.0f;
+  if (group >= 0) {
     const LaneMix mix(p, lane);
     LetNextBegin();
     WaitForPrevious();
@@ -602,12 +611,21 @@ __global__ void __launch_bounds__(FinishThreads(kPasses), 3 - kPasses)
       group_sums[group][lane] = total;
       SyncWarps(kGroupsBarrier, params.groups);
     }
-    if (group > 0) return;
-    for (int i = 1; i < params.groups; ++i) total = __fadd_rn(total, group_sums[i][lane]);
-    const float weight = mix.Weight(p, total, lane);
-    if (lane < kStreams) pre_of[lane] = weight;
-    SyncWarps(kPreBarrier, workers + 1);
-    if (p.mixes != kMhcMixes) return;
+    if (group == 0) {
+      for (int i = 1; i < params.groups; ++i) total = __fadd_rn(total, group_sums[i][lane]);
+      weight = mix.Weight(p, total, lane);
+      if (lane < kStreams) pre_of[lane] = weight;
+    }
+  } else {
+    weights_of(0, norm_weight);
+    if (p.global_scale != nullptr) static_scale = StaticGlobalScale(__ldg(p.global_scale));
+    LetNextBegin();
+    WaitForPrevious();
+    if (block_of(0) < blocks) of_block.Load(streams + block_of(0) * kNormBlock, p.d);
+  }
+  __syncthreads();
+  if (group >= 0) {
+    if (group > 0 || p.mixes != kMhcMixes) return;
     StorePost(p, token, weight, lane);
     const float exponential = Exponential(weight);
     float comb[kStreams * kStreams];
@@ -618,23 +636,6 @@ __global__ void __launch_bounds__(FinishThreads(kPasses), 3 - kPasses)
     if (lane == 0) StoreComb(p, token, comb);
     return;
   }
-
-  const int blocks = static_cast<int>(p.d) / kNormBlock;
-  const auto block_of = [&](int pass) { return (warp + pass * workers) * kLanes + lane; };
-  const auto weights_of = [&](int pass, uint32_t (&words)[kNormWords]) {
-    if (block_of(pass) < blocks) LoadBlock<true>(words, p.norm + block_of(pass) * kNormBlock);
-  };
-  uint32_t norm_weight[kNormWords] = {};
-  weights_of(0, norm_weight);
-  const float static_scale =
-      p.global_scale == nullptr ? 0.0f : StaticGlobalScale(__ldg(p.global_scale));
-  LetNextBegin();
-  WaitForPrevious();
-  const uint16_t* const streams =
-      (p.branch == nullptr ? p.streams : p.new_streams) + int64_t{token} * kStreams * p.d;
-  BlockStreams of_block = {};
-  if (block_of(0) < blocks) of_block.Load(streams + block_of(0) * kNormBlock, p.d);
-  SyncWarps(kPreBarrier, workers + 1);
   const float pre[kStreams] = {pre_of[0], pre_of[1], pre_of[2], pre_of[3]};
   uint32_t y[kPasses][kNormWords];
 #pragma unroll
