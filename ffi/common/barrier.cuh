@@ -93,27 +93,13 @@ __device__ __forceinline__ void FenceBarrierInit() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Words into another thread block of the cluster, which counts their bytes on its barrier: `at` and
+// A float into another thread block of the cluster, which counts its bytes on its barrier: `at` and
 // `barrier` are where they are in this one.
 __device__ __forceinline__ void StoreIn(const void* at, uint32_t barrier, int rank, float x) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
                    AddressIn(SharedAddress(at), rank)),
                "r"(__float_as_uint(x)), "r"(AddressIn(barrier, rank))
                : "memory");
-}
-__device__ __forceinline__ void StoreIn(const void* at, uint32_t barrier, int rank, uint2 x) {
-  asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
-          AddressIn(SharedAddress(at), rank)),
-      "r"(x.x), "r"(x.y), "r"(AddressIn(barrier, rank))
-      : "memory");
-}
-__device__ __forceinline__ void StoreIn(const void* at, uint32_t barrier, int rank, uint4 x) {
-  asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
-      "[%5];" ::"r"(AddressIn(SharedAddress(at), rank)),
-      "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(AddressIn(barrier, rank))
-      : "memory");
 }
 
 // A kernel launched by LaunchDependent may begin before the one ahead of it in the stream has

@@ -378,7 +378,8 @@ bool ArePair(const TileGemm& first, const TileGemm& second) {
 
 cudaError_t LinearTiles(WeightForm form, const LinearParams* parts, int n_parts,
                         cudaStream_t stream) {
-  TileGemm raw[kMaxLinearParts], gemms[kMaxLinearParts];  // by who lays out x
+  [[maybe_unused]] TileGemm raw[kMaxLinearParts];  // that lay out x themselves: on Hopper
+  TileGemm gemms[kMaxLinearParts];
   int n_raw = 0, n_gemms = 0;
   for (int p = 0; p < n_parts; ++p) {
     TileGemm gemm = GemmOf(form, parts[p]);

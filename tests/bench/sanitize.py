@@ -383,8 +383,8 @@ def _index_query_finish() -> Iterator[Any]:
 
 
 def _mhc() -> Iterator[Any]:
-    """Clusters of one, of several with tiles left over, of 16; several tokens in one; two launches;
-    every form, reads without writes and the reverse."""
+    """One and several groups of tiles, tokens left over; sums by FMA and on tensor cores, whose
+    blocks are of two sizes; every form, reads without writes and the reverse."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
