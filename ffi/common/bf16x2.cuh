@@ -16,6 +16,11 @@ __device__ __forceinline__ uint32_t MaxMagnitudes(uint32_t a, uint32_t b) {
   return pair;
 }
 
+// The larger one of a pair of magnitudes as bits of BF16, NaN above all; signs are cut off.
+__device__ __forceinline__ uint32_t LargerOf(uint32_t pair) {
+  return max(pair & 0x7FFFu, pair >> 16 & 0x7FFFu);
+}
+
 // Nearest even; NaN becomes 0x7FFF.
 __device__ __forceinline__ uint32_t PackBf16(float low, float high) {
   uint32_t pair;

@@ -2,13 +2,12 @@
 // those of channels.h.
 #pragma once
 
-#include <cuda_fp8.h>
-
 #include <cstdint>
 
 #include "common/bf16x2.cuh"
 #include "common/bits.h"
 #include "common/channels.h"
+#include "common/e4m3.cuh"
 #include "common/rope.h"
 #include "common/vector_store.cuh"
 
@@ -76,11 +75,6 @@ __device__ __forceinline__ uint32_t LargestOfLanes(uint32_t pair) {
   return pair;
 }
 
-// The larger one as bits of BF16.
-__device__ __forceinline__ uint32_t LargerOf(uint32_t pair) {
-  return max(pair & 0x7FFFu, pair >> 16 & 0x7FFFu);
-}
-
 // Four pairs, each by its own (cosine, sine), two of them in each of `turns`.
 __device__ __forceinline__ void Rotate(Eight& x, const float4* turns) {
 #pragma unroll
@@ -110,8 +104,7 @@ __device__ __forceinline__ uint2 EncodeE4m3(const Eight& x, uint32_t inverse) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const uint32_t scaled = MulBf16x2(x.word[i], inverse);
-    pair[i] =
-        __nv_cvt_float2_to_fp8x2(make_float2(Low(scaled), High(scaled)), __NV_SATFINITE, __NV_E4M3);
+    pair[i] = EncodeE4m3Pair(Low(scaled), High(scaled));
   }
   return make_uint2(pair[0] | pair[1] << 16, pair[2] | pair[3] << 16);
 }

@@ -8,23 +8,31 @@
 
 namespace dsv4 {
 
-// Within 1 ulp. Results below 2^-126 are 0; NaN stays NaN.
-DSV4_HOST_DEVICE inline float Exp(float x) {
-  constexpr float kLog2E = 1.44269504f;
-  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // the first of few bits
-  constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer
-  const float shifted = x * kLog2E + kRound;
-  const float n = shifted - kRound;
-  const float r = (x - n * kLn2High) - n * kLn2Low;
+// x = n ln 2 + rest: the first of ln 2 of few bits, so that its products are exact; adding
+// kExpRound rounds to an integer.
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+constexpr float kExpRound = 0x1.8p23f;
+
+// e^r of that rest.
+DSV4_HOST_DEVICE inline float ExpOfRest(float r) {
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  const float y = (p * (r * r) + r) + 1.0f;
+  return (p * (r * r) + r) + 1.0f;
+}
+
+// Within 1 ulp. Results below 2^-126 are 0; NaN stays NaN.
+DSV4_HOST_DEVICE inline float Exp(float x) {
+  const float shifted = x * kLog2E + kExpRound;
+  const float n = shifted - kExpRound;
+  const float r = (x - n * kLn2High) - n * kLn2Low;
+  const float y = ExpOfRest(r);
   // 2^n as a product of two, for n = 128.
-  const uint32_t exponent = FloatBits(shifted) - FloatBits(kRound);
+  const uint32_t exponent = FloatBits(shifted) - FloatBits(kExpRound);
   const uint32_t half = static_cast<uint32_t>(static_cast<int32_t>(exponent) >> 1);
   const float scaled =
       y * FloatFromBits((half + 127u) << 23) * FloatFromBits((exponent - half + 127u) << 23);

@@ -99,11 +99,6 @@ __device__ __forceinline__ uint8_t EncodeE4m3Native(float x) {
   return __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
 }
 
-// Two codes, the first in the low byte.
-__device__ __forceinline__ uint32_t EncodeE4m3Pair(float low, float high) {
-  return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E4M3);
-}
-
 __device__ __forceinline__ float DecodeE4m3Native(uint8_t code) {
   return __half2float(__half(__nv_cvt_fp8_to_halfraw(code, __NV_E4M3)));
 }

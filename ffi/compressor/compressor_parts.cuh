@@ -10,6 +10,8 @@
 #include "common/bf16x2.cuh"
 #include "common/bits.h"
 #include "common/e2m1.h"
+#include "common/e4m3.cuh"
+#include "common/exp.h"
 #include "common/rope.h"
 #include "common/ue8m0.h"
 #include "compressor/compressor.h"
@@ -81,12 +83,6 @@ __device__ __forceinline__ float MulFlushed(float a, float b) {
   asm("mul.ftz.f32 %0, %1, %2;" : "=f"(product) : "f"(a), "f"(b));
   return product;
 }
-// Two E4M3 codes, saturating; NaN becomes 0x7F.
-__device__ __forceinline__ uint16_t EncodePair(float low, float high) {
-  uint16_t codes;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
-  return codes;
-}
 // Bytes into shared memory, there after WaitForCopies for the thread that asked.
 __device__ __forceinline__ void CopyPair(float* to, const float* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(SharedAddress(to)), "l"(from)
@@ -127,20 +123,11 @@ __device__ __forceinline__ void Meet(int barrier, int threads) {
 
 // The bits of Exp(x) for x <= 0 or NaN, for two thirds of the instructions.
 __device__ __forceinline__ float ExpOfNegative(float x) {
-  constexpr float kLog2E = 1.44269504f;
-  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  constexpr float kRound = 0x1.8p23f;
   const float held = MaxOrNan(x, -88.0f);  // n = -127, whose power is 0
-  const float shifted = held * kLog2E + kRound;
-  const float n = shifted - kRound;
+  const float shifted = held * kLog2E + kExpRound;
+  const float n = shifted - kExpRound;
   const float r = __fmaf_rn(-n, kLn2High, held) - n * kLn2Low;  // that product is exact
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  const float y = (p * (r * r) + r) + 1.0f;
+  const float y = ExpOfRest(r);
   const float power = __uint_as_float((__float_as_uint(shifted) << 23) + 0x3F800000u);
   return MulFlushed(y, power);
 }
@@ -303,7 +290,7 @@ __device__ __forceinline__ void StoreKey(const CompressorParams& p, const Compre
     const uint32_t byte = Fp8ScaleByte(__reduce_max_sync(kAllLanes, LargerBits(y)));
     const float inverse = InverseScale(byte);
     *reinterpret_cast<uint16_t*>(job.code + entry * nope + first) =
-        EncodePair(y.x * inverse, y.y * inverse);
+        EncodeE4m3Pair(y.x * inverse, y.y * inverse);
     if (first % kSumChannels == 0) {
       job.scale[entry * job.scales + first / kSumChannels] = static_cast<uint8_t>(byte);
     }
@@ -358,7 +345,7 @@ __device__ __forceinline__ void StoreIndexKey(const CompressorJob& job, int d, f
     const uint32_t byte = Fp8ScaleByte(largest);
     const float inverse = InverseScale(byte);
     *reinterpret_cast<uint16_t*>(job.code + entry * job.code_bytes + first) =
-        EncodePair(y.x * inverse, y.y * inverse);
+        EncodeE4m3Pair(y.x * inverse, y.y * inverse);
     if (first == 0) job.scale[entry] = static_cast<uint8_t>(byte);
     return;
   }

@@ -8,7 +8,6 @@
 //
 // In the first launch a lane has 4 neighbouring channels of a tile, a warp the tile; see mhc.h for
 // the order of sums. In the second a lane has 16 neighbouring channels.
-#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -16,6 +15,7 @@
 #include "common/barrier.cuh"
 #include "common/bf16x2.cuh"
 #include "common/bits.h"
+#include "common/e4m3.cuh"
 #include "common/halved.cuh"
 #include "common/mma.cuh"
 #include "common/nvfp4.cuh"
@@ -548,7 +548,7 @@ __device__ __forceinline__ uint32_t Largest(const uint32_t (&words)[kNormWords])
   uint32_t pair = 0;
 #pragma unroll
   for (int i = 0; i < kNormWords; ++i) pair = MaxMagnitudes(pair, words[i]);
-  return max(pair & 0x7FFFu, pair >> 16 & 0x7FFFu);
+  return LargerOf(pair);
 }
 
 // E4M3 codes of a block that shares a scale with 7 others in the lanes around; `at`: which block.

@@ -1,11 +1,11 @@
 // A thread block per token, the token in registers from its one read to its one write; one
 // reduction over the thread block, and one over the 8 threads of a scale. Many small tokens have a
 // warp each: nothing waits for other warps, and the weight is there with the token.
-#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
 
+#include "common/e4m3.cuh"
 #include "common/rmsnorm.cuh"
 #include "common/ue8m0.h"
 #include "common/vector_store.cuh"
@@ -35,7 +35,7 @@ __device__ __forceinline__ Quantised Quantise(const float (&values)[kNormBlock])
     pair_max = MaxMagnitudes(pair_max, __shfl_xor_sync(kNormLanes, pair_max, half));
   }
   Quantised y;
-  y.scale = Fp8ScaleByteOfBf16(max(pair_max & 0x7FFFu, pair_max >> 16 & 0x7FFFu));
+  y.scale = Fp8ScaleByteOfBf16(LargerOf(pair_max));
   const uint32_t inverse = InverseScaleBf16x2(y.scale);
   uint32_t codes[kNormWords / 2];
 #pragma unroll
@@ -44,8 +44,7 @@ __device__ __forceinline__ Quantised Quantise(const float (&values)[kNormBlock])
 #pragma unroll
     for (int k = 0; k < 2; ++k) {  // exact but where the code is 0
       const uint32_t scaled = MulBf16x2(words[2 * i + k], inverse);
-      pair[k] = __nv_cvt_float2_to_fp8x2(make_float2(Low(scaled), High(scaled)), __NV_SATFINITE,
-                                         __NV_E4M3);
+      pair[k] = EncodeE4m3Pair(Low(scaled), High(scaled));
     }
     codes[i] = pair[0] | pair[1] << 16;
   }

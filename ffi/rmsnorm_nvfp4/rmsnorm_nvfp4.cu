@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResident)
       words[b][i] = PackBf16(y.values[b][e], y.values[b][e + 4]);
       pair_max = MaxMagnitudes(pair_max, words[b][i]);
     }
-    block_max[b] = max(pair_max & 0x7FFFu, pair_max >> 16 & 0x7FFFu);
+    block_max[b] = LargerOf(pair_max);
     token_max = max(token_max, block_max[b]);
   }
 
