@@ -19,7 +19,7 @@ from dsv4_jax.ops.compressor import CompressorJob, compressor
 from dsv4_jax.ops.dense_linear import dense_linears
 from dsv4_jax.ops.key_finish import key_finish, ring_takes_first
 from dsv4_jax.ops.query_finish import query_finish
-from dsv4_jax.ops.rmsnorm_nvfp4 import MAX_DIM
+from dsv4_jax.ops.rmsnorm_fp8 import rmsnorm_fp8_takes
 from dsv4_jax.ops.rope import rope_frequencies
 from dsv4_jax.precision import Precision
 from dsv4_jax.quant import fp8
@@ -53,14 +53,17 @@ class Attention(nn.Module):
             self.indexer = Indexer(c, p)
 
     def __call__(
-        self, x: Float[Array, "n dim"], cache: LayerCache, step: Step
+        self, x: Float[Array, "n dim"], x_fp8: Fp8 | None, cache: LayerCache, step: Step
     ) -> tuple[Float[Array, "n dim"], LayerCache]:
-        """Branch output for the chunk's tokens (flattened rows) and the layer's new state."""
+        """Branch output for the chunk's tokens (flattened rows) and the layer's new state.
+
+        ``x_fp8``: ``x`` quantised, if it is there already (`BranchRead`).
+        """
         c, p = self.config, self.precision
         b, t = step.tokens.shape
         frequencies = rope_frequencies(c, self.kind)
 
-        low, kv = linears(x, (self.wq_a, self.wkv))
+        low, kv = linears(x, (self.wq_a, self.wkv), x_fp8)
         qr = self._queries(self.wq_a(x, low))
         q = self.wq_b(qr).reshape(b, t, c.num_attention_heads, c.head_dim)
         q = query_finish(q, step.positions, frequencies, c.rms_norm_eps, rounding=p.q_norm)
@@ -115,7 +118,8 @@ class Attention(nn.Module):
         forms = {self.precision.wq_b}
         if self.kind is LayerKind.CSA:
             forms.add(self.precision.indexer_wq_b)
-        whole = low.shape[-1] % fp8.ACT_BLOCK == 0 and low.shape[-1] <= MAX_DIM
+        rank = low.shape[-1]
+        whole = rmsnorm_fp8_takes(rank) and rank % fp8.ACT_BLOCK == 0
         bf16 = low.dtype == self.q_norm.weight.dtype == jnp.bfloat16
         return self.q_norm(low, quantised=forms == {"fp8_w8a8"} and whole and bf16)
 

@@ -27,10 +27,10 @@ class Block(nn.Module):
 
     def setup(self) -> None:
         c, p = self.config, self.precision
-        self.hc_attn = HyperConnection(c, p)
+        self.hc_attn = HyperConnection(c, p, "fp8_w8a8" in (p.wq_a, p.wkv))
         self.attn_norm = RMSNorm(c.hidden_size, p.dense, c.rms_norm_eps)
         self.attn = Attention(c, p, self.kind)
-        self.hc_ffn = HyperConnection(c, p)
+        self.hc_ffn = HyperConnection(c, p, p.shared_expert == "fp8_w8a8")
         self.ffn_norm = RMSNorm(c.hidden_size, p.dense, c.rms_norm_eps)
         self.ffn = MoE(c, p, self.experts_form, self.hashed)
 
@@ -51,10 +51,11 @@ class Block(nn.Module):
             return pending, cache
         with jax.named_scope("attention"):
             read = self.hc_attn(pending, self.attn_norm.weight)
-            branch, cache = self.attn(read.x, cache, step)
+            branch, cache = self.attn(read.x, read.x_fp8, cache, step)
             pending = read.pending(branch)
         with jax.named_scope("moe"):
             read = self.hc_ffn(pending, self.ffn_norm.weight)
-            branch = self.ffn(read.x, step.tokens.reshape(-1), step.valid.reshape(-1))
+            tokens, valid = step.tokens.reshape(-1), step.valid.reshape(-1)
+            branch = self.ffn(read.x, read.x_fp8, tokens, valid)
             pending = read.pending(branch)
         return pending, cache

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.ops.mhc import Mixed, Read, Write, mhc, mhc_takes
+from dsv4_jax.ops.mhc import Form, Mixed, Read, Write, mhc, mhc_takes
 from dsv4_jax.ops.mhc_head import mhc_head
 from dsv4_jax.ops.mhc_post import mhc_post
 from dsv4_jax.ops.mhc_pre import mhc_pre
 from dsv4_jax.ops.rmsnorm import rmsnorm
 from dsv4_jax.precision import Precision
+from dsv4_jax.quant.fp8 import Fp8
 from dsv4_jax.typing import Array, Float, Float32
 
 __all__ = ["BranchRead", "HcHead", "HyperConnection", "Pending", "is_fused", "write_back"]
@@ -29,10 +30,14 @@ class Pending(NamedTuple):
 
 
 class BranchRead(NamedTuple):
-    """What a branch reads: normalised input ``x``, the weights of its write-back, the streams."""
+    """What a branch reads: normalised input, the weights of its write-back, the streams.
+
+    ``x_fp8``: ``x`` quantised per 128 channels, if `mhc` was asked for it.
+    """
 
     streams: Float[Array, "n hc d"]
     x: Float[Array, "n d"]
+    x_fp8: Fp8 | None
     post: Float32[Array, "n hc"]
     comb: Float32[Array, "n hc hc"]
 
@@ -52,13 +57,24 @@ def is_fused(config: ModelConfig, precision: Precision) -> bool:
     return takes and precision.streams == precision.dense == "bfloat16"
 
 
-def mix(pending: Pending, read: Read | None, *, config: ModelConfig, precision: Precision) -> Mixed:
-    """Writes what is pending back, then reads the streams; by `mhc` where `is_fused`."""
+def mix(
+    pending: Pending,
+    read: Read | None,
+    *,
+    config: ModelConfig,
+    precision: Precision,
+    forms: tuple[Form, ...] = ("bfloat16",),
+) -> Mixed:
+    """Writes what is pending back, then reads the streams; by `mhc` where `is_fused`.
+
+    ``forms``: of the read; where it is not fused there is one, ``x``.
+    """
     streams, write = pending
     eps = {"hc_eps": config.hc_eps, "rms_eps": config.rms_norm_eps}
     iters = config.hc_sinkhorn_iters
     if is_fused(config, precision):
-        return mhc(streams, write, read, iters=iters, regime=precision.regime, **eps)
+        settings: dict[str, Any] = {"iters": iters, "regime": precision.regime, "forms": forms}
+        return mhc(streams, write, read, **settings, **eps)
     if write is not None:
         streams = mhc_post(write.branch, streams, write.post, write.comb)
     if read is None:
@@ -82,10 +98,14 @@ def write_back(
 
 
 class HyperConnection(nn.Module):
-    """mHC read of one branch, normalised, behind the write-back before it; parameters FP32."""
+    """mHC read of one branch, normalised, behind the write-back before it; parameters FP32.
+
+    ``quantised``: something in the branch reads ``x`` in FP8.
+    """
 
     config: ModelConfig
     precision: Precision
+    quantised: bool
 
     def setup(self) -> None:
         hc = self.config.hc_mult
@@ -93,8 +113,9 @@ class HyperConnection(nn.Module):
 
     def __call__(self, pending: Pending, norm: Float[Array, "d"]) -> BranchRead:
         read = Read(*self.parameters, norm)
-        got: Any = mix(pending, read, config=self.config, precision=self.precision)
-        return BranchRead(got.streams, got.x, got.post, got.comb)
+        forms: tuple[Form, ...] = ("bfloat16", "fp8") if self.quantised else ("bfloat16",)
+        got: Any = mix(pending, read, config=self.config, precision=self.precision, forms=forms)
+        return BranchRead(got.streams, got.x, got.fp8, got.post, got.comb)
 
 
 class HcHead(nn.Module):

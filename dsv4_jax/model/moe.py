@@ -10,6 +10,7 @@ from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.router import router
 from dsv4_jax.ops.swiglu import swiglu
 from dsv4_jax.precision import LinearFormat, Precision, Regime
+from dsv4_jax.quant.fp8 import Fp8
 from dsv4_jax.typing import Array, Bool, Float, Float32, Int32
 
 __all__ = ["MoE"]
@@ -82,8 +83,8 @@ class SharedExpert(nn.Module):
         self.w2 = Linear(c.hidden_size, c.moe_intermediate_size, self.form, self.regime)
         self.w3 = Linear(c.moe_intermediate_size, c.hidden_size, self.form, self.regime)
 
-    def __call__(self, x: Float[Array, "t d"]) -> Float[Array, "t d"]:
-        gate, up = linears(x, (self.w1, self.w3))
+    def __call__(self, x: Float[Array, "t d"], x_fp8: Fp8 | None = None) -> Float[Array, "t d"]:
+        gate, up = linears(x, (self.w1, self.w3), x_fp8)
         hidden = swiglu(self.w1(x, gate), self.w3(x, up), limit=self.config.swiglu_limit)
         return self.w2(hidden)
 
@@ -146,7 +147,12 @@ class MoE(nn.Module):
         self.shared_experts = SharedExpert(c, p.shared_expert, p.regime)
 
     def __call__(
-        self, x: Float[Array, "t d"], tokens: Int32[Array, "t"], valid: Bool[Array, "t"]
+        self,
+        x: Float[Array, "t d"],
+        x_fp8: Fp8 | None,
+        tokens: Int32[Array, "t"],
+        valid: Bool[Array, "t"],
     ) -> Float[Array, "t d"]:
+        """``x_fp8``: ``x`` quantised, if it is there already (`BranchRead`)."""
         idx, weight = self.gate(x, tokens)
-        return self.experts(x, idx, weight, valid, self.shared_experts(x))
+        return self.experts(x, idx, weight, valid, self.shared_experts(x, x_fp8))

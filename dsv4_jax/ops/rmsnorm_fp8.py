@@ -12,10 +12,15 @@ from dsv4_jax.quant import fp8
 from dsv4_jax.quant.fp8 import Fp8
 from dsv4_jax.typing import E4M3, UE8M0, Array, BFloat16
 
-__all__ = ["rmsnorm_fp8"]
+__all__ = ["rmsnorm_fp8", "rmsnorm_fp8_takes"]
 
 CHANNELS = 16
 """``kNormBlock`` of ffi/common/rmsnorm.h: what a thread takes."""
+
+
+def rmsnorm_fp8_takes(d: int) -> bool:
+    """Whether ``d`` channels are a multiple of 16 up to `MAX_DIM`."""
+    return d % CHANNELS == 0 and CHANNELS <= d <= MAX_DIM
 
 
 @functools.partial(jax.jit, static_argnames=("eps",))
@@ -44,7 +49,7 @@ def rmsnorm_fp8(x: BFloat16[Array, "*lead d"], weight: BFloat16[Array, "d"], eps
     check_operand("rmsnorm_fp8", "x", x, "*lead d", BFLOAT16)
     check_operand("rmsnorm_fp8", "weight", weight, "d", BFLOAT16)
     d = x.shape[-1] if x.ndim else 0
-    if d % CHANNELS or not CHANNELS <= d <= MAX_DIM:
+    if not rmsnorm_fp8_takes(d):
         raise ValueError(
             f"rmsnorm_fp8: x must have a multiple of {CHANNELS} channels, {CHANNELS}..{MAX_DIM}, "
             f"got {list(x.shape)}"

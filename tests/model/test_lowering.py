@@ -479,6 +479,17 @@ def test_aliases_of_every_call(preset: str) -> None:
     assert wrong_contracts(decode(preset)) == []
 
 
+def test_inputs_arrive_in_fp8() -> None:
+    """``wq_a`` with ``wkv``, ``wq_b``, ``w1`` with ``w3`` of the shared expert, the indexer's."""
+    arrived = {layer: [0, 0] for layer in range(LAYERS)}
+    for call in decode("official").calls():
+        if call.op == "fp8_linear" and call.layer is not None:
+            arrived[call.layer]["f8E4M3FN" in str(call.operation.operands[0].type)] += 1
+    # The others, ``wo_a``, ``wo_b`` and ``w2``, follow ops with results in BF16.
+    kinds = [flash("official").config.layer_kind(i) for i in range(LAYERS)]
+    assert arrived == {i: [3, 4 if kind is CSA else 3] for i, kind in enumerate(kinds)}
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_streams_are_written_in_place(preset: str) -> None:
     assert streams_not_in_place(decode(preset)) == []
