@@ -20,10 +20,9 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kColumns = 8;
 constexpr int kPrepareThreads = 256;
-constexpr int kTeams = 4096;    // that lay out x, if there is so much
-constexpr int kFullGrid = 128;  // thread blocks that keep the memory busy
-// Tokens that every thread block may round for itself, and whose largest inputs it may look for.
-constexpr int kRoundedTokens = 3, kScaledTokens = 2;
+constexpr int kTeams = 4096;        // that lay out x, if there is so much
+constexpr int kFullGrid = 128;      // thread blocks that keep the memory busy
+constexpr int kRoundedTokens = 3;   // that every thread block may round for itself
 constexpr int kWideBlocks = 66;     // of 256 rows and a tile, that keep half of the chip busy
 constexpr int kNarrowBlocks = 200;  // of 128 rows and a narrow tile, that run at once
 
@@ -344,11 +343,8 @@ bool TakesRaw(const LinearParams& params, const TileGemm& gemm) {
   const bool rounded = params.act != ActForm::kBf16 && params.x_scale == nullptr;
   const bool scaled = params.act == ActForm::kNvfp4 && params.act_scale == nullptr;
   return gemm.width == kRawWidth && !params.x_float32 &&
-         reinterpret_cast<uintptr_t>(params.x) % 16 == 0 &&
-         params.t <= (scaled    ? kScaledTokens
-                      : rounded ? kRoundedTokens
-                                : kRawWidth) &&
-         HopperTakes(gemm);
+         reinterpret_cast<uintptr_t>(params.x) % 16 == 0 && !scaled &&
+         params.t <= (rounded ? kRoundedTokens : kRawWidth) && HopperTakes(gemm);
 }
 
 // x into scratch, as the products of this width read it.

@@ -51,7 +51,7 @@ struct TileGemm {
                       // the kernel then lays out itself, or nullptr
   const uint8_t* raw_scale;    // kFp8, where raw_x is E4M3: UE8M0 [tokens, groups, inputs / 128]
   ActForm act;                 // of raw_x
-  const float* act_scale;      // of raw_x, kNvfp4: [1], or nullptr: of each token's largest
+  const float* act_scale;      // of raw_x, kNvfp4: [1]
   const float* column_scale;   // [columns] or nullptr
   const float* column_weight;  // kSwiglu: [columns]
   float limit;

@@ -13,8 +13,7 @@ namespace dsv4 {
 namespace tile {
 
 constexpr int kRawWarps = 3;
-constexpr int kRawMagnitudes = 8;  // chunks of a lane on their way that are looked through
-// And that are rounded, as many as there are registers for.
+// Chunks of a lane on their way, as many as there are registers for.
 template <WeightForm kForm, bool kFp8Mma>
 constexpr int kRawAhead =
     kFp8Mma || kForm == WeightForm::kBf16 || kForm == WeightForm::kNvfp4 ? 4 : 2;
@@ -38,48 +37,6 @@ __host__ __device__ constexpr int RawArrivals(int tokens, int at_once) {
 // Past the L1: another kernel may have written it while this one was there.
 __device__ __forceinline__ uint4 LoadRaw(const char* x) {
   return __ldcg(reinterpret_cast<const uint4*>(x));
-}
-
-__device__ __forceinline__ void SyncRaw() {
-  asm volatile("bar.sync 2, %0;" ::"n"(32 * kRawWarps) : "memory");
-}
-
-// NVFP4: the FP32 scale of the token that has the lane's number; all warps look through each token.
-__device__ __forceinline__ float RawGlobalScale(const RawArgs& args, const char* x, int64_t stride,
-                                                int tokens, int warp) {
-  __shared__ uint32_t found[kRawWarps][kRawWidth];
-  const int lane = threadIdx.x % 32;
-  if (args.act_scale != nullptr) return StaticGlobalScale(__ldcg(args.act_scale));
-  const int inputs = static_cast<int>(args.inputs);
-  constexpr int kStride = kRawWarps * 32 * kChunk;
-  for (int token = 0; token < tokens; ++token) {
-    uint32_t largest = 0;
-    for (int at = (warp * 32 + lane) * kChunk; at < inputs; at += kRawMagnitudes * kStride) {
-      uint4 words[kRawMagnitudes];
-#pragma unroll
-      for (int i = 0; i < kRawMagnitudes; ++i) {
-        words[i] = make_uint4(0, 0, 0, 0);
-        if (at + i * kStride < inputs) {
-          words[i] = LoadRaw(x + token * stride + int64_t{at + i * kStride} * 2);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kRawMagnitudes; ++i) {
-        const uint32_t w[4] = {words[i].x, words[i].y, words[i].z, words[i].w};
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          largest = max(largest, max(w[j] << 16 & 0x7FFF0000u, w[j] & 0x7FFF0000u));
-        }
-      }
-    }
-    largest = MaxOfLanes<32>(largest);
-    if (lane == 0) found[warp][token] = largest;
-  }
-  SyncRaw();
-  uint32_t largest = 0;
-#pragma unroll
-  for (int i = 0; i < kRawWarps; ++i) largest = max(largest, found[i][lane % kRawWidth]);
-  return TokenGlobalScale(__uint_as_float(largest));
 }
 
 // By the warps `warp` < kRawWarps; `x_scale`: in shared memory, of the tile's columns. Those who
@@ -133,15 +90,14 @@ __device__ __forceinline__ void LayOutRaw(const RawArgs& args,
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) words[i] = load();
 
-  float scale = 1.0f;  // of the token that has the lane's number
+  float scale = 1.0f;
   if constexpr (kForm == WeightForm::kNvfp4) {
     if (args.act == ActForm::kNvfp4) {
-      scale = RawGlobalScale(args, x, stride, tile.count, warp);
+      scale = StaticGlobalScale(__ldcg(args.act_scale));
       if (warp == 0 && lane < kRawWidth) x_scale[lane] = scale;
     }
   }
   const ActForm act = kForm == WeightForm::kBf16 ? ActForm::kBf16 : args.act;
-  int rounding_deal = deal;
   while (feed.stage < feed.stages) {
     std::conditional_t<kFp8Mma, Fp8Line, uint4> lines[kAhead];
 #pragma unroll
@@ -162,12 +118,7 @@ __device__ __forceinline__ void LayOutRaw(const RawArgs& args,
         DecodeFp8(chunk, v);
         lines[i] = LineOf<kForm>(v, lane);
       } else {
-        float global = 1.0f;
-        if constexpr (kForm == WeightForm::kNvfp4) {
-          global = __shfl_sync(0xFFFFFFFFu, scale, rounding_deal);
-          step(rounding_deal, [] {});
-        }
-        RoundChunk(v, act, global);
+        RoundChunk(v, act, scale);
         lines[i] = LineOf<kForm>(v, lane);
       }
     }
