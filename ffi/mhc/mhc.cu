@@ -62,12 +62,7 @@ __device__ __forceinline__ void SyncWarps(int barrier, int warps) {
   __syncwarp();
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(warps * kLanes) : "memory");
 }
-// For warps that need not wait.
-__device__ __forceinline__ void ArriveWarps(int barrier, int warps) {
-  __syncwarp();
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(warps * kLanes) : "memory");
-}
-constexpr int kWorkersBarrier = 1, kGroupsBarrier = 2;
+constexpr int kWorkersBarrier = 1;
 
 // What a token's write-back is weighted by: post, and the rows of comb.
 struct BackWeights {
@@ -614,7 +609,7 @@ __global__ void __launch_bounds__(FinishThreads(kPasses), 3 - kPasses)
     float total = __fadd_rn(0.0f, GroupSum(p, sums, params.tiles, group, lane));
     if (params.groups > 1) {
       group_sums[group][lane] = total;
-      SyncWarps(kGroupsBarrier, workers + params.groups);
+      __syncthreads();
     }
     if (group == 0) {
       for (int i = 1; i < params.groups; ++i) total = __fadd_rn(total, group_sums[i][lane]);
@@ -627,8 +622,8 @@ __global__ void __launch_bounds__(FinishThreads(kPasses), 3 - kPasses)
     LetNextBegin();
     WaitForPrevious();
     if (block_of(0) < blocks) of_block.Load(streams + block_of(0) * kNormBlock, p.d);
-    // racecheck takes the barrier below for none where some warps alone have met at one before.
-    if (params.groups > 1) ArriveWarps(kGroupsBarrier, workers + params.groups);
+    // The groups' warps alone need to meet; but then racecheck does not see the barrier below.
+    if (params.groups > 1) __syncthreads();
   }
   __syncthreads();
   if (group >= 0) {
