@@ -600,30 +600,28 @@ __global__ void __launch_bounds__(FinishThreads(kPasses), 3 - kPasses)
       (p.branch == nullptr ? p.streams : p.new_streams) + int64_t{token} * kStreams * p.d;
   uint32_t norm_weight[kNormWords] = {};
   BlockStreams of_block = {};
-  float static_scale = 0.0f, weight = 0.0f;
+  float static_scale = 0.0f, total = 0.0f, weight = 0.0f;
+  const LaneMix mix(p, group >= 0 ? lane : kLanes);
   if (group >= 0) {
-    const LaneMix mix(p, lane);
     LetNextBegin();
     WaitForPrevious();
     const float* const sums = p.scratch + int64_t{token} * params.tiles * kMhcSumStride;
-    float total = __fadd_rn(0.0f, GroupSum(p, sums, params.tiles, group, lane));
-    if (params.groups > 1) {
-      group_sums[group][lane] = total;
-      __syncthreads();
-    }
-    if (group == 0) {
-      for (int i = 1; i < params.groups; ++i) total = __fadd_rn(total, group_sums[i][lane]);
-      weight = mix.Weight(p, total, lane);
-      if (lane < kStreams) pre_of[lane] = weight;
-    }
+    total = __fadd_rn(0.0f, GroupSum(p, sums, params.tiles, group, lane));
+    if (params.groups > 1) group_sums[group][lane] = total;
   } else {
     weights_of(0, norm_weight);
     if (p.global_scale != nullptr) static_scale = StaticGlobalScale(__ldg(p.global_scale));
     LetNextBegin();
     WaitForPrevious();
     if (block_of(0) < blocks) of_block.Load(streams + block_of(0) * kNormBlock, p.d);
-    // The groups' warps alone need to meet; but then racecheck does not see the barrier below.
-    if (params.groups > 1) __syncthreads();
+  }
+  // Of all warps, though it is the groups' alone that have to meet: behind a barrier of some,
+  // racecheck does not see the next one.
+  if (params.groups > 1) __syncthreads();
+  if (group == 0) {
+    for (int i = 1; i < params.groups; ++i) total = __fadd_rn(total, group_sums[i][lane]);
+    weight = mix.Weight(p, total, lane);
+    if (lane < kStreams) pre_of[lane] = weight;
   }
   __syncthreads();
   if (group >= 0) {
