@@ -42,7 +42,7 @@ HOST_DTYPE: Final[dict[str, Any]] = {
 
 _FLOATS: Final = ("F32", "BF16", "F16")
 # The dot tells the scales of linears from `hc_attn_scale`, a parameter.
-_SCALE: Final = re.compile(r"(.*)\.(?:weight_|input_)?(?:global_)?scale(?:_2|_inv)?")
+_SCALE: Final = re.compile(r"(.*)\.(?:weight_|input_|block_)?(?:global_)?scale(?:_2|_inv)?")
 _CODES: Final = np.uint64(0x7777_7777_7777_7777)
 _SINKS: Final = ("attn_sink", "sinks")
 

@@ -68,6 +68,11 @@ def _json(**fields: Any) -> Break:
             ["unsupported architecture llama"],
             id="C3-by-type",
         ),
+        pytest.param(
+            _json(architectures=["\ud800\x1b"]),
+            [r"unsupported architecture '\ud800\x1b'"],
+            id="C3-unprintable",
+        ),
         pytest.param(_json(q_lora_rank="128"), ["config.json: q_lora_rank"], id="C4-type"),
         pytest.param(_json(compress_ratios=[0, 4]), ["compress_ratios"], id="C4-ratios"),
         pytest.param(

@@ -162,7 +162,9 @@ def test_broken_shards_are_listed_together(tmp_path: Path) -> None:
     tiny.write(tmp_path, CONFIG, TENSORS, shards=30)
     for i in range(2, 25):
         os.truncate(tmp_path / tiny.shard_name(i, 30), 7)
+    opened = os.listdir("/proc/self/fd")
     message = fails(tmp_path, "file (23)", "... and 3 more")
+    assert len(os.listdir("/proc/self/fd")) == len(opened)
     assert f"{tiny.shard_name(2, 30)}: truncated" in message
 
 
