@@ -28,7 +28,8 @@ def bundled_checkpoint() -> Path:
     Raises:
         CheckpointError: this installation lacks the files.
     """
-    path = Path(__file__).parents[1] / "data" / "stdlib"
+    # Resolved: Bazel and uv install links, which a checkpoint must not consist of.
+    path = (Path(__file__).parents[1] / "data" / "stdlib" / "config.json").resolve().parent
     if not (path / "config.json").is_file():
         raise CheckpointError(
             f"{path}: this installation lacks the bundled model; install the package again, or "
@@ -44,6 +45,7 @@ def from_checkpoint(
     sharding: Any = None,
     mtp: bool = False,
     progress: "Progress" = None,
+    verify: bool = False,
 ) -> "tuple[DeepseekV4, Params]":
     """Model and params of a checkpoint directory (model.md section 7).
 
@@ -57,10 +59,11 @@ def from_checkpoint(
         mtp: also load the multi-token-prediction module.
         progress: progress bar on stderr: ``True``, ``False``, ``None`` (on a terminal), or a
             callable taking (bytes done, bytes in total).
+        verify: look for NaN and Inf in weights too; bad scales are always found.
 
     Raises:
-        CheckpointError: the checkpoint is malformed, unsupported, or does not fit its config, or
-            ``experts_power_of_two`` is ``True`` and not so.
+        CheckpointError: the checkpoint is malformed, unsupported, or does not fit its config or the
+            device's memory, or ``experts_power_of_two`` is ``True`` and not so.
         ValueError: ``sharding`` is not ``None``; no such preset; a width does not fit a format.
     """
     from dsv4_jax.checkpoint.load import load_params_from
@@ -86,7 +89,13 @@ def from_checkpoint(
             print(f'dsv4: precision "{preset}": {source} holds {why}', file=sys.stderr)
             precision = Precision.preset(preset)
         params, precision = load_params_from(
-            reader, config, precision, mtp=mtp, progress=progress, source=source
+            reader,
+            config,
+            precision,
+            mtp=mtp,
+            progress=progress,
+            source=source,
+            verify=verify,
         )
     from dsv4_jax.model import DeepseekV4
 

@@ -11,15 +11,24 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.errors import JaxRuntimeError
 
 from dsv4_jax.checkpoint.convert import EXACT, Report, byte_type, convert, mxfp4_to_nvfp4, typed
 from dsv4_jax.checkpoint.errors import CheckpointError
-from dsv4_jax.checkpoint.names import Parameter, leaves, set_path, target_format
-from dsv4_jax.checkpoint.place import SLAB_BYTES, Placer, write_slice
+from dsv4_jax.checkpoint.names import (
+    Parameter,
+    expected_tree,
+    leaves,
+    set_path,
+    target_format,
+    tree_bytes,
+)
+from dsv4_jax.checkpoint.place import Placer, out_of_memory, write_slice
 from dsv4_jax.checkpoint.read import Reader, TensorInfo
+from dsv4_jax.checkpoint.scan import SLAB_BYTES, BadValueError, Scan
 from dsv4_jax.checkpoint.validate import Resolved, resolve
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.precision import Precision
+from dsv4_jax.precision import PRESETS, Precision
 from dsv4_jax.quant import nvfp4
 from dsv4_jax.typing import Array, Params
 
@@ -71,8 +80,7 @@ class _Loader:
         some = next(iter(job.values()))
         stored, target = self._stored[some.name], target_format(some, self._precision)
         if stored == "int64":
-            table, experts = self._tensors[some.name], self._config.n_routed_experts
-            set_path(tree, some.path, self._placer.hash_table(table, experts))
+            set_path(tree, some.path, self._placer.hash_table(self._tensors[some.name]))
             return
         if some.experts:
             groups = self._experts(job, stored, target)
@@ -284,6 +292,7 @@ def load_params(
     mtp: bool = False,
     progress: Progress = None,
     report: Report | None = None,
+    verify: bool = False,
 ) -> Params:
     """Loads the params tree of a checkpoint directory in the formats of ``precision``.
 
@@ -297,10 +306,11 @@ def load_params(
         mtp: load the module ``mtp.0`` into ``mtp_0`` as well.
         progress: see ``Progress``.
         report: filled with what conversions did; without it the lines are printed to stderr.
+        verify: look for NaN and Inf in weights too; bad scales are always found.
 
     Raises:
-        CheckpointError: the checkpoint is malformed or does not fit ``config``, or
-            ``precision.experts_power_of_two`` is ``True`` and not so.
+        CheckpointError: the checkpoint is malformed or does not fit ``config`` or the device's
+            memory, or ``precision.experts_power_of_two`` is ``True`` and not so.
         ValueError: a width does not fit a format of ``precision``.
     """
     with Reader(path) as reader:
@@ -312,6 +322,7 @@ def load_params(
             progress=progress,
             report=report,
             source=str(path),
+            verify=verify,
         )
     return params
 
@@ -325,6 +336,7 @@ def load_params_from(
     progress: Progress = None,
     report: Report | None = None,
     source: str = "checkpoint",
+    verify: bool = False,
 ) -> tuple[Params, Precision]:
     """``load_params`` of an open reader; ``source`` names it in messages.
 
@@ -335,16 +347,49 @@ def load_params_from(
     for parameter in resolved.parameters:
         leaves(parameter, precision)  # widths against formats, before anything is placed
     found = Report() if report is None else report
+    scan = Scan(reader, resolved.tensors, config.n_routed_experts, verify)
     tree: Params = {}
     total = sum(tensor.nbytes for tensor in resolved.tensors.values())
+    bad_value: str | None = None
+    no_memory = False
     with _bar(progress, total) as advance:
-        placer = Placer(reader, advance)
+        placer = Placer(reader, advance, scan)
         loader = _Loader(placer, resolved, config, precision, found)
-        for job in sorted(_jobs(resolved.parameters), key=loader.job_start):
-            loader.run(job, tree)
-            placer.finish()
+        try:
+            for job in sorted(_jobs(resolved.parameters), key=loader.job_start):
+                loader.run(job, tree)
+                placer.finish()
+        except BadValueError as error:
+            bad_value = str(error)
+        except (JaxRuntimeError, MemoryError) as error:
+            if isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            no_memory = True
+    # Not in the handlers: there the frames of what failed are alive, and with them their arrays.
+    if bad_value is not None or no_memory:
+        tree.clear()
+        placer.drop()
+        if bad_value is not None:
+            scan.raise_all(source)
+            raise CheckpointError(bad_value)  # the file was mended in between
+        raise out_of_memory(source, *_needs(config, precision, mtp))
     settled = loader.settle()
     if report is None:
         for line in found.lines():
             print(f"dsv4: {line}", file=sys.stderr)
     return tree, settled
+
+
+def _needs(config: ModelConfig, precision: Precision, mtp: bool) -> tuple[int, list[str]]:
+    """Bytes of the weights, and what would need less."""
+    need = tree_bytes(expected_tree(config, precision, mtp))
+    lower: list[str] = []
+    for name, preset in PRESETS.items():
+        with contextlib.suppress(ValueError):  # a width that is no multiple of a block
+            less = tree_bytes(expected_tree(config, preset, mtp))
+            if less < need:
+                lower.append(f'precision="{name}" ({less / need:.0%})')
+    if mtp:
+        less = tree_bytes(expected_tree(config, precision, False))
+        lower.append(f"mtp=False ({less / need:.0%})")
+    return need, lower

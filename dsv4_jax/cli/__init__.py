@@ -72,12 +72,12 @@ def _positions(needed: int, limit: int) -> int:
     return max(needed, min(limit, max(_LEAST_POSITIONS, 1 << (needed - 1).bit_length())))
 
 
-def _load(checkpoint: Path, precision: str | None) -> tuple[Any, Any]:
+def _load(checkpoint: Path, precision: str | None, verify: bool) -> tuple[Any, Any]:
     """The model and its parameters."""
     from dsv4_jax.checkpoint import from_checkpoint
 
     chosen = None if precision is None else Precision.preset(precision)
-    return from_checkpoint(checkpoint, precision=chosen)
+    return from_checkpoint(checkpoint, precision=chosen, verify=verify)
 
 
 def _parse_ids(text: str) -> list[int]:
@@ -234,6 +234,9 @@ def generate(
     precision: Annotated[
         str | None, typer.Option(help="Precision preset. Default: the checkpoint's format.")
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Look for NaN and Inf in the weights while loading.")
+    ] = False,
 ) -> None:
     """Continue a prompt; the text streams to stdout.
 
@@ -254,7 +257,7 @@ def generate(
 
         kind = "bundled checkpoint" if checkpoint is None else "checkpoint"
         say(console, f"{kind}: {directory}")
-        model, params = _load(directory, precision)
+        model, params = _load(directory, precision, verify)
         if max_len is None:
             needed = _positions(needed, model.config.max_position_embeddings)
         say(
