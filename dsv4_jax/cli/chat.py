@@ -233,12 +233,14 @@ class _Chat:
     ) -> TokenEvent | None:
         """Shows the answer; the last event, or ``None`` when it was stopped."""
         session, last = self._session, None
+        held = len(session.tokens)
         events = session.stream(ids, max_new_tokens=room, cancelled=pressed, **self._sampling)
         if session.reused:
             rest = len(ids) - session.reused
             screen.note(f"cache: {session.reused} tokens reused, prefill of {rest}")
         else:
-            screen.note(f"cache: nothing to reuse, prefill of {len(ids)} tokens")
+            why = f"the prompt does not continue its {held} tokens" if held else "empty"
+            screen.note(f"cache: {why}, prefill of {len(ids)}")
         text = IncrementalDetokenizer(self._tokenizer)
         with closing(events):
             for last in events:
@@ -261,13 +263,17 @@ class _Chat:
             screen.note(f"not shown: {len(message.unparsed)} characters after that")
 
 
+def _is_terminal() -> bool:
+    return sys.stdin.isatty()
+
+
 def _read(prompt: str) -> str:
     """A line; with editing on a terminal.
 
     Raises:
         EOFError: there is none.
     """
-    if sys.stdin.isatty():
+    if _is_terminal():
         return input(prompt)
     line = sys.stdin.readline()
     if not line:
@@ -276,7 +282,7 @@ def _read(prompt: str) -> str:
 
 
 def _loop(console: Console, chat: _Chat) -> None:
-    interactive = sys.stdin.isatty()
+    interactive = _is_terminal()
     if interactive:
         with suppress(ImportError):  # editing of lines, where the platform has it
             importlib.import_module("readline")
@@ -343,9 +349,10 @@ def command(
 ) -> None:
     """Talk with a model; one line is one message.
 
-    Ctrl-C stops an answer, what there is of it stays. Ctrl-C at the prompt after that, or Ctrl-D,
-    leaves. A turn computes its new tokens only, where its prompt continues the one before;
-    in thinking mode without tools it does not, because earlier reasoning is dropped.
+    Ctrl-C stops an answer after the next token (twice: at once), and what there is of it stays.
+    Ctrl-C at the prompt after that, or Ctrl-D, leaves. A turn computes its new tokens only, where
+    its prompt continues the one before; in thinking mode without tools it does not, because
+    earlier reasoning is dropped.
     """
     console = Console(stderr=True)
     with readable_errors(console):

@@ -34,7 +34,6 @@ class Bench:
 
     def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.path = path
-        self.prompts: list[str] = []
         self._patch = monkeypatch
         TOKENIZER.save(str(path / "tokenizer.json"))
         self.config()
@@ -66,7 +65,7 @@ def _cache_lines(result: Result) -> list[str]:
 def test_answer_and_reasoning_go_apart(bench: Bench) -> None:
     result = bench.run("hi\n")
     assert (result.exit_code, result.stdout) == (0, "a\n"), result.stderr
-    assert result.stderr.splitlines()[-2:] == ["cache: nothing to reuse, prefill of 6 tokens", "r"]
+    assert result.stderr.splitlines()[-2:] == ["cache: empty, prefill of 6", "r"]
 
 
 def test_turns_reuse_the_cache_in_chat_mode(bench: Bench) -> None:
@@ -75,7 +74,7 @@ def test_turns_reuse_the_cache_in_chat_mode(bench: Bench) -> None:
     assert (result.exit_code, result.stdout) == (0, "one\ntwo\nthree\n"), result.stderr
     # BOS S User a Assistant </think> one; EOS User b Assistant </think>.
     assert _cache_lines(result) == [
-        "cache: nothing to reuse, prefill of 6 tokens",
+        "cache: empty, prefill of 6",
         "cache: 9 tokens reused, prefill of 5",
         "cache: 18 tokens reused, prefill of 5",
     ]
@@ -84,7 +83,7 @@ def test_turns_reuse_the_cache_in_chat_mode(bench: Bench) -> None:
 def test_dropped_reasoning_is_a_prompt_of_its_own(bench: Bench) -> None:
     bench.answers("r</think>a", "s</think>b")
     lines = _cache_lines(bench.run("x\ny\n"))
-    assert lines[1] == "cache: nothing to reuse, prefill of 11 tokens"
+    assert lines[1] == "cache: the prompt does not continue its 8 tokens, prefill of 11"
 
 
 def test_calls_are_shown_and_their_results_asked_for(bench: Bench, tmp_path: Path) -> None:
@@ -191,6 +190,27 @@ def test_ctrl_c_at_the_prompt(bench: Bench, times: int) -> None:
     assert result.exit_code == 0
     assert result.stdout == ("a\n" if times == 1 else "")
     assert "Ctrl-C again, or Ctrl-D, to leave" in result.stderr
+
+
+def test_on_a_terminal_an_error_ends_the_turn_only(bench: Bench) -> None:
+    """Through a pipe it ends the program, see the errors below. Prompts say what is asked for."""
+    bench.answers(f"r</think>{CALL}")
+    lines, prompts = iter(["\udcff", "go", KeyboardInterrupt, EOFError]), []
+
+    def ask(prompt: str) -> str:
+        prompts.append(prompt)
+        line = next(lines)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    bench._patch.setattr(chat, "_is_terminal", lambda: True)
+    bench._patch.setattr("builtins.input", ask)
+    result = bench.run("")
+    assert result.exit_code == 0
+    assert result.stdout == '{"name": "f", "arguments": {"é": [1]}}\n'
+    assert "error: encode: messages must be valid Unicode" in result.stderr
+    assert prompts == ["> ", "> ", "result of f> ", "> "], "Ctrl-C leaves a call without a result"
 
 
 def test_invalid_logits_end_the_turn(bench: Bench) -> None:

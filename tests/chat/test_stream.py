@@ -1,7 +1,14 @@
-"""Answers to messages: what was encoded comes back, however it is cut."""
+"""Answers to messages: what was encoded comes back, however it is cut.
+
+Compared with the release's own parser on 180,000 answers, most of them damaged (2026-11-26). What
+it refuses is an error here, but for a missing EOS. What it takes comes out the same, but for damage
+that its patterns let pass: markers or tags inside names and values, empty names, values that are no
+JSON.
+"""
 
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +27,9 @@ from dsv4_jax.chat import (
     encode,
     parse,
 )
+
+LONGER = 100 if "HYPOTHESIS_PROFILE" in os.environ else 1
+"""With random seeds (`HYPOTHESIS_PROFILE=default`) it is run by hand, and looks for longer."""
 
 DATA = Path(__file__).parents[1] / "data" / "encoding"
 EOS = "<｜end▁of▁sentence｜>"
@@ -123,7 +133,7 @@ def cut(text: str, at: list[int]) -> list[str]:
     return [text[a:b] for a, b in itertools.pairwise(edges)]
 
 
-@settings(max_examples=30)
+@settings(max_examples=30 * LONGER)
 @given(PLAIN, PLAIN, CALLS, st.booleans(), CUTS)
 def test_any_message_comes_back(
     content: str, reasoning: str, calls: list[Any], thinking: bool, at: list[int]
@@ -152,7 +162,7 @@ TOKENS = st.sampled_from(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=150 * LONGER)
 @given(st.lists(TOKENS, max_size=14).map("".join), st.booleans(), CUTS)
 def test_any_text_whatever(text: str, thinking: bool, at: list[int]) -> None:
     whole = parse(text, thinking)

@@ -13,6 +13,7 @@ from dsv4_jax.chat import (
     encode,
     parse,
 )
+from dsv4_jax.text import IncrementalDetokenizer, plain_tokenizer
 from dsv4_jax.text import encode as tokenize
 from tests.support.tokenizer import chat_tokenizer
 
@@ -390,3 +391,16 @@ def test_split_everywhere(text: str) -> None:
         ToolCall("f", '{"a": "Zürich 🙂"}'),
         ToolCall("good", "{}"),
     )
+
+
+def test_D6_through_the_detokeniser() -> None:
+    """Tokens of one byte, as a model may write them; a marker is one token or many."""
+    text = "r</think>a" + WELL
+    tokenizer = chat_tokenizer()
+    for ids in (tokenize(tokenizer, text), tokenize(plain_tokenizer(tokenizer), text)):
+        detokenizer, parser = IncrementalDetokenizer(tokenizer), StreamParser()
+        for token in ids:
+            parser.push(detokenizer.push(token))
+        parser.finish()
+        assert parser.message == parse(text)
+    assert len(ids) == len(text.encode())
