@@ -38,9 +38,9 @@ def _draw(
 class Session:
     """Generates answers to prompts that mostly continue each other.
 
-    Tokens are those that `generate` makes of the same prompt and settings. What was generated may
-    be cut short at any time, also by an exception: `tokens` says what the cache holds, and a cache
-    that was lost on the way is made anew by the next call.
+    Tokens are those that `generate` makes of the same prompt and settings (on a GPU: within one
+    kernel regime). What was generated may be cut short at any time, also by an exception: `tokens`
+    says what the cache holds, and a cache that was lost on the way is made anew by the next call.
 
     Args:
         model: the Flax module.

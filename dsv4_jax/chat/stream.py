@@ -12,6 +12,7 @@ a megabyte in many small pieces costs no more than in one.
 
 import dataclasses
 import json
+import math
 import re
 from typing import Any, Literal, NoReturn
 
@@ -123,6 +124,20 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
 
+def _finite(number: str) -> float:
+    value = float(number)
+    if math.isinf(value):
+        raise ValueError(f"{_short(number)} is too large")
+    return value
+
+
+def _check_json(text: str) -> None:
+    """Raises ValueError or RecursionError for what could not be put into a prompt again."""
+    value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+    if "\\u" in text:  # an escape may be half of a character
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+
+
 def _parameter(text: str) -> tuple[str, str, str] | None:
     """Name, ``string`` and value of a parameter; each character is looked at once."""
     opening, name, kind = 'parameter name="', '" string="', '">'
@@ -142,7 +157,7 @@ def _argument(key: str, is_string: str, value: str) -> str:
         value = json.dumps(value, ensure_ascii=False)
     elif is_string == "false":
         try:
-            json.loads(value, parse_constant=_no_constant)
+            _check_json(value)
         except (ValueError, RecursionError) as error:
             raise _Malformed(f"parameter {_short(key)} must be JSON: {error}") from error
     else:

@@ -299,6 +299,20 @@ BROKEN = [
         id="D5-value-nan",
     ),
     pytest.param(
+        f"a\n\n{OPEN}{_invoke(P.replace('true', 'false').replace('>1<', '>[-1e999]<'))}{CLOSE}",
+        "'-1e999' is too large",
+        0,
+        id="D5-value-infinite",
+    ),
+    pytest.param(
+        f"a\n\n{OPEN}"
+        + _invoke(P.replace("true", "false").replace(">1<", '>["\\ud800"]<'))
+        + CLOSE,
+        "surrogates not allowed",
+        0,
+        id="D5-value-half-a-character",
+    ),
+    pytest.param(
         f"a\n\n{OPEN}"
         + _invoke(P.replace("true", "false").replace(">1<", f">{'[' * 100_000}<"))
         + CLOSE,
