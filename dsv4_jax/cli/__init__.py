@@ -7,14 +7,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import jax
 import typer
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from dsv4_jax.cli import compare, evaluate
+from dsv4_jax.cli import chat, compare, evaluate
 from dsv4_jax.cli.common import (
     UserError,
     check_devices,
@@ -22,18 +22,17 @@ from dsv4_jax.cli.common import (
     compile_clock,
     fast_start,
     readable_errors,
+    sampling_settings,
     say,
 )
 from dsv4_jax.env import report
 from dsv4_jax.generate import TokenEvent, check_lengths, stream
 from dsv4_jax.precision import Precision
-from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.text import (
     IncrementalDetokenizer,
     StopMatcher,
     bos_token,
     encode,
-    json_object,
     load_tokenizer,
 )
 from dsv4_jax.version import __version__
@@ -113,21 +112,6 @@ def _prompt_ids(
     if not found:
         raise UserError("the prompt is empty")
     return found
-
-
-def _sampling(
-    checkpoint: Path, temperature: float | None, top_p: float | None, top_k: int
-) -> tuple[SamplingParams, str]:
-    """The settings, and where those that the user did not give come from."""
-    path = checkpoint / "generation_config.json"
-    defaults = json_object(path) if path.is_file() else {}
-    if temperature is None:
-        sampled = defaults.get("do_sample", "temperature" in defaults)
-        temperature = defaults.get("temperature", 1.0) if sampled else 0.0
-    if top_p is None:
-        top_p = defaults.get("top_p", 1.0)
-    source = path.name if defaults else "greedy unless told otherwise"
-    return SamplingParams(cast(float, temperature), cast(float, top_p), top_k), source
 
 
 class _Output:
@@ -247,7 +231,7 @@ def generate(
         directory = checkpoint_directory(checkpoint)
         if precision is not None:
             Precision.preset(precision)
-        settings, source = _sampling(directory, temperature, top_p, top_k)
+        settings, source = sampling_settings(directory, temperature, top_p, top_k)
         tokenizer = load_tokenizer(directory)
         output = _Output(tokenizer, stop or [])
         tokens = _prompt_ids(tokenizer, directory, prompt, prompt_file, ids)
@@ -282,6 +266,7 @@ def generate(
             raise UserError(last.error)
 
 
+app.command("chat")(chat.command)
 app.command("eval")(evaluate.command)
 app.command("compare")(compare.command)
 

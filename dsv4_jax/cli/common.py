@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import typer
@@ -17,7 +17,8 @@ from tokenizers import Tokenizer
 
 from dsv4_jax.env import check_writable, compilation_cache, devices
 from dsv4_jax.precision import PRESETS
-from dsv4_jax.text import load_tokenizer, plain_tokenizer
+from dsv4_jax.sampling import SamplingParams
+from dsv4_jax.text import json_object, load_tokenizer, plain_tokenizer
 
 __all__ = [
     "UserError",
@@ -30,6 +31,7 @@ __all__ = [
     "preset_name",
     "progress_bar",
     "readable_errors",
+    "sampling_settings",
     "say",
     "table_console",
 ]
@@ -161,3 +163,18 @@ def progress_bar(console: Console, what: str) -> Generator[Callable[[int, int], 
             progress.update(task, completed=done, total=total)
 
         yield move
+
+
+def sampling_settings(
+    checkpoint: Path, temperature: float | None, top_p: float | None, top_k: int
+) -> tuple[SamplingParams, str]:
+    """The settings, and where those that the user did not give come from."""
+    path = checkpoint / "generation_config.json"
+    defaults = json_object(path) if path.is_file() else {}
+    if temperature is None:
+        sampled = defaults.get("do_sample", "temperature" in defaults)
+        temperature = defaults.get("temperature", 1.0) if sampled else 0.0
+    if top_p is None:
+        top_p = defaults.get("top_p", 1.0)
+    source = path.name if defaults else "greedy unless told otherwise"
+    return SamplingParams(cast(float, temperature), cast(float, top_p), top_k), source
