@@ -1,5 +1,6 @@
 """index_query_finish against its reference and the ops that it takes the place of."""
 
+import functools
 from typing import Any
 
 import jax
@@ -31,13 +32,14 @@ def table(rotary: int) -> np.ndarray:
 def operands(size: tuple[int, int, int], b: int = 2, t: int = 9) -> tuple[Any, Any, np.ndarray]:
     """Heads of magnitudes 2^-6 .. 2^6; positions up to the last."""
     h, d, rotary = size
-    scale = jnp.exp2(jnp.round(normal(2, b, t, h, 1) * 3))
-    q = (normal(0, b, t, h, d) * scale).astype(jnp.bfloat16)
+    scale = np.exp2(np.round(np.asarray(normal(2, b, t, h, 1)) * 3))
+    q = jnp.asarray((np.asarray(normal(0, b, t, h, d)) * scale).astype(jnp.bfloat16))
     positions = np.random.default_rng(1).integers(0, LAST + 1, (b, t))
     positions[0, :3] = 0, 1, LAST
     return q, jnp.asarray(positions, jnp.int32), table(rotary)
 
 
+@functools.partial(jax.jit, static_argnames="form")
 def plain(q: Any, positions: Any, frequencies: Any, form: Any) -> IndexRows:
     """The ops that the call takes the place of."""
     turned = rope(q, positions, frequencies) if len(frequencies) else q
@@ -61,7 +63,8 @@ def test_against_the_plain_ops(size: tuple[int, int, int], form: Any) -> None:
 def test_against_the_reference() -> None:
     q, positions, frequencies = operands((16, 128, 64))
     wide = q.astype(jnp.float32)
-    want = reference_index_query_finish(wide, positions, jnp.asarray(frequencies), form="mxfp4")
+    reference = jax.jit(functools.partial(reference_index_query_finish, form="mxfp4"))
+    want = reference(wide, positions, frequencies)
     got = index_dequant(index_query_finish(q, positions, frequencies, form="mxfp4"))
     differ = (f64(got) != f64(want)).mean()
     # A matrix product sums in another order: BF16 ties, then codes.

@@ -1,5 +1,6 @@
 """key_finish against its reference and the ops that it takes the place of; rings to the byte."""
 
+import functools
 from typing import Any
 
 import jax
@@ -33,14 +34,17 @@ def table(rotary: int) -> np.ndarray:
 
 def operands(b: int, t: int, d: int = 512, rotary: int = 64) -> tuple[Any, ...]:
     """Keys of magnitudes 2^-6 .. 2^6, weights with small ones."""
-    scale = jnp.exp2(jnp.round(normal(2, b, t, 1) * 3))
-    weight = (1 + normal(1, d, scale=0.3)).at[::7].multiply(1e-3)
-    kv = (normal(0, b, t, d) * scale).astype(jnp.bfloat16)
+    scale = np.exp2(np.round(np.asarray(normal(2, b, t, 1)) * 3))
+    weight = 1 + np.asarray(normal(1, d, scale=0.3))
+    weight[::7] *= np.float32(1e-3)
+    kv = jnp.asarray((np.asarray(normal(0, b, t, d)) * scale).astype(jnp.bfloat16))
     start = np.random.default_rng(3).integers(0, LAST - t, b)
     start[0] = LAST - t + 1
-    return kv, weight.astype(jnp.bfloat16), jnp.asarray(start, jnp.int32), table(rotary), EPS
+    weight = jnp.asarray(weight.astype(jnp.bfloat16))
+    return kv, weight, jnp.asarray(start, jnp.int32), table(rotary), EPS
 
 
+@functools.partial(jax.jit, static_argnames="eps")
 def plain(kv: Any, weight: Any, start: Any, frequencies: Any, eps: float) -> KvRows:
     """The ops that the call takes the place of."""
     positions = start[:, None] + jnp.arange(kv.shape[1], dtype=jnp.int32)

@@ -91,7 +91,7 @@ def mixed(streams: Any, write: Any, read: Any, scale: float | None = None, **cha
     """The op on the host; quantised forms are there where there is a read."""
     s2 = None if scale is None else jnp.float32(scale)
     settings = SETTINGS | ({"forms": FORMS} if read is not None else {}) | changed
-    args = jax.tree.map(jnp.asarray, (streams, write, read))
+    args = jax.device_put((streams, write, read))
     return jax.tree.map(np.asarray, mhc(*args, s2, **settings))
 
 
@@ -126,16 +126,20 @@ def assert_near_streams(got: Any, want: Any, streams: np.ndarray, write: Write) 
     assert (apart <= bf16_ulp(f64(want)) + 2.0**-21 * terms).all()
 
 
+@jax.jit
+def forms_of(x: jax.Array, scale: jax.Array) -> Any:
+    """By the formats of `quant`, with NVFP4 scales of the tokens' own where they are not given."""
+    wide = x.astype(jnp.float32)
+    s2 = jnp.where(scale > 0, scale, nvfp4.token_global_scale(wide))
+    return nvfp4.quantize(wide, s2), fp8.quantize_act(wide, fp8.ACT_BLOCK)
+
+
 def assert_forms(got: Any, scale: float | None) -> None:
     """Quantised forms are those of the op's own BF16, bit for bit."""
     # On the CPU: XLA divides inexactly on a GPU.
     with jax.default_device(jax.devices("cpu")[0]):
-        wide = jnp.asarray(got.x, jnp.float32)
-        s2 = jnp.full(wide.shape[:-1], scale, jnp.float32) if scale else None
-        s2 = nvfp4.token_global_scale(wide) if s2 is None else s2
-        assert_same_tree(got.nvfp4, jax.tree.map(np.asarray, nvfp4.quantize(wide, s2)), "nvfp4")
-        want = jax.tree.map(np.asarray, fp8.quantize_act(wide, fp8.ACT_BLOCK))
-        assert_same_tree(got.fp8, want, "fp8")
+        want = jax.tree.map(np.asarray, forms_of(got.x, np.float32(scale or 0)))
+    assert_same_tree((got.nvfp4, got.fp8), want)
 
 
 @pytest.mark.parametrize(("d", "t"), SHAPES)
@@ -146,20 +150,21 @@ def test_write_back_bit_for_bit(d: int, t: int) -> None:
     assert_same_bits(mixed(streams, write, read).streams, want, "before a read")
 
 
+@jax.jit
+def chain(streams: Any, write: Any, own: Any, read: Any) -> Any:
+    fn, base, weights, norm = read
+    branch, post, comb = write
+    new = mhc_post(branch, streams, post, comb)
+    y, post, comb = mhc_pre(own, fn, base, weights, **SETTINGS)
+    return new, rmsnorm(y, norm, EPS), post, comb
+
+
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize(("d", "t"), SHAPES)
 def test_against_the_jnp_ops(d: int, t: int, scale: float | None) -> None:
     """`mhc_post`, `mhc_pre`, `rmsnorm`, then the formats of `quant`."""
     streams, write, read = problem(d, t)
     got = mixed(streams, write, read, scale)
-
-    @jax.jit
-    def chain(streams: Any, write: Any, own: Any, read: Any) -> Any:
-        fn, base, weights, norm = read
-        branch, post, comb = write
-        new = mhc_post(branch, streams, post, comb)
-        y, post, comb = mhc_pre(own, fn, base, weights, **SETTINGS)
-        return new, rmsnorm(y, norm, EPS), post, comb
 
     with jax.default_device(jax.devices("cpu")[0]):
         # Of the op's own streams, so that one flip is not met twice.
@@ -193,8 +198,10 @@ def test_head_against_the_jnp_ops(d: int, t: int) -> None:
 
 @jax.jit
 def by_reference(streams: Any, write: Any, read: Any, scale: Any) -> Any:
+    """With scales of the tokens' own, and with the given one; what both have, XLA computes once."""
     streams, write, read = jax.tree.map(lambda x: x.astype(jnp.float32), (streams, write, read))
-    return reference_mhc(streams, write, read, scale, **SETTINGS, forms=FORMS)
+    settings = SETTINGS | {"forms": FORMS}
+    return [reference_mhc(streams, write, read, s2, **settings) for s2 in (None, scale)]
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -203,11 +210,11 @@ def by_reference(streams: Any, write: Any, read: Any, scale: Any) -> Any:
 def test_against_reference(d: int, t: int, mixes: int, scale: float | None) -> None:
     streams, write, read = problem(d, t, mixes)
     got = mixed(streams, write, read, scale)
-    s2 = None if scale is None else np.float32(scale)
+    given = np.float32(scale or 1)
     with jax.default_device(jax.devices("cpu")[0]):
-        new = by_reference(streams, tuple(write), None, None)
+        new, _ = by_reference(streams, tuple(write), None, given)
         # Of the op's own streams, so that one flip is not met twice.
-        want = by_reference(got.streams, None, tuple(read), s2)
+        want = by_reference(got.streams, None, tuple(read), given)[scale is not None]
     assert_few(f64(got.streams) != f64(new.streams), MAX_FLIPPED_STREAMS, "streams")
     if mixes == 24:
         assert np.abs(got.post - want.post).max() <= WEIGHT_ABS

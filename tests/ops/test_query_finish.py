@@ -32,8 +32,8 @@ def table(rotary: int) -> np.ndarray:
 def operands(size: tuple[int, int, int], b: int = 2, t: int = 9) -> tuple[Any, Any, np.ndarray]:
     """Heads of magnitudes 2^-6 .. 2^6; positions up to the last."""
     h, d, rotary = size
-    scale = jnp.exp2(jnp.round(normal(2, b, t, h, 1) * 3))
-    q = (normal(0, b, t, h, d) * scale).astype(jnp.bfloat16)
+    scale = np.exp2(np.round(np.asarray(normal(2, b, t, h, 1)) * 3))
+    q = jnp.asarray((np.asarray(normal(0, b, t, h, d)) * scale).astype(jnp.bfloat16))
     positions = np.random.default_rng(1).integers(0, LAST + 1, (b, t))
     positions[0, :3] = 0, 1, LAST
     return q, jnp.asarray(positions, jnp.int32), table(rotary)

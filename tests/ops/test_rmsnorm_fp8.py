@@ -23,11 +23,13 @@ WIDTHS = [16, 144, 512, 528, 1536, 7168]
 
 def operands(t: int, d: int) -> tuple[jax.Array, jax.Array]:
     """Tokens of magnitudes 2^-9 .. 2^9."""
-    scale = jnp.exp2(jnp.round(normal(2, t, 1) * 3))
-    weight = 1 + normal(1, d, scale=0.3)
-    return (normal(0, t, d) * scale).astype(jnp.bfloat16), weight.astype(jnp.bfloat16)
+    scale = np.exp2(np.round(np.asarray(normal(2, t, 1)) * 3))
+    weight = 1 + np.asarray(normal(1, d, scale=0.3))
+    x = np.asarray(normal(0, t, d)) * scale
+    return jnp.asarray(x.astype(jnp.bfloat16)), jnp.asarray(weight.astype(jnp.bfloat16))
 
 
+@jax.jit
 def plain(x: Any, weight: Any) -> Fp8:
     """The ops that the call takes the place of."""
     return fp8.quantize_act(rmsnorm(x, weight, EPS).astype(jnp.float32), fp8.ACT_BLOCK)

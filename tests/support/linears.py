@@ -11,8 +11,7 @@ from dsv4_jax.ops.dense_linear import dense_linear
 from dsv4_jax.ops.fp8_linear import fp8_linear
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
-from dsv4_jax.quant import bits
-from dsv4_jax.typing import E4M3, UE8M0
+from dsv4_jax.typing import E2M1, E4M3, UE8M0
 from reference import dense_linear as reference_dense
 from reference import fp8_linear as reference_fp8
 from reference import mxfp4_linear as reference_mxfp4
@@ -70,16 +69,18 @@ def stored(op: str, n: int, k: int, seed: int = 1) -> tuple[Any, ...]:
     """
     rng = np.random.default_rng(seed)
     if op == "dense_linear":
-        return (jnp.asarray(rng.standard_normal((n, k)), jnp.bfloat16),)
+        return (jax.device_put(rng.standard_normal((n, k)).astype(jnp.bfloat16)),)
     if op == "fp8_linear":
         code = rng.integers(0, 0x7F, (n, k), np.uint8) | rng.integers(0, 2, (n, k), np.uint8) << 7
         scale = rng.integers(117, 124, (-(-n // 128), -(-k // 128)), np.uint8)
-        return jnp.asarray(code.view(E4M3)), jnp.asarray(scale.view(UE8M0))
-    code = bits.bytes_to_e2m1(jnp.asarray(rng.integers(0, 256, (n, k // 2), np.uint8)))
+        return jax.device_put((code.view(E4M3), scale.view(UE8M0)))
+    byte = rng.integers(0, 256, (n, k // 2), np.uint8)
+    code = np.stack([byte & 15, byte >> 4], axis=-1).reshape(n, k).view(E2M1)
     if op == "mxfp4_linear":
-        return code, jnp.asarray(rng.integers(117, 124, (n, k // 32), np.uint8).view(UE8M0))
+        scale = rng.integers(117, 124, (n, k // 32), np.uint8).view(UE8M0)
+        return jax.device_put((code, scale))
     block_scale = rng.integers(0x28, 0x60, (n, k // 16), np.uint8).view(E4M3)
-    return code, jnp.asarray(block_scale), jnp.float32(0.0123)
+    return jax.device_put((code, block_scale, np.float32(0.0123)))
 
 
 def operands(op: str, shape: Shape, dtype: Any = jnp.bfloat16) -> tuple[Any, ...]:
@@ -88,16 +89,17 @@ def operands(op: str, shape: Shape, dtype: Any = jnp.bfloat16) -> tuple[Any, ...
     lead = (t, groups) if groups else (t,)
     size = 10.0 ** np.random.default_rng(2).uniform(-2, 2, (*lead, 1))
     x = np.random.default_rng(0).standard_normal((*lead, k)) * size
-    return (jnp.asarray(x, dtype), *stored(op, n, k))
+    return (jax.device_put(x.astype(dtype)), *stored(op, n, k))
 
 
 def _host(operand: Any) -> Any:
     """An operand as the reference takes it: bytes, or FP32 values."""
     if operand.dtype == jnp.float4_e2m1fn:
-        return np.asarray(jax.jit(bits.e2m1_to_bytes)(operand))
+        code = np.asarray(operand).view(np.uint8) & 15
+        return code[..., ::2] | code[..., 1::2] << 4
     if operand.dtype.itemsize == 1:
         return np.asarray(operand).view(np.uint8)
-    return np.asarray(operand.astype(jnp.float32))
+    return np.asarray(operand).astype(np.float32)
 
 
 _REFERENCES: dict[str, Callable[..., np.ndarray]] = {

@@ -55,14 +55,15 @@ class OpCase:
     poisoned: int = 0
 
     def rows(self, start: int, stop: int) -> tuple[jax.Array, ...]:
-        """Rows ``start .. stop - 1`` of every argument."""
-        return tuple(x[start:stop] for x in self.arguments)
+        """Rows ``start .. stop - 1`` of every argument, cut on the host: no program per size."""
+        return tuple(jax.device_put(np.asarray(x)[start:stop]) for x in self.arguments)
 
 
 def normal(seed: int, *shape: int, scale: float = 1.0, dtype: Any = jnp.float32) -> jax.Array:
     """Standard normal values, a function of the seed alone."""
     x = np.random.default_rng(seed).standard_normal(shape) * scale
-    return jnp.asarray(x.astype(np.float32)).astype(dtype)
+    # On the host, and put: `astype` and `jnp.asarray` of JAX compile a program for every shape.
+    return jax.device_put(x.astype(np.float32).astype(dtype))
 
 
 def expert_leaves(seed: int, shape: tuple[int, int, int], form: str) -> dict[str, jax.Array]:
