@@ -7,14 +7,15 @@ passed in is gone afterwards (JAX raises ``Array has been deleted`` on use), tak
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dsv4_jax.cache import Cache
-from dsv4_jax.sampling import Sampled, SamplingParams, sample, step_keys
+from dsv4_jax.loop import STEPS, Feed, Settings, decode_steps, sample_next, stop_ids
+from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.typing import Array, Float32, Params
 
 __all__ = [
@@ -35,10 +36,6 @@ FinishReason = Literal["eos", "length", "stop", "invalid_logits"]
 OnToken = Callable[[int, int], object]
 
 _SMALLEST_BUCKET = 8
-
-_STEPWISE = 8
-"""Longest prompt that goes through the decode step on the CPU. The bits are those of a prefill, and
-a few more steps cost less than another large program does: seconds to load, longer to compile."""
 
 
 class Model(Protocol):
@@ -71,39 +68,6 @@ def _decode(
         num_tokens=active.astype(jnp.int32),
         logits="last",
     )
-
-
-class _Settings(NamedTuple):
-    """The traced sampling settings; changing them does not recompile."""
-
-    seeds: Array
-    temperature: np.float32
-    top_p: np.float32
-    top_k: np.int32
-
-
-@jax.jit
-def _sample_next(logits: Array, lengths: Array, settings: _Settings) -> Sampled:
-    return sample(
-        logits,
-        step_keys(settings.seeds, lengths),
-        temperature=cast(Any, settings.temperature),
-        top_p=cast(Any, settings.top_p),
-        top_k=cast(Any, settings.top_k),
-    )
-
-
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
-def _decode_and_sample(
-    model: Model,
-    params: Params,
-    tokens: Array,
-    cache: Cache,
-    active: Array,
-    settings: _Settings,
-) -> tuple[Sampled, Cache]:
-    logits, cache = _decode(model, params, tokens, cache, active)
-    return _sample_next(logits, cache.lengths, settings), cache
 
 
 def _check_ids(where: str, ids: np.ndarray, vocab: int) -> None:
@@ -341,9 +305,9 @@ def stream(
 ) -> Iterator[TokenEvent]:
     """Like ``generate``, as events while they happen.
 
-    The arguments are checked in the call itself; the model runs as the iterator is read, one
-    decode step between two readings of the same sequence. Closing the iterator, or an exception
-    in ``on_token``, ends the work; model and params are never touched and can be used again.
+    The arguments are checked in the call itself; the model runs as the iterator is read, `STEPS`
+    decode steps at once (`dsv4_jax.loop`). Closing the iterator, or an exception in ``on_token``,
+    ends the work; model and params are never touched and can be used again.
 
     Returns:
         An iterator; every sequence ends with exactly one event that has a ``finish_reason``.
@@ -354,12 +318,7 @@ def stream(
     config = model.config
     rows = _check_prompts(prompts, config.vocab_size)
     checked = SamplingParams(temperature, top_p, top_k)
-    settings = _Settings(
-        _check_seeds(seed, len(rows)),
-        np.float32(checked.temperature),
-        np.float32(checked.top_p),
-        np.int32(checked.top_k),
-    )
+    settings = Settings.of(checked, _check_seeds(seed, len(rows)))
     max_len = check_lengths([row.size for row in rows], max_new_tokens, max_len)
     if max_len > config.max_position_embeddings:
         raise ValueError(
@@ -388,44 +347,50 @@ def stream(
 
     def events() -> Iterator[TokenEvent]:
         b = len(rows)
-        sizes = np.array([row.size for row in rows])
-        longest = int(sizes.max())
-        padded = np.zeros((b, longest), np.int32)
-        for i, row in enumerate(rows):
-            padded[i, : row.size] = row
+        longest = max(row.size for row in rows)
         cache = model.init_cache(batch_size=b, max_len=max_len)
 
-        def step(tokens: Array | np.ndarray, active: np.ndarray) -> tuple[Sampled, Cache]:
-            return _decode_and_sample(
-                model=model,
-                params=params,
-                tokens=tokens,
-                cache=cache,
-                active=active,
-                settings=settings,
-            )
+        active, left = np.ones(b, np.bool_), np.full(b, max_new_tokens, np.int32)
 
-        if longest <= _STEPWISE and jax.default_backend() == "cpu":
-            # The shorter rows start later, so that the last step has the logits of all.
-            at = sizes - longest
-            sampled, cache = step(padded[:, 0], at >= 0)
-            for _ in range(longest - 1):
-                at = at + 1
-                sampled, cache = step(padded[np.arange(b), np.maximum(at, 0)], at >= 0)
-        else:
-            logits, cache = prefill(model, params, padded, cache, num_tokens=sizes)
-            sampled = _sample_next(logits, cache.lengths, settings)
-            del logits
-        active = np.ones(b, np.bool_)
-        for count in range(max_new_tokens):
-            tokens, valid = jax.device_get(tuple(sampled))
-            for row in np.flatnonzero(active).tolist():
+        def made_by(step: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Iterator[TokenEvent]:
+            """Events of a step's tokens, of those that are valid and of those that are kept."""
+            tokens, valid, kept = step
+            for row in np.flatnonzero(kept & active).tolist():
+                count = max_new_tokens - int(left[row])
                 event = next_event(row, count, int(tokens[row]), bool(valid[row]))
+                left[row] -= 1
                 active[row] = event.finish_reason is None
                 yield event
-            if not active.any():
-                return
-            sampled, cache = step(sampled.tokens, active.copy())
+
+        # On the CPU the bits of steps are those of a prefill, and a few of them cost less than
+        # another large program does: seconds to load, longer to compile.
+        if longest <= STEPS and jax.default_backend() == "cpu":
+            feed = Feed.of(rows, active, left)
+        else:
+            padded = np.zeros((b, longest), np.int32)
+            for i, row in enumerate(rows):
+                padded[i, : row.size] = row
+            sizes = np.array([row.size for row in rows])
+            logits, cache = prefill(model, params, padded, cache, num_tokens=sizes)
+            tokens, valid = jax.device_get(sample_next(logits, cache.lengths, settings))
+            del logits
+            yield from made_by((tokens, valid, active.copy()))
+            feed = Feed.of(list(tokens[:, None]), active, left)
+        while active.any():
+            made, cache = decode_steps(
+                model=model,
+                params=params,
+                feed=feed,
+                cache=cache,
+                settings=settings,
+                stops=stop_ids(stops),
+            )
+            made = jax.device_get(made)
+            tokens = np.zeros(b, np.int32)
+            for step in zip(*made, strict=True):
+                tokens = np.where(step[2], step[0], tokens)
+                yield from made_by(step)
+            feed = Feed.of(list(tokens[:, None]), active, left)
 
     return events()
 
@@ -444,7 +409,7 @@ def generate(
     stop_token_ids: Sequence[int] | None = None,
     on_token: OnToken | None = None,
 ) -> list[Completion]:
-    """Continues every prompt; one jitted decode-and-sample step per token of the batch.
+    """Continues every prompt; one jitted call per `STEPS` tokens of the batch (`dsv4_jax.loop`).
 
     A sequence's tokens depend on its prompt and its seed only, not on its neighbours or its
     place in the batch. Equal prompts with equal seeds give equal tokens: pass one seed per

@@ -21,7 +21,8 @@ from jax.extend.mlir import ir
 from dsv4_jax import DeepseekV4, ModelConfig, Precision, library
 from dsv4_jax.checkpoint.names import expected_tree
 from dsv4_jax.config import LayerKind
-from dsv4_jax.generate import _decode, _decode_and_sample, _prefill_chunk, _Settings
+from dsv4_jax.generate import _decode, _prefill_chunk
+from dsv4_jax.loop import Feed, Settings, decode_steps, stop_ids
 from dsv4_jax.model import attention, hc, indexer
 from dsv4_jax.model.block import Block
 from dsv4_jax.ops._compressor_jax import compressor_jax
@@ -45,6 +46,7 @@ from dsv4_jax.ops.rmsnorm_fp8 import rmsnorm_fp8
 from dsv4_jax.ops.rmsnorm_nvfp4 import rmsnorm_nvfp4
 from dsv4_jax.ops.router import router
 from dsv4_jax.quant.kv import IndexRows, KvRows, index_dequant, kv_dequant
+from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.typing import E2M1, E4M3, UE8M0
 from reference import cache_write as reference_cache_write
 from tests.support.models import golden_model
@@ -163,9 +165,15 @@ def step_arguments(model: DeepseekV4) -> dict[str, Any]:
     }
 
 
-def settings() -> _Settings:
-    seeds = jax.ShapeDtypeStruct((1,), jnp.uint32)
-    return _Settings(seeds, np.float32(0), np.float32(1), np.int32(0))
+def loop_arguments(model: DeepseekV4) -> dict[str, Any]:
+    """What `generate` passes on for one row."""
+    arguments = step_arguments(model)
+    return {
+        **{name: arguments[name] for name in ("model", "params", "cache")},
+        "feed": Feed.of([[0]], np.ones(1, np.bool_), np.ones(1, np.int32)),
+        "settings": Settings.of(SamplingParams(), np.zeros(1, np.uint32)),
+        "stops": stop_ids(frozenset((1,))),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +247,11 @@ class Program:
             body = self.functions[_text(operation, "callee")].regions[0].blocks[0]
             *_, last = body.operations
             return self.origin(last.operands[number], (*frames, operation))
+        if name == "stablehlo.while":
+            *_, last = operation.regions[1].blocks[0].operations
+            if self.origin(last.operands[number]) != number:  # of the body's own arguments
+                return name
+            return self.origin(operation.operands[number], frames)
         if name == "stablehlo.optimization_barrier":
             return self.origin(operation.operands[number], frames)
         if name == "stablehlo.custom_call" and number in _aliases(operation):
@@ -565,18 +578,15 @@ def test_nobody_looked_for_powers_of_two() -> None:
     assert powers_of_two(_decode.trace(**step_arguments(model))) == [0] * LAYERS
 
 
-def test_the_step_of_generate_donates_too() -> None:
-    arguments = step_arguments(flash("nvfp4"))
-    traced = _decode_and_sample.trace(**arguments, settings=settings())
-    program = Program(traced.lower(lowering_platforms=("cuda",)))
-    # The buffers of lengths and overflow, a few bytes, go to the sampled tokens and their flags.
-    assert copied_leaves(program, arguments["cache"]) == [
-        ".lengths: not donated",
-        ".overflow: not donated",
-    ]
+def test_the_steps_of_generate_write_in_place() -> None:
+    """One loop, whose body has the calls of one step; the cache goes round in it."""
+    arguments = loop_arguments(flash("nvfp4"))
+    program = Program(decode_steps.trace(**arguments).lower(lowering_platforms=("cuda",)))
     assert Counter(call.op for call in program.calls()) == sum(
         expected_calls("nvfp4").values(), Counter()
     )
+    assert [op.name for op in program.operations("main")].count("stablehlo.while") == 1
+    assert copied_leaves(program, arguments["cache"]) == []
 
 
 def store(s: int) -> IndexRows:
