@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, cast
@@ -30,6 +30,9 @@ _MAX_JSON: Final = 256 * 2**20
 _SINGLE: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
 _LISTED: Final = 20
+
+
+Report = Callable[[CheckpointError], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +135,8 @@ def _shard_of(name: str, value: Any) -> str:
     return value
 
 
-def _find(root: Path) -> tuple[list[str], dict[str, str] | None]:
-    """Shard names, and name -> shard when there is an index."""
+def _find(root: Path, report: Report) -> tuple[list[str], dict[str, str] | None]:
+    """Names of the shards that are there, and name -> shard when there is an index."""
     if not (root / _INDEX).exists():
         if not (root / _SINGLE).exists():
             raise CheckpointError(f"{root}: has neither {_SINGLE} nor {_INDEX}")
@@ -142,16 +145,21 @@ def _find(root: Path) -> tuple[list[str], dict[str, str] | None]:
     if not isinstance(weight_map, dict) or not weight_map:
         kind = type(weight_map).__name__
         raise CheckpointError(f"{_INDEX}: weight_map must be a non-empty JSON object, got {kind}")
-    mapping = {
-        name: _shard_of(name, value) for name, value in cast(dict[str, Any], weight_map).items()
-    }
+    mapping: dict[str, str] = {}
+    for name, value in cast(dict[str, Any], weight_map).items():
+        try:
+            mapping[name] = _shard_of(name, value)
+        except CheckpointError as error:
+            report(error)
     shards = sorted(set(mapping.values()))
     absent = [shard for shard in shards if not (root / shard).exists()]
     if absent:
-        raise CheckpointError(
-            f"{_INDEX}: {len(absent)} of {len(shards)} shards are absent: {', '.join(absent)}"
+        report(
+            CheckpointError(
+                f"{_INDEX}: {len(absent)} of {len(shards)} shards are absent: {', '.join(absent)}"
+            )
         )
-    return shards, mapping
+    return [shard for shard in shards if shard not in absent], mapping
 
 
 def _is_count(value: Any) -> bool:
@@ -239,49 +247,71 @@ def _some(names: set[str]) -> str:
     return ", ".join(listed) + more
 
 
+def _refuse(error: CheckpointError) -> None:
+    raise error
+
+
 class Reader(contextlib.AbstractContextManager["Reader"]):
     """The tensors of a checkpoint directory by their names in the files, and their bytes.
 
     Args:
         path: directory with ``model.safetensors`` or an index and its shards.
+        report: is given each problem of index and shards, and what can be read is; by default the
+            first one is raised.
 
     Attributes:
         tensors: name in the file -> where its bytes lie.
+        unread: names that the index puts into shards that cannot be read.
 
     Raises:
         CheckpointError: unreadable, malformed or truncated files; absent shards; a tensor in two
             shards; index and shards disagree.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], report: Report = _refuse) -> None:
         self._root = _directory(path)
         self._files: dict[str, int] = {}
         self.tensors: dict[str, TensorInfo] = {}
-        shards, index = _find(self._root)
+        shards, index = _find(self._root, report)
         twice: list[str] = []
+        read: set[str] = set()
         for shard in shards:
-            for tensor in _parse_shard(self._root, shard):
+            try:
+                tensors = _parse_shard(self._root, shard)
+            except CheckpointError as error:
+                report(error)
+                continue
+            read.add(shard)
+            for tensor in tensors:
                 other = self.tensors.setdefault(tensor.raw, tensor)
                 if other is not tensor:
                     twice.append(f"{tensor.raw} in {other.file} and {shard}")
         if twice:
-            raise CheckpointError(
-                f"{self._root}: {len(twice)} tensors in two shards: {'; '.join(twice[:_LISTED])}"
-            )
+            text = f"{len(twice)} tensors in two shards: {'; '.join(twice[:_LISTED])}"
+            report(CheckpointError(f"{self._root}: {text}", twice))
+        self.unread = {name for name, shard in (index or {}).items() if shard not in read}
         if index is not None:
-            self._agree(index)
+            self._agree(index, report)
 
-    def _agree(self, index: Mapping[str, str]) -> None:
+    def _agree(self, index: Mapping[str, str], report: Report) -> None:
         found = {name: tensor.file for name, tensor in self.tensors.items()}
         problems: list[str] = []
-        gone = {f"{n} ({s})" for n, s in index.items() if found.get(n) != s}
+        known = {n: s for n, s in index.items() if n not in self.unread}
+        gone = {f"{n} ({s})" for n, s in known.items() if found.get(n) != s}
         extra = {f"{n} ({s})" for n, s in found.items() if index.get(n) != s}
         if gone:
             problems.append(f"in the index, not in its shard: {_some(gone)}")
         if extra:
             problems.append(f"in a shard, not so in the index: {_some(extra)}")
         if problems:
-            raise CheckpointError(f"{_INDEX}: disagrees with the shards; {'; '.join(problems)}")
+            text = f"{_INDEX}: disagrees with the shards; {'; '.join(problems)}"
+            report(
+                CheckpointError(
+                    text,
+                    [f"{_INDEX}: {n}: in the index, not in its shard" for n in sorted(gone)]
+                    + [f"{_INDEX}: {n}: in a shard, not so in the index" for n in sorted(extra)],
+                )
+            )
 
     def __exit__(
         self,
