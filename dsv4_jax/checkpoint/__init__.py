@@ -44,6 +44,8 @@ def from_checkpoint(
     sharding: Any = None,
     mtp: bool = False,
     progress: "Progress" = None,
+    batch_size: int = 1,
+    max_len: int | None = None,
 ) -> "tuple[DeepseekV4, Params]":
     """Model and params of a checkpoint directory (model.md section 7).
 
@@ -57,11 +59,16 @@ def from_checkpoint(
         mtp: also load the multi-token-prediction module.
         progress: progress bar on stderr: ``True``, ``False``, ``None`` (on a terminal), or a
             callable taking (bytes done, bytes in total).
+        batch_size: rows of the cache that must fit the device beside the weights.
+        max_len: its positions; ``None``: only the weights must fit. What does not is refused
+            before anything is read; the cache is made by ``model.init_cache`` as ever.
 
     Raises:
         CheckpointError: the checkpoint is malformed, unsupported, or does not fit its config, or
             ``experts_power_of_two`` is ``True`` and not so.
-        ValueError: ``sharding`` is not ``None``; no such preset; a width does not fit a format.
+        OutOfMemory: weights and cache do not fit the device (a ``CheckpointError`` too).
+        ValueError: ``sharding`` is not ``None``; no such preset; a width does not fit a format; no
+            cache can have these sizes.
     """
     from dsv4_jax.checkpoint.load import load_params_from
     from dsv4_jax.checkpoint.read import Reader, read_config
@@ -86,7 +93,14 @@ def from_checkpoint(
             print(f'dsv4: precision "{preset}": {source} holds {why}', file=sys.stderr)
             precision = Precision.preset(preset)
         params, precision = load_params_from(
-            reader, config, precision, mtp=mtp, progress=progress, source=source
+            reader,
+            config,
+            precision,
+            mtp=mtp,
+            progress=progress,
+            source=source,
+            batch_size=batch_size,
+            max_len=max_len,
         )
     from dsv4_jax.model import DeepseekV4
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsv4_jax.checkpoint import memory
 from dsv4_jax.checkpoint.convert import EXACT, Report, byte_type, convert, mxfp4_to_nvfp4, typed
 from dsv4_jax.checkpoint.errors import CheckpointError
 from dsv4_jax.checkpoint.names import Parameter, leaves, set_path, target_format
@@ -301,6 +302,7 @@ def load_params(
     Raises:
         CheckpointError: the checkpoint is malformed or does not fit ``config``, or
             ``precision.experts_power_of_two`` is ``True`` and not so.
+        OutOfMemory: the weights do not fit the device (a ``CheckpointError`` too).
         ValueError: a width does not fit a format of ``precision``.
     """
     with Reader(path) as reader:
@@ -325,8 +327,12 @@ def load_params_from(
     progress: Progress = None,
     report: Report | None = None,
     source: str = "checkpoint",
+    batch_size: int = 1,
+    max_len: int | None = None,
 ) -> tuple[Params, Precision]:
     """``load_params`` of an open reader; ``source`` names it in messages.
+
+    ``batch_size`` and ``max_len`` are of the cache that must fit besides; ``None``: none.
 
     Returns:
         The tree, and ``precision`` with ``experts_power_of_two`` as it was found to be.
@@ -334,6 +340,10 @@ def load_params_from(
     resolved = resolve(reader, config, mtp=mtp, source=source)
     for parameter in resolved.parameters:
         leaves(parameter, precision)  # widths against formats, before anything is placed
+    plan = memory.Plan(
+        config, precision, mtp, batch_size=batch_size, max_len=max_len, stored=resolved.stored
+    )
+    memory.check([plan], source=source)
     found = Report() if report is None else report
     tree: Params = {}
     total = sum(tensor.nbytes for tensor in resolved.tensors.values())
