@@ -10,7 +10,7 @@ from jax.errors import JaxRuntimeError
 from typer.testing import CliRunner, Result
 
 from dsv4_jax import __version__, cli
-from tests.support.fake_model import FakeModel, fake_params
+from tests.support.fake_model import FakeModel, fake_config, fake_params
 from tests.support.tokenizer import byte_tokenizer
 
 
@@ -22,7 +22,8 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _use(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
-    monkeypatch.setattr(cli, "_load", lambda path, precision: (model, fake_params()))
+    monkeypatch.setattr(cli, "model_config", lambda path: fake_config())
+    monkeypatch.setattr(cli, "_load", lambda path, precision, max_len: (model, fake_params()))
 
 
 def _run(*arguments: object) -> Result:
@@ -208,6 +209,23 @@ def test_invalid_logits_are_reported(checkpoint: Path, monkeypatch: pytest.Monke
     assert "NaN" in result.stderr.splitlines()[-1]
 
 
+def test_C25_ids_need_no_tokenizer(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said in a note; a tokenizer with too many tokens is one too, and an error for text."""
+    stderr = _generate(checkpoint, "--ids", "1", "--max-new-tokens", 1).stderr
+    assert f"note: {checkpoint} has no tokenizer.json: ids in, ids out\n" in stderr
+    _with_tokenizer(checkpoint)
+    assert "note: " not in _generate(checkpoint, "--ids", "1", "--max-new-tokens", 1).stderr
+    monkeypatch.setattr(cli, "model_config", lambda path: fake_config(vocab_size=261))
+    rule = "token ids must be < 261 (vocab_size), got up to 261"
+    result = _generate(checkpoint, "--ids", "1", "--max-new-tokens", 1)
+    assert result.exit_code == 0
+    assert f"note: {checkpoint}: tokenizer.json: {rule}" in result.stderr
+    result = _generate(checkpoint, "--prompt", "a")
+    assert (result.exit_code, result.stdout) == (2, "")
+    [line] = result.stderr.splitlines()
+    assert line.startswith(f"error: {checkpoint}: tokenizer.json: {rule}")
+
+
 @pytest.mark.parametrize("when", ["load", "decode"])
 def test_ctrl_c(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     def interrupt(*_: object) -> Any:
@@ -229,7 +247,7 @@ def test_options_of_typer_are_plain_text(checkpoint: Path) -> None:
 def test_an_op_that_fails_is_one_line(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A library without code for the GPU, say: the op's own message, no traceback."""
 
-    def fail(path: Path, precision: str | None) -> None:
+    def fail(path: Path, precision: str | None, max_len: int) -> None:
         raise JaxRuntimeError("UNIMPLEMENTED: dsv4.cache_write: built for sm_90a,\ndevice is sm_80")
 
     monkeypatch.setattr(cli, "_load", fail)
