@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any, Final, NoReturn, Self, cast
 
-from dsv4_jax.checkpoint.errors import CheckpointError
+from dsv4_jax.checkpoint.errors import CheckpointError, brief, shown
 
 __all__ = ["LayerKind", "ModelConfig"]
 
@@ -199,7 +199,8 @@ class _Reader:
         self.seen: set[str] = set()
 
     def fail(self, field: str, rule: str, actual: Any) -> NoReturn:
-        raise CheckpointError(f"{self.source}: {self.prefix}{field} {rule}, got {actual!r}")
+        where = f"{self.source}: {self.prefix}{shown(field)}"
+        raise CheckpointError(f"{where} {rule}, got {brief(actual)}")
 
     def get(self, field: str, default: Any = _REQUIRED) -> Any:
         self.seen.add(field)
@@ -298,7 +299,7 @@ class _Reader:
         for found, ours in ((named, _ARCHITECTURE), (kind, _MODEL_TYPE)):
             if found is not None and found != ours:
                 raise CheckpointError(
-                    f"{self.source}: unsupported architecture {found}; "
+                    f"{self.source}: unsupported architecture {shown(str(found))}; "
                     f"this package loads {_MODEL_TYPE}"
                 )
         if named is None and kind is None:

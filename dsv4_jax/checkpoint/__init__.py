@@ -28,7 +28,8 @@ def bundled_checkpoint() -> Path:
     Raises:
         CheckpointError: this installation lacks the files.
     """
-    path = Path(__file__).parents[1] / "data" / "stdlib"
+    # Resolved: Bazel and uv install links, which a checkpoint must not consist of.
+    path = (Path(__file__).parents[1] / "data" / "stdlib" / "config.json").resolve().parent
     if not (path / "config.json").is_file():
         raise CheckpointError(
             f"{path}: this installation lacks the bundled model; install the package again, or "
@@ -44,6 +45,7 @@ def from_checkpoint(
     sharding: Any = None,
     mtp: bool = False,
     progress: "Progress" = None,
+    verify: bool = False,
     batch_size: int = 1,
     max_len: int | None = None,
 ) -> "tuple[DeepseekV4, Params]":
@@ -59,6 +61,7 @@ def from_checkpoint(
         mtp: also load the multi-token-prediction module.
         progress: progress bar on stderr: ``True``, ``False``, ``None`` (on a terminal), or a
             callable taking (bytes done, bytes in total).
+        verify: look for NaN and Inf in weights too; bad scales are always found.
         batch_size: rows of the cache that must fit the device beside the weights.
         max_len: its positions; ``None``: only the weights must fit. What does not is refused
             before anything is read; the cache is made by ``model.init_cache`` as ever.
@@ -99,6 +102,7 @@ def from_checkpoint(
             mtp=mtp,
             progress=progress,
             source=source,
+            verify=verify,
             batch_size=batch_size,
             max_len=max_len,
         )

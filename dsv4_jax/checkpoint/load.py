@@ -11,13 +11,15 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.errors import JaxRuntimeError
 
 from dsv4_jax.checkpoint import memory
 from dsv4_jax.checkpoint.convert import EXACT, Report, byte_type, convert, mxfp4_to_nvfp4, typed
 from dsv4_jax.checkpoint.errors import CheckpointError
 from dsv4_jax.checkpoint.names import Parameter, leaves, set_path, target_format
-from dsv4_jax.checkpoint.place import SLAB_BYTES, Placer, write_slice
+from dsv4_jax.checkpoint.place import Placer, write_slice
 from dsv4_jax.checkpoint.read import Reader, TensorInfo
+from dsv4_jax.checkpoint.scan import SLAB_BYTES, BadValueError, Scan
 from dsv4_jax.checkpoint.validate import Resolved, resolve
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.precision import Precision
@@ -72,8 +74,7 @@ class _Loader:
         some = next(iter(job.values()))
         stored, target = self._stored[some.name], target_format(some, self._precision)
         if stored == "int64":
-            table, experts = self._tensors[some.name], self._config.n_routed_experts
-            set_path(tree, some.path, self._placer.hash_table(table, experts))
+            set_path(tree, some.path, self._placer.hash_table(self._tensors[some.name]))
             return
         if some.experts:
             groups = self._experts(job, stored, target)
@@ -285,6 +286,7 @@ def load_params(
     mtp: bool = False,
     progress: Progress = None,
     report: Report | None = None,
+    verify: bool = False,
 ) -> Params:
     """Loads the params tree of a checkpoint directory in the formats of ``precision``.
 
@@ -298,6 +300,7 @@ def load_params(
         mtp: load the module ``mtp.0`` into ``mtp_0`` as well.
         progress: see ``Progress``.
         report: filled with what conversions did; without it the lines are printed to stderr.
+        verify: look for NaN and Inf in weights too; bad scales are always found.
 
     Raises:
         CheckpointError: the checkpoint is malformed or does not fit ``config``, or
@@ -314,6 +317,7 @@ def load_params(
             progress=progress,
             report=report,
             source=str(path),
+            verify=verify,
         )
     return params
 
@@ -327,6 +331,7 @@ def load_params_from(
     progress: Progress = None,
     report: Report | None = None,
     source: str = "checkpoint",
+    verify: bool = False,
     batch_size: int = 1,
     max_len: int | None = None,
 ) -> tuple[Params, Precision]:
@@ -343,16 +348,35 @@ def load_params_from(
     plan = memory.Plan(
         config, precision, mtp, batch_size=batch_size, max_len=max_len, stored=resolved.stored
     )
-    memory.check([plan], source=source)
+    have = memory.check([plan], source=source)
     found = Report() if report is None else report
+    scan = Scan(reader, resolved.tensors, config.n_routed_experts, verify)
     tree: Params = {}
     total = sum(tensor.nbytes for tensor in resolved.tensors.values())
+    bad_value: str | None = None
+    no_memory: memory.OutOfMemory | None = None
     with _bar(progress, total) as advance:
-        placer = Placer(reader, advance)
+        placer = Placer(reader, advance, scan)
         loader = _Loader(placer, resolved, config, precision, found)
-        for job in sorted(_jobs(resolved.parameters), key=loader.job_start):
-            loader.run(job, tree)
-            placer.finish()
+        try:
+            for job in sorted(_jobs(resolved.parameters), key=loader.job_start):
+                loader.run(job, tree)
+                placer.finish()
+        except BadValueError as error:
+            bad_value = str(error)
+        except (JaxRuntimeError, MemoryError) as error:
+            no_memory = memory.exhausted(error, [plan], source=source, have=have)
+            if no_memory is None:
+                raise
+    # Not in the handlers: there the frames of what failed are alive, and with them their arrays.
+    if bad_value is not None or no_memory is not None:
+        tree.clear()
+        placer.drop()
+        if bad_value is not None:
+            scan.raise_all(source)
+            raise CheckpointError(bad_value)  # the file was mended in between
+        if no_memory is not None:
+            raise no_memory
     settled = loader.settle()
     if report is None:
         for line in found.lines():

@@ -24,7 +24,8 @@ from dsv4_jax.checkpoint.names import (
     target_format,
     tree_bytes,
 )
-from dsv4_jax.checkpoint.place import SLAB_BYTES, STAGING_BYTES
+from dsv4_jax.checkpoint.place import STAGING_BYTES
+from dsv4_jax.checkpoint.scan import SLAB_BYTES
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.env import devices
 from dsv4_jax.precision import PRESETS, Precision
@@ -45,6 +46,7 @@ OPTIONS: Final[Mapping[str, str]] = {
     "max_len": "max_len",
     "batch_size": "batch_size",
     "precision": "precision",
+    "mtp": "mtp",
 }
 """What lowers the need -> what the caller calls it; what the caller lacks is left out."""
 
@@ -198,6 +200,7 @@ class OutOfMemory(CheckpointError, MemoryError):
             "max_len": self._less_max_len,
             "batch_size": self._less_batch_size,
             "precision": self._less_precision,
+            "mtp": self._less_mtp,
         }
         ways = [way for field, option in options.items() if (way := less[field](option))]
         return ", or ".join(ways) or "no setting makes it fit this device"
@@ -241,6 +244,11 @@ class OutOfMemory(CheckpointError, MemoryError):
                 if preset != plan.precision and self._fits(other.need()):
                     fitting.append(name)
         return f"choose {option} {' or '.join(fitting)}" if fitting else ""
+
+    def _less_mtp(self, option: str) -> str:
+        plans = [dataclasses.replace(plan, mtp=False) for plan in self._plans]
+        helps = any(plan.mtp for plan in self._plans) and self._fits(need(plans))
+        return f"leave out {option}" if helps else ""
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:
@@ -314,6 +322,6 @@ def exhausted(
         source: the checkpoint's name.
         have: what `check` returned.
     """
-    if "RESOURCE_EXHAUSTED" not in str(error).split(":")[0]:
+    if not isinstance(error, MemoryError) and not str(error).startswith("RESOURCE_EXHAUSTED"):
         return None
     return OutOfMemory(plans, have, source, "the device ran out of memory; ")

@@ -11,27 +11,14 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from dsv4_jax.checkpoint.errors import CheckpointError
 from dsv4_jax.checkpoint.read import Reader, TensorInfo
+from dsv4_jax.checkpoint.scan import HOST_DTYPE, SLAB_BYTES, Scan, slabs
 from dsv4_jax.typing import Array
 
-__all__ = ["SLAB_BYTES", "STAGING_BYTES", "Placer", "write_slice"]
-
-SLAB_BYTES: Final = 128 * 2**20
-"""Most bytes that are read before they are handed to the device."""
+__all__ = ["STAGING_BYTES", "Placer", "write_slice"]
 
 STAGING_BYTES: Final = 2 * SLAB_BYTES
 """Most bytes on their way (one expert may exceed it). With a pinned copy of each: 512 MiB."""
-
-_NUMPY: Final[dict[str, Any]] = {
-    "F32": np.float32,
-    "BF16": jnp.bfloat16,
-    "F16": np.float16,
-    "F8_E4M3": np.uint8,
-    "F8_E8M0": np.uint8,
-    "I8": np.uint8,
-    "I64": np.int64,
-}
 
 
 @functools.partial(jax.jit, donate_argnames=("buffers",))
@@ -50,10 +37,12 @@ class Placer:
     Args:
         reader: an open checkpoint.
         advance: called with the number of bytes after each read.
+        scan: looks at all that is read, before it is put on the device.
     """
 
-    def __init__(self, reader: Reader, advance: Callable[[int], None]) -> None:
+    def __init__(self, reader: Reader, advance: Callable[[int], None], scan: Scan) -> None:
         self._reader = reader
+        self._scan = scan
         self._advance = advance
         self._pending: collections.deque[tuple[Array, int]] = collections.deque()
         self._pending_bytes = 0
@@ -77,36 +66,34 @@ class Placer:
             self._pending.popleft()[0].block_until_ready()
         self._pending_bytes = 0
 
+    def drop(self) -> None:
+        """Forgets all transfers without waiting for them."""
+        self._pending.clear()
+        self._pending_bytes = 0
+
     def _read(self, tensor: TensorInfo, host: np.ndarray, skip: int = 0) -> None:
         self._reader.read_into(tensor, host, skip)
         self._advance(host.nbytes)
-        if tensor.dtype == "F8_E8M0" and (host == 255).any():
-            first = np.argwhere(host == 255)[0].tolist()
-            raise CheckpointError(
-                f"{tensor.file}: {tensor.raw}: scales must be finite, got NaN (byte 255) at {first}"
-            )
+        self._scan.check(tensor, host, skip)
 
     def tensor(self, tensor: TensorInfo, view: DTypeLike | None = None) -> Array:
         """One tensor in its storage dtype (packed and 8-bit floats as uint8), in slabs of rows.
 
         With ``view`` the bytes of a tensor of one slab have that 8-bit dtype from the start.
         """
-        dtype = np.dtype(_NUMPY[tensor.dtype])
-        rows = tensor.shape[0] if tensor.shape else 1
-        if tensor.nbytes <= SLAB_BYTES:
+        dtype = np.dtype(HOST_DTYPE[tensor.dtype])
+        pieces = list(slabs(tensor))
+        if len(pieces) == 1:
             self._make_room(tensor.nbytes)
             host = np.empty(tensor.shape, dtype)
             self._read(tensor, host)
             return self._put(host if view is None else host.view(view))
-        row_bytes = tensor.nbytes // rows
-        step = max(1, SLAB_BYTES // row_bytes)
         buffer = jnp.zeros(tensor.shape, dtype)
-        for start in range(0, rows, step):
-            count = min(step, rows - start)
-            self._make_room(count * row_bytes)
-            host = np.empty((count, *tensor.shape[1:]), dtype)
-            self._read(tensor, host, start * row_bytes)
-            buffer = write_slice(buffer, self._put(host), start)
+        for slab in pieces:
+            host = np.empty(slab.shape, dtype)
+            self._make_room(host.nbytes)
+            self._read(tensor, host, slab.skip)
+            buffer = write_slice(buffer, self._put(host), slab.row)
         return buffer
 
     def stacks(
@@ -122,7 +109,7 @@ class Placer:
         hosts: dict[Any, np.ndarray] = {}
         reads: list[tuple[str, int, TensorInfo, np.ndarray]] = []
         for key, stack in stacks.items():
-            dtype = np.dtype(_NUMPY[stack[0].dtype])
+            dtype = np.dtype(HOST_DTYPE[stack[0].dtype])
             hosts[key] = np.empty((len(stack), *stack[0].shape), dtype)
             for i, tensor in enumerate(stack):
                 reads.append((tensor.file, tensor.offset, tensor, hosts[key][i]))
@@ -133,19 +120,8 @@ class Placer:
             for key, host in hosts.items()
         }
 
-    def hash_table(self, tensor: TensorInfo, experts: int) -> Array:
-        """``tid2eid`` as int32.
-
-        Raises:
-            CheckpointError: an entry is not an expert.
-        """
+    def hash_table(self, tensor: TensorInfo) -> Array:
+        """``tid2eid`` as int32."""
         host = np.empty(tensor.shape, np.int64)
         self._read(tensor, host)
-        bad = (host < 0) | (host >= experts)
-        if bad.any():
-            first = np.argwhere(bad)[0]
-            raise CheckpointError(
-                f"{tensor.file}: {tensor.raw}: entries must be in [0, {experts}), "
-                f"got {host[tuple(first)]} at {first.tolist()}"
-            )
         return self._put(host.astype(np.int32))

@@ -1,6 +1,6 @@
 """What a checkpoint directory holds, and everything that is wrong with it: no device, no weights.
 
-Only headers and settings are read; values (scales, tables) are checked when they are loaded.
+Headers and settings are read, values only where that is asked for.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from dsv4_jax.checkpoint.errors import CheckpointError
 from dsv4_jax.checkpoint.names import official_name, parameters
 from dsv4_jax.checkpoint.read import Reader, TensorInfo, read_config
+from dsv4_jax.checkpoint.scan import Scan
 from dsv4_jax.checkpoint.validate import detect_precision, resolve
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.text import check_vocabulary, json_object, load_tokenizer
@@ -107,13 +108,20 @@ def _groups(tensors: Iterable[TensorInfo], by_kind: bool) -> list[Group]:
     return [Group(*key, *value) for key, value in sorted(found.items())]
 
 
-def survey(path: str | os.PathLike[str], *, mtp: bool = False, any_preset: bool = False) -> Survey:
+def survey(
+    path: str | os.PathLike[str],
+    *,
+    mtp: bool = False,
+    any_preset: bool = False,
+    verify: bool = False,
+) -> Survey:
     """Reads what can be read of a checkpoint directory and collects all problems.
 
     Args:
         path: the directory.
         mtp: the multi-token-prediction module is to be loaded too.
         any_preset: a precision will be given, so that none need fit the files.
+        verify: read everything, and look for bad scales, tables and weights.
     """
     out = Survey(os.fspath(path))
     data = out.attempt(lambda: read_config(path))
@@ -121,38 +129,45 @@ def survey(path: str | os.PathLike[str], *, mtp: bool = False, any_preset: bool 
         source = os.path.join(out.path, "config.json")
         out.config = out.attempt(lambda: ModelConfig.from_hf(data, source=source))
     if Path(path).is_dir():
-        _read_tensors(out, mtp, any_preset)
+        _read_tensors(out, mtp, any_preset, verify)
         _read_text(out)
     out.problems = list(dict.fromkeys(out.problems))  # a check may serve two steps
     return out
 
 
-def _read_tensors(out: Survey, mtp: bool, any_preset: bool) -> None:
+def _read_tensors(out: Survey, mtp: bool, any_preset: bool, verify: bool) -> None:
     reader = out.attempt(
         lambda: Reader(out.path, lambda error: out.problems.extend(error.problems))
     )
     if reader is None:
         return
     with reader:
-        tensors, unread = list(reader), reader.unread
-        table = reader.tensors
+        _check_tensors(out, reader, mtp, any_preset, verify)
+
+
+def _check_tensors(out: Survey, reader: Reader, mtp: bool, any_preset: bool, verify: bool) -> None:
+    tensors = list(reader)
     out.kinds, out.formats = _groups(tensors, True), _groups(tensors, False)
     for tensor in tensors:
         out.shards[tensor.file] = out.shards.get(tensor.file, 0) + tensor.nbytes
     if not tensors:
         return
     try:
-        out.preset = detect_precision(table, source=out.path)
+        out.preset = detect_precision(reader.tensors, source=out.path)
     except CheckpointError as error:
         (out.notes if any_preset else out.problems).extend(error.problems)
     config = out.config
     if config is None:
         return
     resolved = out.attempt(
-        lambda: resolve(tensors, config, mtp=mtp, source=out.path, unread=unread)
+        lambda: resolve(tensors, config, mtp=mtp, source=out.path, unread=reader.unread)
     )
-    if resolved is not None:
-        out.stored = resolved.stored
+    if resolved is None:
+        return
+    out.stored = resolved.stored
+    if verify:
+        scan = Scan(reader, resolved.tensors, config.n_routed_experts, verify=True)
+        out.attempt(lambda: scan.raise_all(out.path))
 
 
 def _read_text(out: Survey) -> None:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Final
 
-from dsv4_jax.checkpoint.errors import CheckpointError
+from dsv4_jax.checkpoint.errors import LISTED, CheckpointError, Problems, shown
 from dsv4_jax.checkpoint.names import Parameter, official_name, parameters
 from dsv4_jax.checkpoint.read import DTYPE_BITS, TensorInfo
 from dsv4_jax.config import ModelConfig
@@ -19,39 +19,15 @@ _log = logging.getLogger(__name__)
 
 _FLOATS: Final = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _QUANTISED: Final = ("F8_E4M3", "F8_E8M0", "I8", "U8")
-_LISTED: Final = 20
 _CANDIDATES: Final = 500
+_LONGEST: Final = 200
+_MANY_EXPERTS: Final = 100_000
+_NUMBER: Final = re.compile(r"\d+")
 _MTP: Final = re.compile(r"(?:model\.)?mtp\.(\d+)\.")
 _LINEAR: Final = re.compile(
     r"layers\.\d+\.(attn|ffn)\.(wq_a|wq_b|wkv|wo_a|wo_b|experts\.\d+\.w\d)\."
 )
 _FUSED: Final = re.compile(r"(layers\.\d+\.ffn\.experts)\.(gate_up_proj|down_proj)")
-
-
-class _Problems:
-    """Problems by class; ``raise_any`` puts all of them into one message."""
-
-    def __init__(self, source: str) -> None:
-        self._source = source
-        self._by_class: dict[str, list[str]] = {}
-
-    def add(self, kind: str, text: str) -> None:
-        self._by_class.setdefault(kind, []).append(text)
-
-    def listed(self) -> list[str]:
-        """All of them, one by one."""
-        return [f"{kind}: {text}" for kind, texts in self._by_class.items() for text in texts]
-
-    def raise_any(self) -> None:
-        if not self._by_class:
-            return
-        lines = [f"{self._source}: {sum(map(len, self._by_class.values()))} problems"]
-        for kind, texts in self._by_class.items():
-            lines.append(f"{kind} ({len(texts)}):")
-            lines += [f"  {text}" for text in texts[:_LISTED]]
-            if len(texts) > _LISTED:
-                lines.append(f"  ... and {len(texts) - _LISTED} more")
-        raise CheckpointError("\n".join(lines), self.listed())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +133,7 @@ def split_fused(name: str, tensor: TensorInfo, config: ModelConfig) -> dict[str,
 
 
 def _canonical(
-    tensors: Iterable[TensorInfo], config: ModelConfig, problems: _Problems
+    tensors: Iterable[TensorInfo], config: ModelConfig, problems: Problems
 ) -> dict[str, TensorInfo]:
     out: dict[str, TensorInfo] = {}
     for tensor in tensors:
@@ -177,7 +153,9 @@ def _canonical(
         for piece, info in (pieces or {name: tensor}).items():
             other = out.setdefault(piece, info)
             if other is not info:
-                problems.add("same parameter twice", f"{piece}: {other.raw} and {info.raw}")
+                problems.add(
+                    "same parameter twice", f"{piece}: {shown(other.raw)} and {shown(info.raw)}"
+                )
     return out
 
 
@@ -254,7 +232,7 @@ def _check_scale(
     weight: tuple[str, tuple[int, ...]],
     logical: tuple[int, ...],
     scale: TensorInfo | None,
-    problems: _Problems,
+    problems: Problems,
 ) -> None:
     rows, cols = logical
     shape = (rows, cols // 32) if weight[0] == "I8" else (-(-rows // 128), -(-cols // 128))
@@ -268,9 +246,39 @@ def _check_scale(
         )
 
 
-def _close(name: str, candidates: list[str]) -> str:
-    found = difflib.get_close_matches(name, candidates[:_CANDIDATES], n=1, cutoff=0.8)
-    return f" (closest: {found[0]})" if found else ""
+class _Hints:
+    """The closest of some names; those with the same numbers (layer, expert) come first."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._by_numbers: dict[tuple[str, ...], list[str]] = {}
+        for name in names:
+            self._by_numbers.setdefault(self._numbers(name), []).append(name)
+        self._first = names[:_CANDIDATES]
+
+    @staticmethod
+    def _numbers(name: str) -> tuple[str, ...]:
+        return tuple(_NUMBER.findall(name))
+
+    def closest(self, name: str) -> str:
+        """As the end of a message, empty where nothing is close."""
+        if len(name) > _LONGEST:  # difflib takes quadratic time
+            return ""
+        near = [*self._by_numbers.get(self._numbers(name), [])[:_CANDIDATES], *self._first]
+        found = difflib.get_close_matches(
+            name, [other for other in near if len(other) <= _LONGEST], n=1, cutoff=0.8
+        )
+        return f" (closest: {found[0]})" if found else ""
+
+
+def _refuse_experts(tensors: list[TensorInfo], config: ModelConfig, source: str) -> None:
+    """A config with absurdly many experts, before a name is made up for each of them."""
+    held = len(tensors) + sum(t.shape[0] for t in tensors if len(t.shape) == 3 and t.nbytes)
+    experts = config.n_routed_experts * config.num_hidden_layers
+    if experts > max(held, _MANY_EXPERTS):
+        raise CheckpointError(
+            f"{source}: the config has {experts} experts (n_routed_experts * num_hidden_layers), "
+            f"the files hold at most {held}"
+        )
 
 
 def _hidden(unread: Collection[str], config: ModelConfig) -> set[str]:
@@ -314,7 +322,9 @@ def resolve(
     Raises:
         CheckpointError: lists every missing, unexpected, doubled or wrong tensor, by class.
     """
-    problems = _Problems(source)
+    problems = Problems(source)
+    tensors = list(tensors)
+    _refuse_experts(tensors, config, source)
     kept = _take_mtp(tensors, config, mtp, source)
     _reject_other_formats((tensor.raw for tensor in kept), source)
     table = _canonical(kept, config, problems)
@@ -360,10 +370,12 @@ def resolve(
                 _check_scale(name, weight, parameter.shape, scale, problems)
 
     unexpected = [name for name in table if name not in expected]
+    strangers, absent = _Hints(unexpected), _Hints(missing)
     for i, name in enumerate(missing):  # hints are slow, and only the first are shown
-        problems.add("missing", name + (_close(name, unexpected) if i < _LISTED else ""))
+        problems.add("missing", name + (strangers.closest(name) if i < LISTED else ""))
     for i, name in enumerate(unexpected):
-        hint = _close(name, missing) if i < _LISTED else ""
-        problems.add("unexpected", f"{table[name].raw} in {table[name].file}{hint}")
+        hint = absent.closest(name) if i < LISTED else ""
+        text = f"{shown(table[name].raw)} in {table[name].file}{hint}"
+        problems.add("unexpected", text)
     problems.raise_any()
     return Resolved(wanted, {name: table[name] for name in table if name in expected}, stored)

@@ -81,10 +81,10 @@ def _positions(needed: int, limit: int) -> int:
     return max(needed, min(limit, max(_LEAST_POSITIONS, 1 << (needed - 1).bit_length())))
 
 
-def _load(checkpoint: Path, precision: str | None, max_len: int) -> tuple[Any, Any]:
+def _load(checkpoint: Path, precision: str | None, verify: bool, max_len: int) -> tuple[Any, Any]:
     """The model and its parameters, where they and a cache of ``max_len`` positions fit."""
     options = {"max_len": "--max-len", "precision": "--precision"}
-    return load_model(checkpoint, precision, max_len=max_len, options=options)
+    return load_model(checkpoint, precision, verify=verify, max_len=max_len, options=options)
 
 
 def _check_text(
@@ -256,6 +256,9 @@ def generate(
     precision: Annotated[
         str | None, typer.Option(help="Precision preset. Default: the checkpoint's format.")
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Look for NaN and Inf in the weights while loading.")
+    ] = False,
 ) -> None:
     """Continue a prompt; the text streams to stdout.
 
@@ -280,7 +283,7 @@ def generate(
 
         kind = "bundled checkpoint" if checkpoint is None else "checkpoint"
         say(console, f"{kind}: {directory}")
-        model, params = _load(directory, precision, needed)
+        model, params = _load(directory, precision, verify, needed)
         say(
             console,
             f"sampling: temperature {settings.temperature}, top_p {settings.top_p}, "

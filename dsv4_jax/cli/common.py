@@ -215,6 +215,7 @@ def load_model(
     precision: str | None,
     *,
     mtp: bool = False,
+    verify: bool = False,
     batch_size: int = 1,
     max_len: int | None = None,
     options: Mapping[str, str] | None = None,
@@ -225,6 +226,7 @@ def load_model(
         checkpoint: its directory.
         precision: the preset.
         mtp: with the MTP module.
+        verify: look at all weights.
         batch_size: rows of the cache that is to fit besides.
         max_len: its positions; ``None``: no cache.
         options: ``memory.OPTIONS`` as this command calls them; ``--precision`` alone by default.
@@ -233,7 +235,12 @@ def load_model(
 
     with enough_memory(options):
         return from_checkpoint(
-            checkpoint, precision=precision, mtp=mtp, batch_size=batch_size, max_len=max_len
+            checkpoint,
+            precision=precision,
+            mtp=mtp,
+            verify=verify,
+            batch_size=batch_size,
+            max_len=max_len,
         )
 
 

@@ -68,7 +68,12 @@ def _table(scores: list[Score], together: Score) -> Table:
 def _options(rows: int, batch_size: int) -> dict[str, str]:
     """What lowers the memory need: shorter segments are more of them, that fill a batch."""
     context = "--context" if rows == batch_size else f"--batch-size to {rows} and --context"
-    return {"max_len": context, "batch_size": "--batch-size", "precision": "--precision"}
+    return {
+        "max_len": context,
+        "batch_size": "--batch-size",
+        "precision": "--precision",
+        "mtp": "--mtp",
+    }
 
 
 def command(

@@ -171,12 +171,15 @@ def command(
         typer.Option(help="Precision preset; repeatable. Default: the checkpoint's format."),
     ] = None,
     mtp: Annotated[bool, typer.Option("--mtp", help="With the MTP module.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all tensors: bad scales, tables, NaN, Inf.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """What a checkpoint holds, the memory it needs, and all that is wrong with it.
 
-    Reads headers and settings only and needs no device. Exit code 2 where there are problems; what
-    can be shown is shown all the same.
+    Reads headers and settings only, unless told otherwise, and needs no device. Exit code 2 where
+    there are problems; what can be shown is shown all the same.
     """
     console = Console(stderr=True)
     with readable_errors(console):
@@ -191,7 +194,7 @@ def command(
             from dsv4_jax.checkpoint import bundled_checkpoint
 
             directory = bundled_checkpoint()
-        found = survey(directory, mtp=mtp, any_preset=bool(precision))
+        found = survey(directory, mtp=mtp, any_preset=bool(precision), verify=verify)
         rows: list[_Row] = []
         if found.config is not None:
             most = found.config.max_position_embeddings

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax.checkpoint import from_checkpoint, load, place
+from dsv4_jax.checkpoint import from_checkpoint, load, place, scan
 from dsv4_jax.checkpoint.convert import Report
 from dsv4_jax.checkpoint.load import load_params
 from dsv4_jax.checkpoint.names import expected_tree, parameters
@@ -92,7 +92,7 @@ def test_shards_are_the_single_file(tmp_path: Path, params: Any) -> None:
 @pytest.mark.parametrize("preset", ["official", "nvfp4", "float32"])
 def test_small_slabs_change_nothing(monkeypatch: pytest.MonkeyPatch, preset: str) -> None:
     whole = load_params(tiny.OFFICIAL, CONFIG, PRESETS[preset], report=Report())
-    monkeypatch.setattr(place, "SLAB_BYTES", 20_000)
+    monkeypatch.setattr(scan, "SLAB_BYTES", 20_000)
     monkeypatch.setattr(place, "STAGING_BYTES", 40_000)
     monkeypatch.setattr(load, "SLAB_BYTES", 60_000)  # two experts of 26,112 bytes
     staged: list[int] = []

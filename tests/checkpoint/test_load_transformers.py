@@ -106,5 +106,5 @@ def test_fused_stack_of_another_size(saved: dict[str, Path], tmp_path: Path) -> 
     array = tensors[name].array(np.float32)
     tensors[name] = tiny.raw("F32", array[:, :-1])
     path = tiny.write(tmp_path, read_config(saved["modules"]), tensors)
-    with pytest.raises(CheckpointError, match=r"1 problems[^$]*gate_up_proj: expected \[8, 256"):
+    with pytest.raises(CheckpointError, match=r"1 problem\n[^$]*gate_up_proj: expected \[8, 256"):
         _load(path, "float32")

@@ -227,6 +227,21 @@ def test_little_is_there(tmp_path: Path, files: dict[str, str] | None, message: 
     assert "Traceback" not in result.stderr
 
 
+def test_values_are_looked_at_when_asked(tmp_path: Path) -> None:
+    scale, table = "layers.0.attn.wq_a.scale", "layers.1.ffn.gate.tid2eid"
+    bad = {name: bytearray(TENSORS[name].data) for name in (scale, table, "norm.weight")}
+    bad[scale][0] = 255
+    bad[table][:8] = (99).to_bytes(8, "little")
+    bad["norm.weight"][:2] = b"\xc0\x7f"  # NaN
+    wrong = {name: TENSORS[name]._replace(data=bytes(data)) for name, data in bad.items()}
+    tiny.write(tmp_path, CONFIG, TENSORS | wrong)
+    assert _json(tmp_path)["problems"] == []
+    problems = _json(tmp_path, "--verify", code=2)["problems"]
+    assert len(problems) == 3
+    for name in bad:
+        assert sum(f": {name}: " in problem for problem in problems) == 1
+
+
 def test_preset_is_needed_unless_given(tmp_path: Path) -> None:
     tensors = tiny.unquantised(TENSORS, "BF16")
     experts = tiny.unquantised(TENSORS, "F32")

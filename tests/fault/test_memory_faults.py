@@ -101,6 +101,12 @@ def test_C26_precision(monkeypatch: pytest.MonkeyPatch) -> None:
         from_checkpoint(tiny.OFFICIAL, precision="float32", progress=False)
 
 
+def test_C26_mtp(monkeypatch: pytest.MonkeyPatch) -> None:
+    _have(monkeypatch, _plan(max_len=None).need().total)
+    with pytest.raises(OutOfMemory, match=r"; (choose precision nvfp4, or )?leave out mtp$"):
+        from_checkpoint(tiny.OFFICIAL, mtp=True, progress=False)
+
+
 def test_C26_two_models(monkeypatch: pytest.MonkeyPatch) -> None:
     plans = [_plan(), _plan(precision=PRESETS["nvfp4"])]
     _have(monkeypatch, plans[0].need().total)
@@ -162,6 +168,7 @@ def test_C27_exhausted() -> None:
         f"DIR: the device ran out of memory; need {memory.readable(total)}"
     )
     assert "lower max_len, or lower batch_size, or choose precision" in str(error)
+    assert isinstance(memory.exhausted(MemoryError(), plans, source="DIR"), OutOfMemory)
     assert memory.exhausted(JaxRuntimeError("INTERNAL: oops"), plans, source="DIR") is None
 
 

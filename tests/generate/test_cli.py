@@ -23,7 +23,7 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _use(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
     monkeypatch.setattr(cli, "model_config", lambda path: fake_config())
-    monkeypatch.setattr(cli, "_load", lambda path, precision, max_len: (model, fake_params()))
+    monkeypatch.setattr(cli, "_load", lambda *_: (model, fake_params()))
 
 
 def _run(*arguments: object) -> Result:
@@ -247,7 +247,7 @@ def test_options_of_typer_are_plain_text(checkpoint: Path) -> None:
 def test_an_op_that_fails_is_one_line(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A library without code for the GPU, say: the op's own message, no traceback."""
 
-    def fail(path: Path, precision: str | None, max_len: int) -> None:
+    def fail(*_: object) -> None:
         raise JaxRuntimeError("UNIMPLEMENTED: dsv4.cache_write: built for sm_90a,\ndevice is sm_80")
 
     monkeypatch.setattr(cli, "_load", fail)
