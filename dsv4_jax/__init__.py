@@ -21,4 +21,5 @@ from dsv4_jax.sampling import Sampled as Sampled
 from dsv4_jax.sampling import SamplingParams as SamplingParams
 from dsv4_jax.sampling import sample as sample
 from dsv4_jax.sampling import step_keys as step_keys
+from dsv4_jax.session import Session as Session
 from dsv4_jax.version import __version__ as __version__

@@ -10,14 +10,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, cast
+from typing import Annotated, Any, NoReturn
 
 import jax
 import typer
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from dsv4_jax.cli import compare, evaluate, inspect
+from dsv4_jax.cli import chat, compare, evaluate, inspect
 from dsv4_jax.cli.common import (
     EXIT_CODES,
     INTERRUPTED,
@@ -29,19 +29,18 @@ from dsv4_jax.cli.common import (
     load_model,
     model_config,
     readable_errors,
+    sampling_settings,
     say,
 )
 from dsv4_jax.env import report
 from dsv4_jax.generate import TokenEvent, check_lengths, stream
 from dsv4_jax.precision import Precision
-from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.text import (
     IncrementalDetokenizer,
     StopMatcher,
     bos_token,
     check_vocabulary,
     encode,
-    json_object,
     load_tokenizer,
 )
 from dsv4_jax.version import __version__
@@ -135,21 +134,6 @@ def _prompt_ids(
     if not found:
         raise UserError("the prompt is empty")
     return found
-
-
-def _sampling(
-    checkpoint: Path, temperature: float | None, top_p: float | None, top_k: int
-) -> tuple[SamplingParams, str]:
-    """The settings, and where those that the user did not give come from."""
-    path = checkpoint / "generation_config.json"
-    defaults = json_object(path) if path.is_file() else {}
-    if temperature is None:
-        sampled = defaults.get("do_sample", "temperature" in defaults)
-        temperature = defaults.get("temperature", 1.0) if sampled else 0.0
-    if top_p is None:
-        top_p = defaults.get("top_p", 1.0)
-    source = path.name if defaults else "greedy unless told otherwise"
-    return SamplingParams(cast(float, temperature), cast(float, top_p), top_k), source
 
 
 class _Output:
@@ -269,7 +253,7 @@ def generate(
         directory = checkpoint_directory(checkpoint)
         if precision is not None:
             Precision.preset(precision)
-        settings, source = _sampling(directory, temperature, top_p, top_k)
+        settings, source = sampling_settings(directory, temperature, top_p, top_k)
         tokenizer = load_tokenizer(directory)
         output = _Output(tokenizer, stop or [])
         tokens = _prompt_ids(tokenizer, directory, prompt, prompt_file, ids)
@@ -306,6 +290,7 @@ def generate(
             raise UserError(last.error)
 
 
+app.command("chat")(chat.command)
 app.command("eval")(evaluate.command)
 app.command("compare")(compare.command)
 app.command("inspect")(inspect.command)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import jax
 import typer
@@ -23,7 +23,8 @@ from tokenizers import Tokenizer
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.env import check_writable, compilation_cache, devices
 from dsv4_jax.precision import PRESETS
-from dsv4_jax.text import load_tokenizer, plain_tokenizer
+from dsv4_jax.sampling import SamplingParams
+from dsv4_jax.text import json_object, load_tokenizer, plain_tokenizer
 
 __all__ = [
     "BAD_INPUT",
@@ -42,6 +43,7 @@ __all__ = [
     "preset_name",
     "progress_bar",
     "readable_errors",
+    "sampling_settings",
     "say",
     "table_console",
     "write_whole",
@@ -105,10 +107,14 @@ def compile_clock() -> Generator[Callable[[], float]]:
         jax.monitoring.unregister_event_time_span_listener(listen)
 
 
-def _watch(read: int, seen: threading.Event, console: Console) -> None:
+def _watch(read: int, seen: threading.Event, interrupt: object, console: Console) -> None:
     """Ends the process after Ctrl-C when Python has not come to handle it."""
     while number := os.read(read, 1):
-        if number[0] == signal.SIGINT and not seen.wait(_GRACE_SECONDS):
+        if number[0] != signal.SIGINT or signal.getsignal(signal.SIGINT) is not interrupt:
+            continue  # a command that does something else upon Ctrl-C (chat)
+        if seen.wait(_GRACE_SECONDS):
+            seen.clear()
+        else:
             console.show_cursor()
             say(console, "interrupted")
             os._exit(INTERRUPTED)  # files are renamed into place when whole: none is half-written
@@ -132,7 +138,7 @@ def _prompt_interrupt(console: Console) -> Generator[None]:
 
     read, write = os.pipe()
     os.set_blocking(write, False)
-    watcher = threading.Thread(target=_watch, args=(read, seen, console), daemon=True)
+    watcher = threading.Thread(target=_watch, args=(read, seen, interrupt, console), daemon=True)
     watcher.start()
     descriptor = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     signal.signal(signal.SIGINT, interrupt)
@@ -308,3 +314,18 @@ def progress_bar(console: Console, what: str) -> Generator[Callable[[int, int], 
             progress.update(task, description=what, completed=done, total=total)
 
         yield move
+
+
+def sampling_settings(
+    checkpoint: Path, temperature: float | None, top_p: float | None, top_k: int
+) -> tuple[SamplingParams, str]:
+    """The settings, and where those that the user did not give come from."""
+    path = checkpoint / "generation_config.json"
+    defaults = json_object(path) if path.is_file() else {}
+    if temperature is None:
+        sampled = defaults.get("do_sample", "temperature" in defaults)
+        temperature = defaults.get("temperature", 1.0) if sampled else 0.0
+    if top_p is None:
+        top_p = defaults.get("top_p", 1.0)
+    source = path.name if defaults else "greedy unless told otherwise"
+    return SamplingParams(cast(float, temperature), cast(float, top_p), top_k), source

@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv4_jax import DeepseekV4, Session
 from dsv4_jax.generate import decode_step, generate, prefill, stream
 from dsv4_jax.sampling import SamplingParams, sample, step_keys
-from dsv4_jax.text import StopMatcher, encode, load_tokenizer
+from dsv4_jax.text import IncrementalDetokenizer, StopMatcher, encode, load_tokenizer
 from tests.support.fake_model import VOCAB, FakeModel, fake_params
+from tests.support.models import golden_ids, golden_layers
+from tests.support.tokenizer import byte_tokenizer
 
 NAN, INF = float("nan"), float("inf")
 
@@ -156,6 +159,16 @@ def test_D8_greedy_ignores_the_seed() -> None:
     assert runs[0] == runs[1]
 
 
+def test_D8_greedy_is_the_first_largest_logit() -> None:
+    logits = np.random.default_rng(0).integers(-9, 9, (4, 100)).astype(np.float32)
+    assert ((logits == logits.max(-1, keepdims=True)).sum(-1) > 1).all(), "ties in every row"
+    for key in (0, 1):
+        keys = jax.random.key(key)
+        tokens, valid = sample(jnp.asarray(logits), keys, temperature=0.0, top_p=0.5, top_k=7)
+        np.testing.assert_array_equal(tokens, logits.argmax(-1))
+        assert valid.all()
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -214,6 +227,16 @@ def test_D12_empty_stop_string(stops: Any) -> None:
         StopMatcher(stops)
 
 
+def test_D12_stop_string_that_spans_tokens() -> None:
+    tokenizer = byte_tokenizer(merges=())
+    ids = encode(tokenizer, "abc größer")
+    for stop, wanted in (("bc g", "a"), ("ö", "abc gr"), ("öß", "abc gr"), ("none", "abc größer")):
+        text, matcher = IncrementalDetokenizer(tokenizer), StopMatcher([stop])
+        shown = "".join(matcher.push(text.push(token)) for token in ids)
+        assert shown + matcher.flush() == wanted
+        assert matcher.stopped == (stop != "none")
+
+
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
 def test_D13_order_of_the_batch(order: tuple[int, ...]) -> None:
     prompts, seeds = [[5, 6, 7], [9], [10] * 20], [4, 5, 6]
@@ -227,6 +250,84 @@ def test_D13_order_of_the_batch(order: tuple[int, ...]) -> None:
         **options,
     )
     assert out == [wanted[i] for i in order]
+
+
+@pytest.mark.slow
+def test_D14_mtp_module_changes_no_greedy_token() -> None:
+    """There is no speculative decoding: `generate` leaves the module, where it is loaded, unused.
+
+    So this holds that a model and a cache that carry the module generate as those without it do.
+    """
+    model, params = golden_layers((0,))
+    assert model.mtp
+    plain = DeepseekV4(model.config, model.precision)
+    without = {name: leaf for name, leaf in params.items() if name != "mtp_0"}
+    options: dict[str, Any] = {"max_new_tokens": 8, "stop_token_ids": ()}
+    prompt = golden_ids(4)[0].tolist()
+    with_module = generate(model, params, [prompt], **options)
+    assert with_module == generate(plain, without, [prompt], **options)
+    assert len(with_module[0]) == 8
+
+
+def test_D15_session_cancelled_between_steps() -> None:
+    """The cache goes on from where it was stopped; one that was lost is made anew."""
+    model, params = _model(eos_token_id=-1), fake_params()
+    whole = Session(model, params, max_len=64).stream([5, 6], max_new_tokens=10)
+    wanted = [event.token for event in whole]
+    session = Session(model, params, max_len=64)
+    events = session.stream([5, 6], max_new_tokens=10)
+    made = [next(events).token for _ in range(3)]
+    events.close()
+    assert session.tokens == (5, 6, *wanted[:2])
+    pressed = iter([False, False, True])
+    some = session.stream([5, 6, *made], max_new_tokens=7, cancelled=lambda: next(pressed))
+    made += [event.token for event in some]
+    assert session.reused == 4
+    assert made == wanted[: len(made)]
+    assert 3 < len(made) < 10
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dsv4_jax.session.decode_step", fail)
+        with pytest.raises(KeyboardInterrupt):
+            list(session.stream([5, 6, *made], max_new_tokens=1))
+    assert session.tokens == ()
+    assert session.encode(byte_tokenizer(), "a") == encode(byte_tokenizer(), "a")
+    rest = session.stream([5, 6, *made], max_new_tokens=10 - len(made))
+    assert made + [event.token for event in rest] == wanted
+    assert session.reused == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        pytest.param([], {}, "must be a list of token ids", id="D11-session-empty"),
+        pytest.param([[1]], {}, "must be a list of token ids", id="D11-session-nested"),
+        pytest.param([1.0], {}, "must be a list of token ids", id="D11-session-float"),
+        pytest.param([1, VOCAB], {}, f"got {VOCAB}", id="D11-session-high"),
+        pytest.param([-1], {}, "got -1", id="D11-session-negative"),
+        pytest.param([1], {"seed": 2**32}, "seed must be in", id="D7-session-seed"),
+        pytest.param([1], {"temperature": -1.0}, "temperature", id="D7-session-temperature"),
+        pytest.param([1], {"max_new_tokens": 0}, "max_new_tokens", id="D7-session-none-new"),
+        pytest.param([1] * 9, {}, "max_len is 8", id="B2-session"),
+    ],
+)
+def test_session_refuses_and_keeps_its_cache(prompt: Any, options: Any, message: str) -> None:
+    session = Session(_model(), fake_params(), max_len=8)
+    list(session.stream([3, 4], max_new_tokens=2))
+    held = session.tokens
+    assert len(held) == 3
+    with pytest.raises(ValueError, match=message):
+        session.stream(prompt, **({"max_new_tokens": 1} | options))
+    assert session.tokens == held
+
+
+@pytest.mark.parametrize("max_len", [0, 4097])
+def test_B2_session_longer_than_the_model(max_len: int) -> None:
+    with pytest.raises(ValueError, match=rf"max_len must be 1\.\.4096 .* got {max_len}"):
+        Session(NoRun(), {}, max_len=max_len)
 
 
 def test_D15_cancelled_between_steps() -> None:
