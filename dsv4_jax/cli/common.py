@@ -105,10 +105,14 @@ def compile_clock() -> Generator[Callable[[], float]]:
         jax.monitoring.unregister_event_time_span_listener(listen)
 
 
-def _watch(read: int, seen: threading.Event, console: Console) -> None:
+def _watch(read: int, seen: threading.Event, interrupt: object, console: Console) -> None:
     """Ends the process after Ctrl-C when Python has not come to handle it."""
     while number := os.read(read, 1):
-        if number[0] == signal.SIGINT and not seen.wait(_GRACE_SECONDS):
+        if number[0] != signal.SIGINT or signal.getsignal(signal.SIGINT) is not interrupt:
+            continue  # a command that does something else upon Ctrl-C (chat)
+        if seen.wait(_GRACE_SECONDS):
+            seen.clear()
+        else:
             console.show_cursor()
             say(console, "interrupted")
             os._exit(INTERRUPTED)  # files are renamed into place when whole: none is half-written
@@ -132,7 +136,7 @@ def _prompt_interrupt(console: Console) -> Generator[None]:
 
     read, write = os.pipe()
     os.set_blocking(write, False)
-    watcher = threading.Thread(target=_watch, args=(read, seen, console), daemon=True)
+    watcher = threading.Thread(target=_watch, args=(read, seen, interrupt, console), daemon=True)
     watcher.start()
     descriptor = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     signal.signal(signal.SIGINT, interrupt)
