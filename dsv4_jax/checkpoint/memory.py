@@ -55,9 +55,8 @@ _FP32_BYTES: Final = 4 * SLAB_BYTES
 
 _CHUNK: Final = 256
 
-_STORED_BITS: Final = {
-    "float32": 32, "bfloat16": 16, "float16": 16, "int64": 64, "fp8": 8, "mxfp4": 4, "nvfp4": 4,
-}  # fmt: skip
+_STORED_BITS: Final = {"bfloat16": 16, "float16": 16, "int64": 64, "mxfp4": 4, "nvfp4": 4}
+"""Per value; ``fp8`` with any scales has 8, ``float32`` 32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +137,8 @@ class Plan:
         if stored == target:
             return packed + min(tree_bytes(found), STAGING_BYTES)
         values = math.prod(parameter.shape) * max(parameter.experts, 1)
-        raw, decoded = values * _STORED_BITS[stored] // 8, 4 * values
+        bits = _STORED_BITS.get(stored, 8 if stored.startswith("fp8") else 32)
+        raw, decoded = values * bits // 8, 4 * values
         if parameter.experts:
             raw, decoded = min(raw, STAGING_BYTES), min(decoded, _FP32_BYTES)
         return packed + raw + 2 * decoded
