@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any, Final, NoReturn, Self, cast
 
@@ -166,6 +166,12 @@ _LAYER_TYPES: Final = {
 }
 _COMPRESS_RATES: Final = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
 
+# Fields of steps that do not run where others are wrong.
+_READ_LATE: Final = frozenset(
+    "qk_rope_head_dim partial_rotary_factor rope_parameters rope_scaling rope_theta "
+    "compress_rope_theta mlp_layer_types num_hash_layers layer_types compress_rates "
+    "compress_ratios quantization_config".split()
+)
 # Fields that cannot change inference, although some sound as if they did.
 _INERT: Final = frozenset(
     "architectures model_type attention_dropout initializer_range torch_dtype dtype use_cache "
@@ -243,23 +249,47 @@ class _Reader:
                 self.fail(field, "is an unknown field that may change the maths", self.data[field])
 
     def read(self) -> dict[str, Any]:
-        """All fields of ``ModelConfig``."""
+        """All fields of ``ModelConfig``; problems are collected first."""
         self.architecture()
+        out: dict[str, Any] = {}
+        problems: list[str] = []
+
+        def attempt(step: Callable[[], Any], *needed: str) -> None:
+            """Runs a step where what it reads of ``out`` is known; keeps the fields it returns."""
+            if all(field in out for field in needed):
+                try:
+                    found = step()
+                except CheckpointError as error:
+                    problems.extend(error.problems)
+                else:
+                    out.update(found if isinstance(found, dict) else {})
+
         for field, (accepted, default) in _SWITCHES.items():
-            self.switch(field, accepted, default)
-        out: dict[str, Any] = {field: self.integer(field) for field in _POSITIVE_INTS}
-        out |= {field: self.number(field) for field in _POSITIVE_FLOATS}
+            attempt(lambda f=field, a=accepted, d=default: self.switch(f, a, d))
+        for field in _POSITIVE_INTS:
+            attempt(lambda f=field: {f: self.integer(f)})
+        for field in _POSITIVE_FLOATS:
+            attempt(lambda f=field: {f: self.number(f)})
         for field in ("num_nextn_predict_layers", "bos_token_id", "eos_token_id"):
-            out[field] = self.integer(field, minimum=0)
-        out["qk_rope_head_dim"] = self.rotary_width(out["head_dim"])
-        out |= self.rope(out)
-        out["num_hash_layers"] = self.hash_layers(out["num_hidden_layers"])
-        out["compress_ratios"] = self.ratios(
-            out["num_hidden_layers"], out["num_nextn_predict_layers"]
+            attempt(lambda f=field: {f: self.integer(f, minimum=0)})
+        layers, drafters = "num_hidden_layers", "num_nextn_predict_layers"
+        rotary = "qk_rope_head_dim"
+        attempt(lambda: {rotary: self.rotary_width(out["head_dim"])}, "head_dim")
+        attempt(lambda: self.rope(out), "head_dim", rotary, "max_position_embeddings")
+        attempt(lambda: {"num_hash_layers": self.hash_layers(out[layers])}, layers)
+        attempt(
+            lambda: {"compress_ratios": self.ratios(out[layers], out[drafters])}, layers, drafters
         )
-        self.quantization()
-        self.widths(out)
-        self.unknown()
+        attempt(self.quantization)
+        attempt(lambda: self.widths(out), *_POSITIVE_INTS, rotary)
+        if problems:
+            self.seen.update(_READ_LATE)
+        attempt(self.unknown)
+        if len(problems) > 1:
+            text = f"{self.source}: {len(problems)} problems: " + "; ".join(problems)
+            raise CheckpointError(text, problems)
+        if problems:
+            raise CheckpointError(problems[0])
         return out
 
     def architecture(self) -> None:
@@ -424,14 +454,19 @@ class _Reader:
 
     def unknown(self) -> None:
         inert: list[str] = []
+        problems: list[str] = []
         for field in self.data:
             if field in self.seen:
                 continue
             value = self.data[field]
             harmless = field in _INERT or field.startswith(_DRAFTER_PREFIXES)
             if not harmless and value not in (None, False) and _SOUNDS_LIKE_MATHS.search(field):
-                self.fail(field, "is an unknown field that may change the maths", value)
-            inert.append(field)
+                rule = "is an unknown field that may change the maths"
+                problems.append(f"{self.source}: {field} {rule}, got {value!r}")
+            else:
+                inert.append(field)
+        if problems:
+            raise CheckpointError("; ".join(problems), problems)
         if inert:
             _log.debug("%s: ignored fields: %s", self.source, ", ".join(sorted(inert)))
 

@@ -122,7 +122,7 @@ def report() -> dict[str, str]:
     )
     lines["library archs"] = str(info["cuda_archs"]) or "CPU only"
     lines["CUDA runtime"] = _cuda_version(info["cuda_runtime"])
-    lines["CUDA driver"] = _cuda_version(library.cuda_driver())
+    lines["CUDA driver"] = _driver(library.cuda_driver(), info["cuda_runtime"])
     lines["devices"] = _devices()
     lines["compilation cache"] = compilation_cache() or "off"
     for name in (*_VARIABLES, *_RELATED):
@@ -132,6 +132,14 @@ def report() -> dict[str, str]:
 
 def _cuda_version(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}" if version else "none"
+
+
+def _driver(driver: int, runtime: int) -> str:
+    """What the driver supports; kernels of a newer major version do not load."""
+    text = _cuda_version(driver)
+    if driver and driver // 1000 < runtime // 1000:
+        text += f", too old for CUDA {_cuda_version(runtime)}: update the NVIDIA driver"
+    return text
 
 
 def _devices() -> str:

@@ -21,11 +21,21 @@ from dsv4_jax.generate import Model
 from dsv4_jax.text import encode
 from dsv4_jax.typing import Array, Float32, Int32, Params
 
-__all__ = ["Document", "Score", "evaluate", "log_softmax", "read_document", "shorten", "total"]
+__all__ = [
+    "Document",
+    "Score",
+    "cache_size",
+    "evaluate",
+    "log_softmax",
+    "read_document",
+    "shorten",
+    "total",
+]
 
 Progress = Callable[[int, int], object]
 """Called with (tokens done, tokens in total)."""
 
+_CHUNK = 256
 _SMALLEST_CHUNK = 8
 _SUM_BLOCK = 512
 
@@ -220,6 +230,30 @@ def _segments(documents: Sequence[Document], context: int | None) -> list[_Segme
     return sorted(cut, key=lambda segment: -len(segment.tokens))
 
 
+class CacheSize(NamedTuple):
+    """Rows and positions of the cache, and the tokens of a row in one call."""
+
+    batch_size: int
+    max_len: int
+    chunk: int
+
+
+def cache_size(
+    documents: Sequence[Document],
+    config: Any,
+    *,
+    context: int | None,
+    batch_size: int,
+    chunk_size: int = _CHUNK,
+) -> CacheSize:
+    """The cache that `evaluate` makes with these arguments."""
+    segments = _segments(documents, context)
+    longest = len(segments[0].tokens)
+    width = min(chunk_size, max(_SMALLEST_CHUNK, 1 << (longest - 1).bit_length()))
+    max_len = min(-(-longest // width) * width, config.max_position_embeddings)
+    return CacheSize(min(batch_size, len(segments)), max_len, width)
+
+
 def _check(
     model: Model,
     documents: Sequence[Document],
@@ -261,7 +295,7 @@ def evaluate(
     *,
     context: int | None = None,
     batch_size: int = 8,
-    chunk_size: int = 256,
+    chunk_size: int = _CHUNK,
     mtp: bool = False,
     progress: Progress | None = None,
 ) -> list[Score]:
@@ -293,10 +327,9 @@ def evaluate(
     """
     _check(model, documents, context, batch_size, chunk_size)
     segments = _segments(documents, context)
-    rows = min(batch_size, len(segments))
-    longest = len(segments[0].tokens)
-    width = min(chunk_size, max(_SMALLEST_CHUNK, 1 << (longest - 1).bit_length()))
-    max_len = min(-(-longest // width) * width, model.config.max_position_embeddings)
+    rows, max_len, width = cache_size(
+        documents, model.config, context=context, batch_size=batch_size, chunk_size=chunk_size
+    )
     log2_probs = [np.zeros(len(document.tokens)) for document in documents]
     drafts, agreed = [0] * len(documents), [0] * len(documents)
     done, everything = 0, sum(len(document.tokens) for document in documents)

@@ -17,6 +17,7 @@ __all__ = [
     "IncrementalDetokenizer",
     "StopMatcher",
     "bos_token",
+    "check_vocabulary",
     "encode",
     "json_object",
     "load_tokenizer",
@@ -94,6 +95,20 @@ def bos_token(directory: str | Path, tokenizer: Tokenizer) -> int | None:
     if found is None:
         raise ValueError(f"{path}: bos_token must be a token of the tokenizer, got {text!r}")
     return found
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Whether the model has a row for every token; it may have more rows than there are tokens.
+
+    Raises:
+        ValueError: it has not.
+    """
+    last = max([tokenizer.get_vocab_size(False) - 1, *tokenizer.get_added_tokens_decoder()])
+    if last >= vocab_size:
+        raise ValueError(
+            f"{TOKENIZER_FILE}: token ids must be < {vocab_size} (vocab_size), got up to {last}: "
+            "is it that of this checkpoint?"
+        )
 
 
 def plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:

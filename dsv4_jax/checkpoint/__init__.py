@@ -46,6 +46,8 @@ def from_checkpoint(
     mtp: bool = False,
     progress: "Progress" = None,
     verify: bool = False,
+    batch_size: int = 1,
+    max_len: int | None = None,
 ) -> "tuple[DeepseekV4, Params]":
     """Model and params of a checkpoint directory (model.md section 7).
 
@@ -60,11 +62,16 @@ def from_checkpoint(
         progress: progress bar on stderr: ``True``, ``False``, ``None`` (on a terminal), or a
             callable taking (bytes done, bytes in total).
         verify: look for NaN and Inf in weights too; bad scales are always found.
+        batch_size: rows of the cache that must fit the device beside the weights.
+        max_len: its positions; ``None``: only the weights must fit. What does not is refused
+            before anything is read; the cache is made by ``model.init_cache`` as ever.
 
     Raises:
-        CheckpointError: the checkpoint is malformed, unsupported, or does not fit its config or the
-            device's memory, or ``experts_power_of_two`` is ``True`` and not so.
-        ValueError: ``sharding`` is not ``None``; no such preset; a width does not fit a format.
+        CheckpointError: the checkpoint is malformed, unsupported, or does not fit its config, or
+            ``experts_power_of_two`` is ``True`` and not so.
+        OutOfMemory: weights and cache do not fit the device (a ``CheckpointError`` too).
+        ValueError: ``sharding`` is not ``None``; no such preset; a width does not fit a format; no
+            cache can have these sizes.
     """
     from dsv4_jax.checkpoint.load import load_params_from
     from dsv4_jax.checkpoint.read import Reader, read_config
@@ -96,6 +103,8 @@ def from_checkpoint(
             progress=progress,
             source=source,
             verify=verify,
+            batch_size=batch_size,
+            max_len=max_len,
         )
     from dsv4_jax.model import DeepseekV4
 

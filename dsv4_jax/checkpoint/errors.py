@@ -1,6 +1,7 @@
 """The one exception of the loader and what its messages share; ``config.py`` needs it."""
 
 import reprlib
+from collections.abc import Sequence
 from typing import Final
 
 __all__ = ["LISTED", "CheckpointError", "Problems", "brief", "shown"]
@@ -12,7 +13,15 @@ _MOST_CHARACTERS: Final = 200
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be loaded: the message names file, field or tensor, rule and value."""
+    """A checkpoint cannot be loaded: the message names file, field or tensor, rule and value.
+
+    Attributes:
+        problems: all that was found, one by one; the message may list the first of each kind.
+    """
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems) or (message,)
 
 
 _REPR: Final = reprlib.Repr()
@@ -64,4 +73,5 @@ class Problems:
             lines += [f"  {text}" for text in texts[:LISTED]]
             if len(texts) > LISTED:
                 lines.append(f"  ... and {len(texts) - LISTED} more")
-        raise CheckpointError("\n".join([*lines, ending] if ending else lines))
+        listed = [f"{kind}: {text}" for kind, texts in self._by_class.items() for text in texts]
+        raise CheckpointError("\n".join([*lines, ending] if ending else lines), listed)

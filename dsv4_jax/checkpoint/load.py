@@ -13,22 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.errors import JaxRuntimeError
 
+from dsv4_jax.checkpoint import memory
 from dsv4_jax.checkpoint.convert import EXACT, Report, byte_type, convert, mxfp4_to_nvfp4, typed
 from dsv4_jax.checkpoint.errors import CheckpointError
-from dsv4_jax.checkpoint.names import (
-    Parameter,
-    expected_tree,
-    leaves,
-    set_path,
-    target_format,
-    tree_bytes,
-)
-from dsv4_jax.checkpoint.place import Placer, out_of_memory, write_slice
+from dsv4_jax.checkpoint.names import Parameter, leaves, set_path, target_format
+from dsv4_jax.checkpoint.place import Placer, write_slice
 from dsv4_jax.checkpoint.read import Reader, TensorInfo
 from dsv4_jax.checkpoint.scan import SLAB_BYTES, BadValueError, Scan
 from dsv4_jax.checkpoint.validate import Resolved, resolve
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.precision import PRESETS, Precision
+from dsv4_jax.precision import Precision
 from dsv4_jax.quant import nvfp4
 from dsv4_jax.typing import Array, Params
 
@@ -309,8 +303,9 @@ def load_params(
         verify: look for NaN and Inf in weights too; bad scales are always found.
 
     Raises:
-        CheckpointError: the checkpoint is malformed or does not fit ``config`` or the device's
-            memory, or ``precision.experts_power_of_two`` is ``True`` and not so.
+        CheckpointError: the checkpoint is malformed or does not fit ``config``, or
+            ``precision.experts_power_of_two`` is ``True`` and not so.
+        OutOfMemory: the weights do not fit the device (a ``CheckpointError`` too).
         ValueError: a width does not fit a format of ``precision``.
     """
     with Reader(path) as reader:
@@ -337,8 +332,12 @@ def load_params_from(
     report: Report | None = None,
     source: str = "checkpoint",
     verify: bool = False,
+    batch_size: int = 1,
+    max_len: int | None = None,
 ) -> tuple[Params, Precision]:
     """``load_params`` of an open reader; ``source`` names it in messages.
+
+    ``batch_size`` and ``max_len`` are of the cache that must fit besides; ``None``: none.
 
     Returns:
         The tree, and ``precision`` with ``experts_power_of_two`` as it was found to be.
@@ -346,12 +345,16 @@ def load_params_from(
     resolved = resolve(reader, config, mtp=mtp, source=source)
     for parameter in resolved.parameters:
         leaves(parameter, precision)  # widths against formats, before anything is placed
+    plan = memory.Plan(
+        config, precision, mtp, batch_size=batch_size, max_len=max_len, stored=resolved.stored
+    )
+    have = memory.check([plan], source=source)
     found = Report() if report is None else report
     scan = Scan(reader, resolved.tensors, config.n_routed_experts, verify)
     tree: Params = {}
     total = sum(tensor.nbytes for tensor in resolved.tensors.values())
     bad_value: str | None = None
-    no_memory = False
+    no_memory: memory.OutOfMemory | None = None
     with _bar(progress, total) as advance:
         placer = Placer(reader, advance, scan)
         loader = _Loader(placer, resolved, config, precision, found)
@@ -362,34 +365,20 @@ def load_params_from(
         except BadValueError as error:
             bad_value = str(error)
         except (JaxRuntimeError, MemoryError) as error:
-            if isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            no_memory = memory.exhausted(error, [plan], source=source, have=have)
+            if no_memory is None:
                 raise
-            no_memory = True
     # Not in the handlers: there the frames of what failed are alive, and with them their arrays.
-    if bad_value is not None or no_memory:
+    if bad_value is not None or no_memory is not None:
         tree.clear()
         placer.drop()
         if bad_value is not None:
             scan.raise_all(source)
             raise CheckpointError(bad_value)  # the file was mended in between
-        raise out_of_memory(source, *_needs(config, precision, mtp))
+        if no_memory is not None:
+            raise no_memory
     settled = loader.settle()
     if report is None:
         for line in found.lines():
             print(f"dsv4: {line}", file=sys.stderr)
     return tree, settled
-
-
-def _needs(config: ModelConfig, precision: Precision, mtp: bool) -> tuple[int, list[str]]:
-    """Bytes of the weights, and what would need less."""
-    need = tree_bytes(expected_tree(config, precision, mtp))
-    lower: list[str] = []
-    for name, preset in PRESETS.items():
-        with contextlib.suppress(ValueError):  # a width that is no multiple of a block
-            less = tree_bytes(expected_tree(config, preset, mtp))
-            if less < need:
-                lower.append(f'precision="{name}" ({less / need:.0%})')
-    if mtp:
-        less = tree_bytes(expected_tree(config, precision, False))
-        lower.append(f"mtp=False ({less / need:.0%})")
-    return need, lower

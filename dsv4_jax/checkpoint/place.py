@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -12,12 +11,11 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from dsv4_jax.checkpoint.errors import CheckpointError
 from dsv4_jax.checkpoint.read import Reader, TensorInfo
 from dsv4_jax.checkpoint.scan import HOST_DTYPE, SLAB_BYTES, Scan, slabs
 from dsv4_jax.typing import Array
 
-__all__ = ["STAGING_BYTES", "Placer", "out_of_memory", "write_slice"]
+__all__ = ["STAGING_BYTES", "Placer", "write_slice"]
 
 STAGING_BYTES: Final = 2 * SLAB_BYTES
 """Most bytes on their way (one expert may exceed it). With a pinned copy of each: 512 MiB."""
@@ -30,33 +28,6 @@ def write_slice(buffers: Any, slices: Any, start: Array | int) -> Any:
         lambda buffer, part: lax.dynamic_update_slice_in_dim(buffer, part, start, 0),
         buffers,
         slices,
-    )
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count} bytes"
-
-
-def out_of_memory(source: str, need: int, lower: Sequence[str]) -> CheckpointError:
-    """The error for weights that the default device has no room for.
-
-    Args:
-        source: the checkpoint's name.
-        need: bytes of its weights in the precision asked for.
-        lower: what would need less, each a phrase.
-    """
-    device = jax.local_devices()[0]
-    statistics = device.memory_stats() or {}  # none on the CPU
-    have = "an unknown number of bytes"
-    if "bytes_limit" in statistics:
-        used = statistics.get("bytes_in_use", 0)
-        have = f"{_bytes(statistics['bytes_limit'])} for JAX, of which {_bytes(used)} are in use"
-    elif device.platform == "cpu" and hasattr(os, "sysconf"):
-        have = f"{_bytes(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))} in all"
-    options = "; ".join(lower) or "no option of from_checkpoint needs less"
-    return CheckpointError(
-        f"{source}: out of memory: need {_bytes(need)} for the weights and room for caches, "
-        f"{device} has {have}; to lower the need: {options}"
     )
 
 

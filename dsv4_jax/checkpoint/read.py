@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, cast
@@ -36,6 +36,9 @@ _INDEX: Final = "model.safetensors.index.json"
 _LFS: Final = b"version https://git-lfs"
 _BLOB: Final = re.compile(r"\.\./\.\./blobs/(?!\.)([^/]+)")
 _NO_BLOCKING: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
+
+
+Report = Callable[[CheckpointError], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,8 +257,19 @@ def _is_shard_name(value: Any) -> bool:
     )
 
 
-def _find(root: Path) -> tuple[list[str], dict[str, str] | None]:
-    """Shard names, and name -> shard when there is an index."""
+def _refuse(error: CheckpointError) -> None:
+    raise error
+
+
+def _tell(problems: Problems, report: Report) -> None:
+    try:
+        problems.raise_any()
+    except CheckpointError as error:
+        report(error)
+
+
+def _find(root: Path, report: Report) -> tuple[list[str], dict[str, str] | None]:
+    """Names of the shards that are there, and name -> shard when there is an index."""
     if not os.path.lexists(root / _INDEX):
         if not os.path.lexists(root / _SINGLE):
             raise CheckpointError(f"{root}: has neither {_SINGLE} nor {_INDEX}{_unfinished(root)}")
@@ -264,24 +278,28 @@ def _find(root: Path) -> tuple[list[str], dict[str, str] | None]:
     if not isinstance(weight_map, dict) or not weight_map:
         kind = type(weight_map).__name__
         raise CheckpointError(f"{_INDEX}: weight_map must be a non-empty JSON object, got {kind}")
-    mapping = cast(dict[str, str], weight_map)
+    mapping: dict[str, str] = {}
     problems = Problems(f"{root / _INDEX}")
-    for name, value in mapping.items():
-        if not _is_shard_name(value):
+    for name, value in cast(dict[str, Any], weight_map).items():
+        if _is_shard_name(value):
+            mapping[name] = value
+        else:
             problems.add(
                 "shard name",
                 f"weight_map[{brief(name)}] must be the plain name of a .safetensors file in the "
                 f"directory, got {brief(value)}",
             )
-    problems.raise_any()
+    _tell(problems, report)
     shards = sorted(set(mapping.values()))
     absent = [shard for shard in shards if not os.path.lexists(root / shard)]
     if absent:
-        raise CheckpointError(
-            f"{_INDEX}: {len(absent)} of {len(shards)} shards are absent: {', '.join(absent)}"
-            f"{_unfinished(root)}"
+        report(
+            CheckpointError(
+                f"{_INDEX}: {len(absent)} of {len(shards)} shards are absent: {', '.join(absent)}"
+                f"{_unfinished(root)}"
+            )
         )
-    return shards, mapping
+    return [shard for shard in shards if shard not in absent], mapping
 
 
 def _is_count(value: Any) -> bool:
@@ -400,28 +418,32 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
 
     Args:
         path: directory with ``model.safetensors`` or an index and its shards.
+        report: is given the problems of index and shards, and what can be read is; by default the
+            first of these errors is raised.
 
     Attributes:
         tensors: name in the file -> where its bytes lie.
+        unread: names that the index puts into shards that cannot be read.
 
     Raises:
         CheckpointError: unreadable, malformed or truncated files; absent shards; a tensor in two
             shards; index and shards disagree.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], report: Report = _refuse) -> None:
         self._root = _directory(path)
         self._files: dict[str, int] = {}
         self.tensors: dict[str, TensorInfo] = {}
         try:
-            self._open()
+            self._open(report)
         except BaseException:
             self.close()
             raise
 
-    def _open(self) -> None:
-        shards, index = _find(self._root)
+    def _open(self, report: Report) -> None:
+        shards, index = _find(self._root, report)
         problems = Problems(str(self._root))
+        read: set[str] = set()
         for shard in shards:
             try:
                 self._files[shard], size = open_regular(self._root, shard)
@@ -429,26 +451,30 @@ class Reader(contextlib.AbstractContextManager["Reader"]):
             except CheckpointError as error:
                 problems.add("file", str(error))
                 continue
+            # None: entries of its header are listed as problems.
+            read.update([shard] if tensors else [])
             for tensor in tensors:
                 other = self.tensors.setdefault(tensor.raw, tensor)
                 if other is not tensor:
                     text = f"{shown(tensor.raw)} in {other.file} and {shard}"
                     problems.add("in two shards", text)
-        problems.raise_any()
+        _tell(problems, report)
+        self.unread = {name for name, shard in (index or {}).items() if shard not in read}
         if index is not None:
-            self._agree(index)
+            self._agree(index, report)
 
-    def _agree(self, index: Mapping[str, str]) -> None:
+    def _agree(self, index: Mapping[str, str], report: Report) -> None:
         found = {name: tensor.file for name, tensor in self.tensors.items()}
         problems = Problems(f"{self._root / _INDEX}")
+        read = {name: shard for name, shard in index.items() if name not in self.unread}
         for kind, these, others in (
-            ("in the index, not in its shard", index, found),
+            ("in the index, not in its shard", read, found),
             ("in a shard, not so in the index", found, index),
         ):
             for name, shard in sorted(these.items()):
                 if others.get(name) != shard:
                     problems.add(kind, f"{shown(name)} ({shard})")
-        problems.raise_any()
+        _tell(problems, report)
 
     def close(self) -> None:
         """Closes the files."""

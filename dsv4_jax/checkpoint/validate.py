@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Final
 
 from dsv4_jax.checkpoint.errors import LISTED, CheckpointError, Problems, shown
@@ -281,12 +281,31 @@ def _refuse_experts(tensors: list[TensorInfo], config: ModelConfig, source: str)
         )
 
 
+def _hidden(unread: Collection[str], config: ModelConfig) -> set[str]:
+    """Official names of tensors in files that could not be read."""
+    out: set[str] = set()
+    for raw in unread:
+        name = official_name(raw)
+        match = _FUSED.fullmatch(name)
+        if match is None:
+            out.add(name)
+            continue
+        parts = ("w1", "w3") if match[2] == "gate_up_proj" else ("w2",)
+        out |= {
+            f"{match[1]}.{expert}.{part}.weight"
+            for expert in range(config.n_routed_experts)
+            for part in parts
+        }
+    return out
+
+
 def resolve(
     tensors: Iterable[TensorInfo],
     config: ModelConfig,
     *,
     mtp: bool = False,
     source: str = "checkpoint",
+    unread: Collection[str] = (),
 ) -> Resolved:
     """Maps a checkpoint onto the parameters of ``config`` and checks all of it.
 
@@ -298,6 +317,7 @@ def resolve(
         config: the architecture.
         mtp: load ``mtp.0`` too; otherwise ``mtp.*`` is skipped with one log line.
         source: the checkpoint's name, for messages.
+        unread: names in files that could not be read (`Reader.unread`): they are not missing.
 
     Raises:
         CheckpointError: lists every missing, unexpected, doubled or wrong tensor, by class.
@@ -314,6 +334,7 @@ def resolve(
     expected: set[str] = set()
     missing: list[str] = []
     stored: dict[str, str] = {}
+    hidden = _hidden(unread, config)
 
     for parameter in wanted:
         accepted = _formats(parameter, quantised)
@@ -330,9 +351,9 @@ def resolve(
             full = _weight_name(parameter, name)
             expected.add(full)
             tensor = table.get(full)
-            if tensor is None:
+            if tensor is None and full not in hidden:
                 missing.append(full)
-            else:
+            if tensor is not None:
                 if tensor.dtype not in accepted:
                     text = f"{full}: expected {' or '.join(accepted)}, found {tensor.dtype}"
                     problems.add("dtype", f"{text} in {tensor.file}")
@@ -344,6 +365,8 @@ def resolve(
                 expected.add(f"{name}.scale")
                 weight = (dtypes[parameter.rule], shape)
                 scale = table.get(f"{name}.scale")
+                if scale is None and f"{name}.scale" in hidden:
+                    continue
                 _check_scale(name, weight, parameter.shape, scale, problems)
 
     unexpected = [name for name in table if name not in expected]

@@ -3,24 +3,31 @@
 Results go to stdout, everything else to stderr.
 """
 
+import contextlib
+import json
+import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import jax
 import typer
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from dsv4_jax.cli import chat, compare, evaluate
+from dsv4_jax.cli import chat, compare, evaluate, inspect
 from dsv4_jax.cli.common import (
+    EXIT_CODES,
+    INTERRUPTED,
     UserError,
     check_devices,
     checkpoint_directory,
     compile_clock,
     fast_start,
+    load_model,
+    model_config,
     readable_errors,
     sampling_settings,
     say,
@@ -32,16 +39,18 @@ from dsv4_jax.text import (
     IncrementalDetokenizer,
     StopMatcher,
     bos_token,
+    check_vocabulary,
     encode,
     load_tokenizer,
 )
 from dsv4_jax.version import __version__
 
-__all__ = ["app"]
+__all__ = ["app", "main"]
 
 app = typer.Typer(
     name="dsv4",
     help="DeepSeek-V4 inference in JAX.",
+    epilog=EXIT_CODES,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -71,12 +80,25 @@ def _positions(needed: int, limit: int) -> int:
     return max(needed, min(limit, max(_LEAST_POSITIONS, 1 << (needed - 1).bit_length())))
 
 
-def _load(checkpoint: Path, precision: str | None, verify: bool) -> tuple[Any, Any]:
-    """The model and its parameters."""
-    from dsv4_jax.checkpoint import from_checkpoint
+def _load(checkpoint: Path, precision: str | None, verify: bool, max_len: int) -> tuple[Any, Any]:
+    """The model and its parameters, where they and a cache of ``max_len`` positions fit."""
+    options = {"max_len": "--max-len", "precision": "--precision"}
+    return load_model(checkpoint, precision, verify=verify, max_len=max_len, options=options)
 
-    chosen = None if precision is None else Precision.preset(precision)
-    return from_checkpoint(checkpoint, precision=chosen, verify=verify)
+
+def _check_text(
+    console: Console, checkpoint: Path, tokenizer: Tokenizer | None, vocab_size: int, text: bool
+) -> None:
+    """A tokenizer that does not fit the model: an error for text, a note for ids."""
+    if tokenizer is None:
+        say(console, f"note: {checkpoint} has no tokenizer.json: ids in, ids out")
+        return
+    try:
+        check_vocabulary(tokenizer, vocab_size)
+    except ValueError as error:
+        if text:
+            raise UserError(f"{checkpoint}: {error}") from None
+        say(console, f"note: {checkpoint}: {error}")
 
 
 def _parse_ids(text: str) -> list[int]:
@@ -162,7 +184,7 @@ def _run(
         start = time.perf_counter()
         first = first_compiled = 0.0
         try:
-            with console.status(f"prefill of {prompt_tokens} tokens"):
+            with console.status(f"compiling, and prefill of {prompt_tokens} tokens"):
                 last = next(events, None)
                 first, first_compiled = time.perf_counter() - start, compiled()
             while last is not None and last.finish_reason is None:
@@ -236,14 +258,16 @@ def generate(
         output = _Output(tokenizer, stop or [])
         tokens = _prompt_ids(tokenizer, directory, prompt, prompt_file, ids)
         needed = check_lengths([len(tokens)], max_new_tokens, max_len)
+        config = model_config(directory)
+        _check_text(console, directory, tokenizer, config.vocab_size, ids is None)
+        if max_len is None:
+            needed = _positions(needed, config.max_position_embeddings)
         check_devices()
         fast_start(console)
 
         kind = "bundled checkpoint" if checkpoint is None else "checkpoint"
         say(console, f"{kind}: {directory}")
-        model, params = _load(directory, precision, verify)
-        if max_len is None:
-            needed = _positions(needed, model.config.max_position_embeddings)
+        model, params = _load(directory, precision, verify, needed)
         say(
             console,
             f"sampling: temperature {settings.temperature}, top_p {settings.top_p}, "
@@ -269,12 +293,34 @@ def generate(
 app.command("chat")(chat.command)
 app.command("eval")(evaluate.command)
 app.command("compare")(compare.command)
+app.command("inspect")(inspect.command)
 
 
 @app.command("env")
-def env_command() -> None:
+def env_command(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
     """Print versions, devices and settings, for a bug report."""
-    lines = report()
-    width = max(map(len, lines))
-    for name, value in lines.items():  # never wrapped: the output goes through pipes
-        typer.echo(f"{name:<{width}}  {' '.join(value.split())}")
+    with readable_errors(Console(stderr=True)):
+        lines = {name: " ".join(value.split()) for name, value in report().items()}
+        if as_json:
+            typer.echo(json.dumps(lines, ensure_ascii=False))
+            return
+        width = max(map(len, lines))
+        for name, value in lines.items():  # never wrapped: the output goes through pipes
+            typer.echo(f"{name:<{width}}  {value}")
+
+
+def main() -> NoReturn:
+    """The ``dsv4`` command as a process."""
+    try:
+        app()
+    except SystemExit as error:
+        if error.code == INTERRUPTED:
+            # All files are closed. XLA, interrupted in a call, may crash as Python takes it down.
+            with contextlib.suppress(OSError):  # their reader may have been interrupted too
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(INTERRUPTED)
+        raise
+    sys.exit()

@@ -34,6 +34,7 @@ from dsv4_jax.cli.common import (
     checkpoint_directory,
     fast_start,
     load_model,
+    model_config,
     readable_errors,
     sampling_settings,
     say,
@@ -60,17 +61,14 @@ def _read_tools(path: Path) -> list[Any]:
     return tools
 
 
-def _check_model(directory: Path) -> Tokenizer:
-    """The tokenizer, when it and the configuration allow chat; before any weight is read."""
-    from dsv4_jax.checkpoint.read import read_config
-    from dsv4_jax.config import ModelConfig
-
+def _check_model(directory: Path) -> tuple[Tokenizer, int]:
+    """Tokenizer and most positions, when the files allow chat; before any weight is read."""
     tokenizer = load_tokenizer(directory)
     if tokenizer is None:
         raise UserError(f"{directory} has no tokenizer.json: chat needs one with the chat tokens")
-    config = ModelConfig.from_hf(read_config(directory), source=str(directory / "config.json"))
+    config = model_config(directory)
     check_tokenizer(tokenizer, config, str(directory))
-    return tokenizer
+    return tokenizer, config.max_position_embeddings
 
 
 @contextmanager
@@ -366,13 +364,14 @@ def command(
             raise UserError(f"--max-new-tokens must be >= 1, got {max_new_tokens}")
         given = None if tools is None else _read_tools(tools)
         encode([{"role": "system", "content": system or ""}], thinking, given)
-        tokenizer = _check_model(directory)
+        tokenizer, limit = _check_model(directory)
+        if max_len is None:
+            max_len = min(_POSITIONS, limit)
         check_devices()
         fast_start(console)
 
-        model, params = load_model(directory, precision)
-        if max_len is None:
-            max_len = min(_POSITIONS, model.config.max_position_embeddings)
+        options = {"max_len": "--max-len", "precision": "--precision"}
+        model, params = load_model(directory, precision, max_len=max_len, options=options)
         chat = _Chat(
             console,
             Session(model, params, max_len=max_len),

@@ -1,12 +1,17 @@
 """What all commands share: errors in one line, devices, the clock that leaves compilation out."""
 
+import contextlib
 import gc
 import os
+import signal
 import sys
-from collections.abc import Callable, Generator
+import tempfile
+import threading
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from types import FrameType
+from typing import Any, NoReturn, cast
 
 import jax
 import typer
@@ -15,29 +20,48 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
+from dsv4_jax.config import ModelConfig
 from dsv4_jax.env import check_writable, compilation_cache, devices
 from dsv4_jax.precision import PRESETS
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.text import json_object, load_tokenizer, plain_tokenizer
 
 __all__ = [
+    "BAD_INPUT",
+    "BROKEN_PIPE",
+    "EXIT_CODES",
+    "INTERRUPTED",
     "UserError",
     "check_devices",
     "checkpoint_directory",
     "checkpoint_tokenizer",
     "compile_clock",
+    "enough_memory",
     "fast_start",
     "load_model",
+    "model_config",
     "preset_name",
     "progress_bar",
     "readable_errors",
     "sampling_settings",
     "say",
     "table_console",
+    "write_whole",
 ]
 
-_INTERRUPTED = 130
+BROKEN_PIPE = 1
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+EXIT_CODES = (
+    "Exit codes: 0: done. 1: the reader of stdout went away, or a defect of this program (with a "
+    "traceback). 2: wrong options or input, a broken checkpoint, too little memory, an op that "
+    "failed. 130: Ctrl-C; no file is left half-written. Errors are one line on stderr."
+)
+
 _PIPE_WIDTH = 120
+_GRACE_SECONDS = 1.0
+"""From Ctrl-C to the end of the process while it is inside XLA, which cannot be interrupted."""
 
 
 class UserError(Exception):
@@ -83,21 +107,68 @@ def compile_clock() -> Generator[Callable[[], float]]:
         jax.monitoring.unregister_event_time_span_listener(listen)
 
 
+def _watch(read: int, seen: threading.Event, interrupt: object, console: Console) -> None:
+    """Ends the process after Ctrl-C when Python has not come to handle it."""
+    while number := os.read(read, 1):
+        if number[0] != signal.SIGINT or signal.getsignal(signal.SIGINT) is not interrupt:
+            continue  # a command that does something else upon Ctrl-C (chat)
+        if seen.wait(_GRACE_SECONDS):
+            seen.clear()
+        else:
+            console.show_cursor()
+            say(console, "interrupted")
+            os._exit(INTERRUPTED)  # files are renamed into place when whole: none is half-written
+
+
+@contextmanager
+def _prompt_interrupt(console: Console) -> Generator[None]:
+    """Ctrl-C also ends a compilation or a step, of which Python would await the end."""
+    previous = signal.getsignal(signal.SIGINT)
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or previous is not signal.default_int_handler
+    ):
+        yield  # somebody else's business
+        return
+    seen = threading.Event()
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        seen.set()
+        raise KeyboardInterrupt
+
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    watcher = threading.Thread(target=_watch, args=(read, seen, interrupt, console), daemon=True)
+    watcher.start()
+    descriptor = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        signal.set_wakeup_fd(descriptor)
+        seen.set()
+        os.close(write)
+        watcher.join()
+        os.close(read)
+
+
 @contextmanager
 def readable_errors(console: Console) -> Generator[None]:
     """Turns user errors into one line and exit code 2, Ctrl-C into 130."""
     try:
-        yield
+        with _prompt_interrupt(console):
+            yield
     except KeyboardInterrupt:
         say(console, "interrupted")
-        raise typer.Exit(_INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
         # The reader of stdout left; point it elsewhere so that the exit flush cannot fail too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(1) from None
+        raise typer.Exit(BROKEN_PIPE) from None
     except (UserError, ValueError, OSError, NotImplementedError, JaxRuntimeError) as error:
         say(console, "error: " + " ".join(str(error).split()))
-        raise typer.Exit(2) from None
+        raise typer.Exit(BAD_INPUT) from None
 
 
 def checkpoint_directory(option: Path | None) -> Path:
@@ -138,11 +209,83 @@ def checkpoint_tokenizer(checkpoint: Path) -> Tokenizer:
     return plain_tokenizer(tokenizer)
 
 
-def load_model(checkpoint: Path, precision: str | None, *, mtp: bool = False) -> tuple[Any, Any]:
-    """The model and its parameters, in a preset or in the format of the files."""
+def model_config(checkpoint: Path) -> ModelConfig:
+    """The architecture of a checkpoint."""
+    from dsv4_jax.checkpoint.read import read_config
+
+    return ModelConfig.from_hf(read_config(checkpoint), source=str(checkpoint / "config.json"))
+
+
+def load_model(
+    checkpoint: Path,
+    precision: str | None,
+    *,
+    mtp: bool = False,
+    verify: bool = False,
+    batch_size: int = 1,
+    max_len: int | None = None,
+    options: Mapping[str, str] | None = None,
+) -> tuple[Any, Any]:
+    """The model and its parameters, in a preset or in the format of the files.
+
+    Args:
+        checkpoint: its directory.
+        precision: the preset.
+        mtp: with the MTP module.
+        verify: look at all weights.
+        batch_size: rows of the cache that is to fit besides.
+        max_len: its positions; ``None``: no cache.
+        options: ``memory.OPTIONS`` as this command calls them; ``--precision`` alone by default.
+    """
     from dsv4_jax.checkpoint import from_checkpoint
 
-    return from_checkpoint(checkpoint, precision=precision, mtp=mtp)
+    with enough_memory(options):
+        return from_checkpoint(
+            checkpoint,
+            precision=precision,
+            mtp=mtp,
+            verify=verify,
+            batch_size=batch_size,
+            max_len=max_len,
+        )
+
+
+@contextmanager
+def enough_memory(options: Mapping[str, str] | None = None) -> Generator[None]:
+    """Has a refusal name the options of this command (see `load_model`)."""
+    from dsv4_jax.checkpoint.memory import OutOfMemory
+
+    try:
+        yield
+    except OutOfMemory as error:
+        raise UserError(error.explain(options or {"precision": "--precision"})) from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all; a device or pipe as it is."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    path = path.resolve()  # the target of a link, not the link
+    mode = path.stat().st_mode & 0o777 if path.exists() else None
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as stream:
+        try:
+            stream.write(text)
+            stream.close()
+            os.chmod(stream.name, _new_file_mode() if mode is None else mode)
+            os.replace(stream.name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(stream.name)
+            raise
+
+
+def _new_file_mode() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def preset_name(model: Any) -> str:
@@ -152,15 +295,23 @@ def preset_name(model: Any) -> str:
 
 @contextmanager
 def progress_bar(console: Console, what: str) -> Generator[Callable[[int, int], None]]:
-    """Gives a function of (done, total) that moves a bar, on a terminal."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    """Gives a function of (done, total) that moves a bar, on a terminal.
+
+    The first step compiles; until it is done the bar says so.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as progress:
-        task = progress.add_task(what, total=None)
+        task = progress.add_task("compiling", total=None)
 
         def move(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
+            progress.update(task, description=what, completed=done, total=total)
 
         yield move
 

@@ -11,18 +11,30 @@ from rich.table import Table
 from rich.text import Text
 from tokenizers import Tokenizer
 
+from dsv4_jax.checkpoint import memory
 from dsv4_jax.cli.common import (
     UserError,
     check_devices,
     checkpoint_directory,
     checkpoint_tokenizer,
+    enough_memory,
     fast_start,
     load_model,
+    model_config,
     progress_bar,
     readable_errors,
     table_console,
+    write_whole,
 )
-from dsv4_jax.compare import Closeness, Comparison, Operation, compare
+from dsv4_jax.compare import (
+    Closeness,
+    Comparison,
+    Operation,
+    cache_copies,
+    cache_positions,
+    compare,
+)
+from dsv4_jax.config import ModelConfig
 from dsv4_jax.evaluate import read_document, shorten
 from dsv4_jax.precision import Precision
 
@@ -154,6 +166,19 @@ def _report(found: Comparison, head: dict[str, Any], shown: Shown) -> str:
     return json.dumps(report, ensure_ascii=False, allow_nan=False)
 
 
+def _check_memory(
+    directory: Path, config: ModelConfig, precision: tuple[str, str], num_tokens: int
+) -> None:
+    """Refuses two models and their caches that do not fit together."""
+    max_len = cache_positions(num_tokens, config.max_position_embeddings)
+    plans = [
+        memory.Plan(config, Precision.preset(name), max_len=max_len, layer_copies=copies)
+        for name, copies in zip(precision, cache_copies(config.num_hidden_layers), strict=True)
+    ]
+    with enough_memory({"max_len": "--max-tokens"}):
+        memory.check(plans, source=str(directory))
+
+
 def command(
     precision: Annotated[
         tuple[str, str], typer.Option(help="Two presets: the reference and the other.")
@@ -185,7 +210,9 @@ def command(
         directory = checkpoint_directory(checkpoint)
         tokenizer = checkpoint_tokenizer(directory)
         document = shorten(tokenizer, read_document(tokenizer, text), max_tokens)
+        config = model_config(directory)
         check_devices()
+        _check_memory(directory, config, precision, len(document.tokens))
         fast_start(console)
 
         a, b = (load_model(directory, name) for name in precision)
@@ -208,7 +235,7 @@ def command(
             typer.echo(_report(found, head, shown))
             return
         if json_file is not None:
-            json_file.write_text(_report(found, head, shown) + "\n", encoding="utf-8")
+            write_whole(json_file, _report(found, head, shown) + "\n")
         _print(found, precision, shown, ops)
 
 

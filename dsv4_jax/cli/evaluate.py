@@ -18,13 +18,14 @@ from dsv4_jax.cli.common import (
     compile_clock,
     fast_start,
     load_model,
+    model_config,
     preset_name,
     progress_bar,
     readable_errors,
     say,
     table_console,
 )
-from dsv4_jax.evaluate import Score, evaluate, read_document, total
+from dsv4_jax.evaluate import Score, cache_size, evaluate, read_document, total
 from dsv4_jax.precision import Precision
 
 __all__ = ["command"]
@@ -62,6 +63,17 @@ def _table(scores: list[Score], together: Score) -> Table:
             *(["-" if agreement is None else f"{agreement:.2%}"] if mtp else []),
         )
     return table
+
+
+def _options(rows: int, batch_size: int) -> dict[str, str]:
+    """What lowers the memory need: shorter segments are more of them, that fill a batch."""
+    context = "--context" if rows == batch_size else f"--batch-size to {rows} and --context"
+    return {
+        "max_len": context,
+        "batch_size": "--batch-size",
+        "precision": "--precision",
+        "mtp": "--mtp",
+    }
 
 
 def command(
@@ -108,10 +120,20 @@ def command(
                 raise UserError(f"{name} must be >= 1, got {value}")
         tokenizer = checkpoint_tokenizer(directory)
         documents = [read_document(tokenizer, path) for path in paths]
+        size = cache_size(
+            documents, model_config(directory), context=context, batch_size=batch_size
+        )
         check_devices()
         fast_start(console)
 
-        model, params = load_model(directory, precision, mtp=mtp)
+        model, params = load_model(
+            directory,
+            precision,
+            mtp=mtp,
+            batch_size=size.batch_size,
+            max_len=size.max_len,
+            options=_options(size.batch_size, batch_size),
+        )
         with compile_clock() as compiled, progress_bar(console, "tokens") as progress:
             start = time.perf_counter()
             scores = evaluate(

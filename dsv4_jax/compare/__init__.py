@@ -38,7 +38,19 @@ from dsv4_jax.model.block import Block
 from dsv4_jax.model.step import make_step
 from dsv4_jax.typing import Array, Float, Float32, Int32, Params
 
-__all__ = ["Closeness", "Comparison", "Layer", "Operation", "Part", "Token", "compare"]
+__all__ = [
+    "Closeness",
+    "Comparison",
+    "Layer",
+    "Operation",
+    "Part",
+    "Token",
+    "cache_copies",
+    "cache_positions",
+    "compare",
+]
+
+_CHUNK = 256
 
 
 @functools.partial(jax.jit, static_argnames=("block", "max_len"), donate_argnames="cache")
@@ -192,6 +204,18 @@ def _check(
             raise ValueError(f"compare: {name} must be >= 1, got {value}")
 
 
+def cache_positions(num_tokens: int, limit: int, chunk_size: int = _CHUNK) -> int:
+    """Positions of the caches that `compare` makes."""
+    width = min(chunk_size, num_tokens)
+    return min(-(-num_tokens // width) * width, limit)
+
+
+def cache_copies(layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How often `compare` holds the cache of each layer, for ``a`` and for ``b``."""
+    # ``a``: the reference, with another embedding, and with each layer before it or itself alone.
+    return tuple(i + 2 for i in range(layers)), (2,) * layers
+
+
 def compare(
     a: tuple[DeepseekV4, Params],
     b: tuple[DeepseekV4, Params],
@@ -199,7 +223,7 @@ def compare(
     *,
     num_bytes: int,
     worst: int = 20,
-    chunk_size: int = 256,
+    chunk_size: int = _CHUNK,
     progress: Progress | None = None,
 ) -> Comparison:
     """Runs the same text through two models and says where they differ.
@@ -226,7 +250,7 @@ def compare(
     config, n = a[0].config, targets.size
     width = min(chunk_size, n)
     chunks = -(-n // width)
-    max_len = min(chunks * width, config.max_position_embeddings)
+    max_len = cache_positions(n, config.max_position_embeddings, chunk_size)
     one, two = _Stack(*a, max_len), _Stack(*b, max_len)
     layers = range(config.num_hidden_layers)
     padded = np.zeros((1, chunks * width), np.int32)

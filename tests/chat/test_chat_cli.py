@@ -46,7 +46,7 @@ class Bench:
     def answers(self, *texts: str, **fields: Any) -> None:
         scripts = tuple(tuple(encode(TOKENIZER, text)) for text in texts)
         model = ScriptedModel(scripts=scripts, vocab=VOCAB, **fields)
-        self._patch.setattr(chat, "load_model", lambda *_: (model, fake_params()))
+        self._patch.setattr(chat, "load_model", lambda *_, **__: (model, fake_params()))
 
     def run(self, lines: str | bytes, *arguments: object) -> Result:
         command = ["chat", "--checkpoint", str(self.path), "--max-len", "512", *map(str, arguments)]

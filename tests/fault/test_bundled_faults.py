@@ -11,13 +11,14 @@ import dsv4_jax.checkpoint
 from dsv4_jax import CheckpointError, bundled_checkpoint, cli, env
 from dsv4_jax.cli import common
 from dsv4_jax.text import bos_token
-from tests.support.fake_model import FakeModel, fake_params
+from tests.support.fake_model import FakeModel, fake_config, fake_params
 from tests.support.tokenizer import byte_tokenizer
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Loads as a model that counts upwards."""
+    monkeypatch.setattr(cli, "model_config", lambda path: fake_config())
     monkeypatch.setattr(cli, "_load", lambda *_: (FakeModel(follow=True), fake_params()))
     return tmp_path
 

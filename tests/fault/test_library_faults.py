@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Generator
@@ -30,6 +29,7 @@ from dsv4_jax.ops.rmsnorm_nvfp4 import rmsnorm_nvfp4
 from dsv4_jax.quant import bits
 from dsv4_jax.quant.kv import KvRows
 from dsv4_jax.typing import E4M3, UE8M0
+from tests.support.install import read_only_copy
 from tests.support.models import three_layers
 from tests.support.official import TINY
 
@@ -475,21 +475,8 @@ sys.meta_path = [f for f in sys.meta_path if "Redirecting" not in type(f).__name
 @pytest.fixture
 def moved(tmp_path: Path) -> Generator[Path]:
     """The package, read-only, at a path with spaces and umlauts."""
-    folder = tmp_path / "räum lich ü" / "site packages"
-    source = Path(library._ffi.__file__)
-    shutil.copytree(
-        ROOT / "dsv4_jax",
-        folder / "dsv4_jax",
-        ignore=shutil.ignore_patterns("__pycache__", "*.so"),
-    )
-    shutil.copy(source, folder / "dsv4_jax" / source.name)
-    inside = sorted(folder.rglob("*"))
-    for path in (*inside, folder):
-        path.chmod(0o555 if path.is_dir() else 0o444)
-    yield folder
-    assert sorted(folder.rglob("*")) == inside
-    for path in (folder, *inside):
-        path.chmod(0o755)
+    with read_only_copy(tmp_path / "räum lich ü" / "site packages") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize(
@@ -569,6 +556,30 @@ def test_env_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(f"{d.platform}:{d.id} {d.device_kind}" in fields["devices"] for d in jax.devices())
     assert fields["DSV4_SYNC"] == "not set"
     assert fields["XLA_FLAGS"] == "--one " * 40 + "--two"
+
+
+def test_env_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--one\n--two")
+    lines = CliRunner().invoke(cli.app, ["env"])
+    result = CliRunner().invoke(cli.app, ["env", "--json"])
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert json.loads(result.stdout) == _fields(lines.stdout)
+
+
+@pytest.mark.parametrize(
+    ("driver", "runtime", "text"),
+    [
+        pytest.param(0, 13000, "none", id="no-driver"),
+        pytest.param(13010, 13000, "13.1", id="newer"),
+        pytest.param(13000, 13010, "13.0", id="older-minor"),
+        pytest.param(12080, 13000, "12.8, too old for CUDA 13.0", id="E4-older"),
+        pytest.param(12080, 0, "12.8", id="build-without-cuda"),
+    ],
+)
+def test_E4_env_names_both_versions(driver: int, runtime: int, text: str) -> None:
+    found = env._driver(driver, runtime)
+    assert found.startswith(text)
+    assert ("update the NVIDIA driver" in found) == ("too old" in text)
 
 
 def test_env_process() -> None:

@@ -10,7 +10,7 @@ from jax.errors import JaxRuntimeError
 from typer.testing import CliRunner, Result
 
 from dsv4_jax import __version__, cli
-from tests.support.fake_model import FakeModel, fake_params
+from tests.support.fake_model import FakeModel, fake_config, fake_params
 from tests.support.tokenizer import byte_tokenizer
 
 
@@ -22,6 +22,7 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _use(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
+    monkeypatch.setattr(cli, "model_config", lambda path: fake_config())
     monkeypatch.setattr(cli, "_load", lambda *_: (model, fake_params()))
 
 
@@ -206,6 +207,23 @@ def test_invalid_logits_are_reported(checkpoint: Path, monkeypatch: pytest.Monke
     assert result.exit_code == 2
     assert result.stdout == "6 7\n"
     assert "NaN" in result.stderr.splitlines()[-1]
+
+
+def test_C25_ids_need_no_tokenizer(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said in a note; a tokenizer with too many tokens is one too, and an error for text."""
+    stderr = _generate(checkpoint, "--ids", "1", "--max-new-tokens", 1).stderr
+    assert f"note: {checkpoint} has no tokenizer.json: ids in, ids out\n" in stderr
+    _with_tokenizer(checkpoint)
+    assert "note: " not in _generate(checkpoint, "--ids", "1", "--max-new-tokens", 1).stderr
+    monkeypatch.setattr(cli, "model_config", lambda path: fake_config(vocab_size=261))
+    rule = "token ids must be < 261 (vocab_size), got up to 261"
+    result = _generate(checkpoint, "--ids", "1", "--max-new-tokens", 1)
+    assert result.exit_code == 0
+    assert f"note: {checkpoint}: tokenizer.json: {rule}" in result.stderr
+    result = _generate(checkpoint, "--prompt", "a")
+    assert (result.exit_code, result.stdout) == (2, "")
+    [line] = result.stderr.splitlines()
+    assert line.startswith(f"error: {checkpoint}: tokenizer.json: {rule}")
 
 
 @pytest.mark.parametrize("when", ["load", "decode"])

@@ -15,7 +15,14 @@ from typer.testing import CliRunner, Result
 
 from dsv4_jax import DeepseekV4, cli
 from dsv4_jax.cli import compare as compare_command
-from dsv4_jax.compare import Closeness, Comparison, compare
+from dsv4_jax.compare import (
+    Closeness,
+    Comparison,
+    _Stack,
+    cache_copies,
+    cache_positions,
+    compare,
+)
 from dsv4_jax.compare.measure import numbers, picks
 from dsv4_jax.evaluate import read_document, shorten
 from dsv4_jax.text import plain_tokenizer
@@ -280,6 +287,25 @@ def test_shorten_keeps_characters_whole(tmp_path: Path) -> None:
         shorten(tokenizer, read_document(tokenizer, path), 2)
 
 
+def test_caches_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `dsv4 compare` takes for its memory need is what `compare` holds."""
+    found = {"a": [0] * len(LAYERS), "b": [0] * len(LAYERS)}
+    a, b = _stack(), _changed("layers_1/attn/wo_b/weight", 1.25)
+    caches = _Stack.caches
+
+    def count(self: _Stack, first: int = 0) -> dict[int, Any]:
+        made = caches(self, first)
+        for i, cache in made.items():
+            found["a" if self.params is a[1] else "b"][i] += 1
+            assert cache.window.nope.shape[0] == 1
+        assert self.max_len == cache_positions(TOKENS, 10**6, CHUNK)
+        return made
+
+    monkeypatch.setattr(_Stack, "caches", count)
+    compare(a, b, _ids(), num_bytes=TOKENS, chunk_size=CHUNK)
+    assert (tuple(found["a"]), tuple(found["b"])) == cache_copies(len(LAYERS))
+
+
 # The command.
 
 
@@ -287,6 +313,7 @@ def test_shorten_keeps_characters_whole(tmp_path: Path) -> None:
 def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory that "loads" as the stack, in the second preset with a changed layer."""
     pair = {"official": _stack(), "nvfp4": _changed("layers_1/attn/wo_b/weight", 1.25)}
+    monkeypatch.setattr(compare_command, "model_config", lambda path: pair["official"][0].config)
     monkeypatch.setattr(compare_command, "load_model", lambda path, precision: pair[precision])
     monkeypatch.setattr(
         compare_command, "compare", functools.partial(compare, chunk_size=CHUNK)

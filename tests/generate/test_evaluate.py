@@ -17,7 +17,7 @@ from dsv4_jax.cli import common
 from dsv4_jax.cli import evaluate as eval_command
 from dsv4_jax.evaluate import Document, Score, evaluate, log_softmax, read_document, total
 from dsv4_jax.text import plain_tokenizer
-from tests.support.fake_model import VOCAB, FakeModel, fake_params
+from tests.support.fake_model import VOCAB, FakeModel, fake_config, fake_params
 from tests.support.models import golden_layers
 from tests.support.official import TINY, tiny_golden
 from tests.support.tokenizer import ascii_tokenizer, byte_tokenizer
@@ -207,8 +207,9 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _use(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
+    monkeypatch.setattr(eval_command, "model_config", lambda path: fake_config())
     monkeypatch.setattr(
-        eval_command, "load_model", lambda path, precision, mtp: (model, fake_params())
+        eval_command, "load_model", lambda path, precision, **_: (model, fake_params())
     )
 
 

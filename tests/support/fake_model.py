@@ -107,6 +107,11 @@ class FakeModel:
         return jnp.where(poisoned[..., None], jnp.nan, scores)
 
 
+def fake_config(vocab_size: int = 1000) -> Any:
+    """For commands that read the configuration before they load; any tokenizer fits it."""
+    return SimpleNamespace(**vars(FakeModel().config) | {"vocab_size": vocab_size})
+
+
 def fake_params() -> Any:
     """The parameters of ``FakeModel``."""
     return {"scale": jnp.ones((), jnp.float32)}
