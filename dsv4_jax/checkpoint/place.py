@@ -2,7 +2,7 @@
 
 import collections
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final
 
 import jax
@@ -15,7 +15,15 @@ from dsv4_jax.checkpoint.errors import CheckpointError
 from dsv4_jax.checkpoint.read import Reader, TensorInfo
 from dsv4_jax.typing import Array
 
-__all__ = ["SLAB_BYTES", "STAGING_BYTES", "Placer", "write_slice"]
+__all__ = [
+    "SLAB_BYTES",
+    "STAGING_BYTES",
+    "Placer",
+    "check_scale",
+    "host_dtype",
+    "read_global_scales",
+    "write_slice",
+]
 
 SLAB_BYTES: Final = 128 * 2**20
 """Most bytes that are read before they are handed to the device."""
@@ -30,8 +38,59 @@ _NUMPY: Final[dict[str, Any]] = {
     "F8_E4M3": np.uint8,
     "F8_E8M0": np.uint8,
     "I8": np.uint8,
+    "U8": np.uint8,
     "I64": np.int64,
 }
+
+
+def host_dtype(tensor: TensorInfo) -> np.dtype[Any]:
+    """How its elements lie on the host: packed and 8-bit floats are bytes."""
+    return np.dtype(_NUMPY[tensor.dtype])
+
+
+def check_scale(tensor: TensorInfo, host: np.ndarray) -> None:
+    """Looks at scales of quantised weights, whose dtype says what may not be there.
+
+    Raises:
+        CheckpointError: NaN, infinite or negative; names the first place.
+    """
+    if tensor.dtype == "F8_E8M0":
+        bad, rule = host == 255, "finite, got NaN (byte 255)"
+    elif tensor.dtype == "F8_E4M3":
+        bad, rule = host >= 0x7F, "finite and not negative"
+    else:
+        bad, rule = ~((host >= 0) & np.isfinite(host)), "finite and not negative"
+    if bad.any():
+        first = np.argwhere(bad)[0].tolist()
+        if tensor.dtype == "F8_E4M3":
+            rule += f", got byte {host[tuple(first)]:#04x}"
+        elif tensor.dtype != "F8_E8M0":
+            rule += f", got {float(host[tuple(first)])}"
+        raise CheckpointError(f"{tensor.file}: {tensor.raw}: scales must be {rule} at {first}")
+
+
+def read_global_scales(
+    reader: Reader, tensors: Sequence[TensorInfo], reciprocal: bool
+) -> np.ndarray:
+    """FP32 scalars ``[n]`` that multiply; ``reciprocal``: what the files hold divides.
+
+    The one division is made here, in FP32, so that it has the same bits on every device.
+
+    Raises:
+        CheckpointError: one is not a positive finite number.
+    """
+    out = np.empty(len(tensors), np.float32)
+    for i, tensor in enumerate(tensors):
+        reader.read_into(tensor, out[i : i + 1])
+        with np.errstate(divide="ignore", over="ignore"):
+            value = np.float32(1) / out[i] if reciprocal else out[i]
+        if not (0 < out[i] < np.inf and 0 < value < np.inf):
+            raise CheckpointError(
+                f"{tensor.file}: {tensor.raw}: global scale must be positive and finite, "
+                f"got {float(out[i])}"
+            )
+        out[i] = value
+    return out
 
 
 @functools.partial(jax.jit, donate_argnames=("buffers",))
@@ -50,11 +109,15 @@ class Placer:
     Args:
         reader: an open checkpoint.
         advance: called with the number of bytes after each read.
+        scales: names in the files of the tensors that `check_scale` looks at.
     """
 
-    def __init__(self, reader: Reader, advance: Callable[[int], None]) -> None:
+    def __init__(
+        self, reader: Reader, advance: Callable[[int], None], scales: Collection[str] = ()
+    ) -> None:
         self._reader = reader
         self._advance = advance
+        self._scales = scales
         self._pending: collections.deque[tuple[Array, int]] = collections.deque()
         self._pending_bytes = 0
 
@@ -80,11 +143,8 @@ class Placer:
     def _read(self, tensor: TensorInfo, host: np.ndarray, skip: int = 0) -> None:
         self._reader.read_into(tensor, host, skip)
         self._advance(host.nbytes)
-        if tensor.dtype == "F8_E8M0" and (host == 255).any():
-            first = np.argwhere(host == 255)[0].tolist()
-            raise CheckpointError(
-                f"{tensor.file}: {tensor.raw}: scales must be finite, got NaN (byte 255) at {first}"
-            )
+        if tensor.dtype == "F8_E8M0" or tensor.raw in self._scales:
+            check_scale(tensor, host)
 
     def tensor(self, tensor: TensorInfo, view: DTypeLike | None = None) -> Array:
         """One tensor in its storage dtype (packed and 8-bit floats as uint8), in slabs of rows.
@@ -132,6 +192,13 @@ class Placer:
             key: self._put(host.view(views[key]) if key in views else host)
             for key, host in hosts.items()
         }
+
+    def global_scales(self, tensors: Sequence[TensorInfo], reciprocal: bool) -> Array:
+        """`read_global_scales` on the device."""
+        self._make_room(4 * len(tensors))
+        host = read_global_scales(self._reader, tensors, reciprocal)
+        self._advance(host.nbytes)
+        return self._put(host)
 
     def hash_table(self, tensor: TensorInfo, experts: int) -> Array:
         """``tid2eid`` as int32.

@@ -1,5 +1,6 @@
 """What all commands share: errors in one line, devices, the clock that leaves compilation out."""
 
+import dataclasses
 import gc
 import os
 import sys
@@ -144,8 +145,10 @@ def load_model(checkpoint: Path, precision: str | None, *, mtp: bool = False) ->
 
 
 def preset_name(model: Any) -> str:
-    """What the preset of a model is called."""
-    return next(name for name, preset in PRESETS.items() if preset == model.precision)
+    """What the preset of a model is called; "as stored": none is what the files hold."""
+    # Whether the scales are powers of two is found out at load; no preset says.
+    plain = dataclasses.replace(model.precision, experts_power_of_two=None)
+    return next((name for name, preset in PRESETS.items() if preset == plain), "as stored")
 
 
 @contextmanager
