@@ -69,6 +69,7 @@ def from_checkpoint(
     """
     from dsv4_jax.checkpoint.formats import detect
     from dsv4_jax.checkpoint.load import load_params_from
+    from dsv4_jax.checkpoint.manifest import check_converted
     from dsv4_jax.checkpoint.read import Reader, read_config
     from dsv4_jax.config import ModelConfig
     from dsv4_jax.precision import Precision
@@ -78,6 +79,7 @@ def from_checkpoint(
     if isinstance(precision, str):
         precision = Precision.preset(precision)
     source = os.fspath(path)
+    check_converted(path)
     data = read_config(path)
     config = ModelConfig.from_hf(data, source=os.path.join(source, "config.json"))
     with Reader(path) as reader:

@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
@@ -26,9 +27,11 @@ __all__ = [
     "Report",
     "byte_type",
     "convert",
+    "fp8_scales_on_host",
     "fp8_scales_to_ue8m0",
     "largest",
     "mxfp4_to_nvfp4",
+    "mxfp4_to_nvfp4_on_host",
     "typed",
 ]
 
@@ -213,6 +216,53 @@ def mxfp4_to_nvfp4(group: Group, *, experts: bool) -> tuple[Group, dict[str, Arr
         scale = jnp.repeat(code.astype(jnp.uint8), 2, axis=-1)
         factor = lax.bitcast_convert_type((shift + 127) << 23, jnp.float32)
         out[name] = {"weight": raw["weight"], "block_scale": scale, "global_scale": factor}
+    return out, exact
+
+
+def mxfp4_to_nvfp4_on_host(
+    group: Mapping[str, Mapping[str, np.ndarray]],
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, bool]]:
+    """`mxfp4_to_nvfp4` of one expert or linear by numpy: bitwise the same leaves and flags.
+
+    It only looks at bytes, so that a disk and not the CPU limits a conversion.
+    """
+    used: dict[str, np.ndarray] = {}
+    for name, raw in group.items():
+        words = raw["weight"].view(np.uint64).reshape(*raw["scale"].shape, 2)
+        used[name] = (words[..., 0] | words[..., 1]) & np.uint64(0x7777777777777777) != 0
+
+    def top(name: str) -> int:
+        return int(np.where(used[name], group[name]["scale"].astype(np.int16) - 127, -1000).max())
+
+    byte = np.arange(256, dtype=np.int32)
+    out: dict[str, dict[str, np.ndarray]] = {}
+    exact: dict[str, bool] = {}
+    for name, raw in group.items():
+        e_max = max(top(n) for n in _partners(group, name))
+        shift = 0 if e_max < -127 else max(e_max - 8, -126)
+        block = byte - 127 - shift
+        exact[name] = bool(((block >= -9)[raw["scale"]] | ~used[name]).all())
+        block = np.clip(block, -9, 8)
+        code = np.where(block >= -6, (block + 7) << 3, 1 << np.maximum(block + 9, 0))
+        scale = np.where(used[name], code.astype(np.uint8)[raw["scale"]], np.uint8(7 << 3))
+        factor = np.asarray((shift + 127) << 23, np.uint32).view(np.float32)
+        leaves = {"block_scale": np.repeat(scale, 2, axis=-1), "global_scale": factor}
+        out[name] = {"weight": raw["weight"], **leaves}
+    return out, exact
+
+
+def fp8_scales_on_host(
+    group: Mapping[str, Mapping[str, np.ndarray]],
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, bool]]:
+    """`fp8_scales_to_ue8m0` of one expert or linear by numpy: bitwise the same."""
+    out: dict[str, dict[str, np.ndarray]] = {}
+    exact: dict[str, bool] = {}
+    for name, raw in group.items():
+        word = raw["scale"].astype(np.float32).view(np.uint32)
+        exponent = word >> 23
+        power = ((word & 0x7FFFFF) == 0) & (exponent > 0) & (exponent < 255)
+        exact[name] = bool(power.all())
+        out[name] = {"weight": raw["weight"], "scale": exponent.astype(np.uint8)}
     return out, exact
 
 

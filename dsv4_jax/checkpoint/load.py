@@ -15,6 +15,7 @@ import numpy as np
 from dsv4_jax.checkpoint.convert import EXACT, EXACT_ROUTES, Report, byte_type, convert, typed
 from dsv4_jax.checkpoint.errors import CheckpointError
 from dsv4_jax.checkpoint.formats import check_config
+from dsv4_jax.checkpoint.manifest import check_converted
 from dsv4_jax.checkpoint.names import MTP, Parameter, leaves, set_path, target_format
 from dsv4_jax.checkpoint.place import SLAB_BYTES, Placer, write_slice
 from dsv4_jax.checkpoint.read import Reader, TensorInfo, read_config
@@ -254,13 +255,16 @@ def jobs(parameters: list[Parameter]) -> list[dict[str, Parameter]]:
     return list(jobs.values())
 
 
-def leftovers(resolved: Resolved) -> list[str]:
-    """A line for each thing in the files that is not used and that somebody may look for."""
+def leftovers(resolved: Resolved, drafter: str = "skipped") -> list[str]:
+    """A line for each thing in the files that is not used and that somebody may look for.
+
+    ``drafter``: what was done to one of several stages.
+    """
     out: list[str] = []
     modules = sorted({int(match[1]) for t in resolved.drafter if (match := MTP.match(t.raw))})
     if modules not in ([], [0]):
         listed = ", ".join(f"mtp.{i}" for i in modules)
-        out.append(f"skipped {len(resolved.drafter)} tensors of a newer drafter ({listed})")
+        out.append(f"{drafter} {len(resolved.drafter)} tensors of a newer drafter ({listed})")
     static = resolved.naming.static_scales
     if static:
         out.append(
@@ -329,6 +333,7 @@ def load_params(
             ``precision.experts_power_of_two`` is ``True`` and not so.
         ValueError: a width does not fit a format of ``precision``.
     """
+    check_converted(path)
     with Reader(path) as reader:
         params, _ = load_params_from(
             reader,

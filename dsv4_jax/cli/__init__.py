@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from dsv4_jax.cli import compare, evaluate
+from dsv4_jax.cli import compare, convert, evaluate
 from dsv4_jax.cli.common import (
     UserError,
     check_devices,
@@ -281,6 +281,7 @@ def generate(
 
 app.command("eval")(evaluate.command)
 app.command("compare")(compare.command)
+app.command("convert")(convert.command)
 
 
 @app.command("env")
