@@ -226,27 +226,30 @@ def mxfp4_to_nvfp4_on_host(
 
     It only looks at bytes, so that a disk and not the CPU limits a conversion.
     """
-    used: dict[str, np.ndarray] = {}
+    used: dict[str, np.ndarray | None] = {}  # None: all blocks
+    ends: dict[str, tuple[int, int]] = {}  # smallest and largest exponent of a block in use
     for name, raw in group.items():
         words = raw["weight"].view(np.uint64).reshape(*raw["scale"].shape, 2)
-        used[name] = (words[..., 0] | words[..., 1]) & np.uint64(0x7777777777777777) != 0
-
-    def top(name: str) -> int:
-        return int(np.where(used[name], group[name]["scale"].astype(np.int16) - 127, -1000).max())
-
-    byte = np.arange(256, dtype=np.int32)
+        nonzero = (words[..., 0] | words[..., 1]) & np.uint64(0x7777777777777777) != 0
+        whole = bool(nonzero.all())
+        scale = raw["scale"] if whole else raw["scale"][nonzero]
+        used[name] = None if whole else nonzero
+        ends[name] = (int(scale.min()) - 127, int(scale.max()) - 127) if scale.size else (0, -1000)
     out: dict[str, dict[str, np.ndarray]] = {}
     exact: dict[str, bool] = {}
     for name, raw in group.items():
-        e_max = max(top(n) for n in _partners(group, name))
+        e_max = max(ends[n][1] for n in _partners(group, name))
         shift = 0 if e_max < -127 else max(e_max - 8, -126)
-        block = byte - 127 - shift
-        exact[name] = bool(((block >= -9)[raw["scale"]] | ~used[name]).all())
-        block = np.clip(block, -9, 8)
+        exact[name] = ends[name][1] < -127 or ends[name][0] - shift >= -9
+        block = np.clip(np.arange(256) - 127 - shift, -9, 8)
         code = np.where(block >= -6, (block + 7) << 3, 1 << np.maximum(block + 9, 0))
-        scale = np.where(used[name], code.astype(np.uint8)[raw["scale"]], np.uint8(7 << 3))
+        # Both halves of a block of 32 in one look-up.
+        pair = np.take(code.astype(np.uint16) * 0x101, raw["scale"])
+        blocks = used[name]
+        if blocks is not None:
+            pair = np.where(blocks, pair, np.uint16((7 << 3) * 0x101))
         factor = np.asarray((shift + 127) << 23, np.uint32).view(np.float32)
-        leaves = {"block_scale": np.repeat(scale, 2, axis=-1), "global_scale": factor}
+        leaves = {"block_scale": pair.view(np.uint8), "global_scale": factor}
         out[name] = {"weight": raw["weight"], **leaves}
     return out, exact
 

@@ -32,13 +32,15 @@ from tests.support import tiny
 SHARD_BYTES = 4 * 10**9
 
 CONVERT = """
-import sys, time
+import resource, sys
 from dsv4_jax.cli import app
 try:
     app(["convert", *sys.argv[1:], "--json"])
 except SystemExit as end:
     assert not end.code, end.code
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(used.ru_utime + used.ru_stime)
 """
 
 LOAD = """
@@ -66,11 +68,13 @@ before, start = status("VmRSS"), time.perf_counter()
 model, params = from_checkpoint(sys.argv[1], progress=False)
 jax.block_until_ready(params)
 seconds = time.perf_counter() - start
-# On the CPU an E2M1 array takes a byte per value, and it is the device's memory that grows.
-held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+held, top = tree_bytes(params), status("VmHWM")
+# Device memory is host memory here: what the peak has beyond the weights and the process itself is
+# staging, scratch of conversions, and programs.
 print(json.dumps({
-    "seconds": seconds, "staged": peak, "params": tree_bytes(params), "params_on_cpu": held,
-    "rss_before": before, "rss_after": status("VmRSS"), "peak_rss": status("VmHWM"),
+    "seconds": round(seconds, 1), "params_mib": held >> 20, "staged_mib": peak >> 20,
+    "rss_before_mib": before >> 20, "peak_rss_mib": top >> 20,
+    "peak_beyond_weights_mib": (top - before - held) >> 20,
 }))
 """
 
@@ -218,7 +222,7 @@ def main() -> None:
         for preset in options.to:
             target = work / preset
             rate = disk_rate(work, nbytes)
-            text, peak = run(CONVERT, str(work / "official"), str(target), "--to", preset)
+            text, peak, cpu = run(CONVERT, str(work / "official"), str(target), "--to", preset)
             fields = json.loads(text)
             speed = fields["written_bytes"] / 1e6 / fields["seconds"]
             emit(
@@ -228,6 +232,8 @@ def main() -> None:
                 mb_per_s=round(speed),
                 disk_mb_per_s=round(rate),
                 disk_mb_per_s_after=round(disk_rate(work, nbytes)),
+                cpu_seconds=round(float(cpu), 1),
+                load_average=os.getloadavg()[0],
                 peak_rss_mib=math.ceil(int(peak) / 1024),
                 lossy=len(fields["lossy"]),
             )

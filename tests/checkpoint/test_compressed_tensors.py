@@ -9,6 +9,7 @@ from dsv4_jax.checkpoint import from_checkpoint
 from dsv4_jax.checkpoint.convert import Report
 from dsv4_jax.checkpoint.load import load_params
 from dsv4_jax.checkpoint.names import official_name, parameters
+from dsv4_jax.cli.common import preset_name
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.precision import PRESETS
 from tests.checkpoint.test_load_official import at, stored_bytes
@@ -31,6 +32,7 @@ def test_loads_as_it_is(tmp_path: Path, static: bool, capsys: pytest.CaptureFixt
     assert model.precision.experts == ("nvfp4_w4a4" if static else "nvfp4_w4a16")
     assert model.precision.shared_expert == "bfloat16"
     assert ", shared_expert=bfloat16" in err
+    assert preset_name(model) == "as stored"
     official = tiny.official()[1]
     for parameter in parameters(CONFIG, False):
         leaf = at(params, parameter.path)

@@ -11,6 +11,7 @@ from dsv4_jax.checkpoint import from_checkpoint
 from dsv4_jax.checkpoint.convert import Report
 from dsv4_jax.checkpoint.load import load_params
 from dsv4_jax.checkpoint.names import expected_tree, parameters
+from dsv4_jax.cli.common import preset_name
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.precision import PRESETS
 from tests.checkpoint.test_load_official import at, same_tree, stored_bytes
@@ -38,6 +39,7 @@ def test_loads_as_it_is(tmp_path: Path, static: bool, capsys: pytest.CaptureFixt
     said = [line for line in lines[1:] if f"{scales} static activation scales" in line]
     assert len(said) == len(lines) - 1 == static
     assert model.precision == PRESETS["nvfp4_experts"]
+    assert preset_name(model) == "nvfp4_experts"
     expected = expected_tree(CONFIG, PRESETS["nvfp4_experts"], True)
     official = load_params(tiny.OFFICIAL, CONFIG, model.precision, mtp=True, report=Report())
     assert same_tree(params, official)
