@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dsv4_jax.checkpoint import from_checkpoint
-from dsv4_jax.checkpoint.convert import Report, fp8_scales_to_ue8m0
+from dsv4_jax.checkpoint.convert import Report, convert, fp8_scales_to_ue8m0
 from dsv4_jax.checkpoint.load import load_params
 from dsv4_jax.checkpoint.names import parameters
 from dsv4_jax.config import ModelConfig
@@ -21,14 +21,6 @@ CONFIG = ModelConfig.from_hf(published.base("F32")[0])
 
 def _write(path: Path, **kind: Any) -> Path:
     return tiny.write(path, *published.base(**kind))
-
-
-def _decode(tensors: dict[str, tiny.Raw], name: str) -> np.ndarray:
-    """Values with FP32 scales."""
-    value = tiny.e4m3(tensors[f"{name}.weight"].array(np.uint8))
-    scale = tensors[f"{name}.scale"].array(np.float32).astype(np.float64)
-    rows, cols = value.shape
-    return value * scale.repeat(128, 0)[:rows].repeat(128, 1)[:, :cols]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +52,6 @@ def test_fp32_powers_of_two_are_exact(
 
 
 def test_other_scales_are_requantised_and_said_so(tmp_path: Path) -> None:
-    tensors = published.base("F32", power_of_two=False)[1]
     path = _write(tmp_path, scale="F32", power_of_two=False)
     report = Report()
     load_params(path, CONFIG, PRESETS["fp8"], report=report)
@@ -71,11 +62,22 @@ def test_other_scales_are_requantised_and_said_so(tmp_path: Path) -> None:
     note = "layers.0 attn.wq_a: scales are not powers of two, requantised"
     assert note in report.notes
     assert any("of 4 of 4 experts: scales are not" in line for line in report.notes)
-    # In FP32 nothing is lost but the last bit of a product.
-    wide = load_params(path, CONFIG, PRESETS["float32"], report=Report())
+
+
+def test_values_with_any_scale() -> None:
+    """In FP32 nothing is lost but the last bit of a product."""
+    tensors = published.base("F32", power_of_two=False)[1]
     name = "layers.2.ffn.experts.1.w3"
-    weight = wide["layers_2"]["ffn"]["experts"]["w3"]["weight"][1]
-    assert np.array_equal(weight, _decode(tensors, name).astype(np.float32))
+    code, scale = tensors[f"{name}.weight"], tensors[f"{name}.scale"]
+    raw = {
+        "weight": jnp.asarray(code.array(np.uint8)),
+        "scale": jnp.asarray(scale.array(np.float32)),
+    }
+    out, _ = convert({"w": {**raw}}, stored="fp8_float32", target="float32", experts=False)
+    tiles = scale.array(np.float32).astype(np.float64).repeat(128, 0).repeat(128, 1)
+    rows, cols = code.shape
+    value = tiny.e4m3(code.array(np.uint8)) * tiles[:rows, :cols]
+    assert np.array_equal(out["w"]["weight"], value.astype(np.float32))
 
 
 def test_one_odd_scale_changes_one_expert(exact: Any, tmp_path: Path) -> None:

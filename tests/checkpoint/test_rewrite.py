@@ -20,7 +20,9 @@ from dsv4_jax.checkpoint.convert import (
     mxfp4_to_nvfp4,
     mxfp4_to_nvfp4_on_host,
 )
+from dsv4_jax.checkpoint.export import target_config
 from dsv4_jax.checkpoint.load import load_params
+from dsv4_jax.checkpoint.names import parameters
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.precision import PRESETS
 from tests.checkpoint.test_load_official import same_tree
@@ -76,7 +78,6 @@ SOURCES: dict[str, Callable[[], tuple[dict[str, Any], dict[str, tiny.Raw]]]] = {
     ("source", "preset"),
     [
         pytest.param("official", "nvfp4", id="attention-requantised"),
-        pytest.param("official", "bfloat16", id="dequantised"),
         pytest.param("wide", "nvfp4_experts", id="one-expert-requantised"),
         pytest.param("bf16", "official", id="quantised"),
         pytest.param("compressed-tensors", "nvfp4_experts", id="reciprocals"),
@@ -124,6 +125,34 @@ def test_experts_are_those_of_model_optimizer(tmp_path: Path) -> None:
     assert done.shards > 3 and done.written_bytes == done.total_bytes
     total = json.loads((tmp_path / "a" / tiny.INDEX).read_text())["metadata"]["total_size"]
     assert total == sum(len(tensor.data) for tensor in tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("preset", "expert_dtype", "dtype"),
+    [
+        ("official", "fp4", "bfloat16"),
+        ("fp8", "fp8", "bfloat16"),
+        ("nvfp4", "fp4", "bfloat16"),
+        ("bfloat16", None, "bfloat16"),
+        ("float32", None, "float32"),
+    ],
+)
+def test_config_of_the_result(preset: str, expert_dtype: str | None, dtype: str) -> None:
+    """From any source; it can be read again and changes nothing but formats."""
+    for data in (tiny.official()[0], _floats()[0], published.compressed_tensors()[0]):
+        config = ModelConfig.from_hf(data)
+        table = parameters(config, config.num_nextn_predict_layers > 0)
+        found = target_config(data, table, PRESETS[preset])
+        assert ModelConfig.from_hf(found) == config
+        assert found.get("expert_dtype") == expert_dtype
+        assert found["torch_dtype"] == dtype
+        section = found.get("quantization_config")
+        assert (section is None) == (expert_dtype is None)
+        if section is not None:
+            assert section["quant_method"] == "fp8"
+            layers = section.get("quantized_layers", {})
+            assert ("moe_quant_algo" in section) == ("layers.0.ffn.experts" in layers)
+            assert ("layers.0.attn.wq_b" in layers) == (preset == "nvfp4")
 
 
 def test_companions_come_along(tmp_path: Path) -> None:
