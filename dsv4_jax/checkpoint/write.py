@@ -59,9 +59,10 @@ def header(outputs: Sequence[Output]) -> bytes:
 
 
 class ShardWriter(contextlib.AbstractContextManager["ShardWriter"]):
-    """Writes one file; a thread hashes and writes while the caller prepares what follows.
+    """Writes one file; two threads hash and write while the caller prepares what follows.
 
-    At most 128 MiB wait. The file has its name after `finish` alone; without that it is removed.
+    At most 128 MiB wait for each. The file has its name after `finish` alone; without that it is
+    removed.
 
     Args:
         path: the file.
@@ -78,22 +79,29 @@ class ShardWriter(contextlib.AbstractContextManager["ShardWriter"]):
         self._expected = len(head) + sum(output.nbytes for output in outputs)
         self._hash = hashlib.sha256()
         self._given = 0
-        self._queue: queue.Queue[memoryview | None] = queue.Queue(_QUEUED)
+        self._queues = [queue.Queue[memoryview | None](_QUEUED) for _ in range(2)]
         self._error: OSError | None = None
         self._descriptor = os.open(
             self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644
         )
-        self._thread = threading.Thread(target=self._run, name="dsv4-write", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=run, args=(chunks,), name="dsv4-write", daemon=True)
+            for run, chunks in zip((self._run, self._digest), self._queues, strict=True)
+        ]
+        for thread in self._threads:
+            thread.start()
         self.write(np.frombuffer(head, np.uint8))
 
-    def _run(self) -> None:
+    def _digest(self, chunks: "queue.Queue[memoryview | None]") -> None:
+        while (chunk := chunks.get()) is not None:
+            self._hash.update(chunk)
+
+    def _run(self, chunks: "queue.Queue[memoryview | None]") -> None:
         unsynced = 0
-        while (chunk := self._queue.get()) is not None:
+        while (chunk := chunks.get()) is not None:
             if self._error is not None:
                 continue  # the caller must not block; it sees the error with its next chunk
             try:
-                self._hash.update(chunk)
                 done = 0
                 while done < len(chunk):
                     done += os.write(self._descriptor, chunk[done:])
@@ -111,13 +119,15 @@ class ShardWriter(contextlib.AbstractContextManager["ShardWriter"]):
             if self._error is not None:
                 raise self._error
             chunk = view[start : start + CHUNK_BYTES]
-            self._queue.put(chunk.data)
+            for waiting in self._queues:
+                waiting.put(chunk.data)
             self._given += len(chunk)
 
     def _join(self) -> None:
-        if self._thread.is_alive():
-            self._queue.put(None)
-            self._thread.join()
+        for thread, waiting in zip(self._threads, self._queues, strict=True):
+            if thread.is_alive():
+                waiting.put(None)
+                thread.join()
 
     def finish(self) -> tuple[int, str]:
         """Syncs the file and gives it its name; its size and SHA-256."""
