@@ -125,7 +125,7 @@ _SWITCHES: Final[dict[str, tuple[tuple[Any, ...], Any]]] = {
     "topk_method": (("noaux_tc",), "noaux_tc"),
     "attention_bias": ((False,), False),
     "mlp_bias": ((False,), False),
-    "expert_dtype": (("fp4", "fp8"), "fp4"),
+    "expert_dtype": (("fp4", "fp8", "bf16"), "fp4"),
     "n_group": ((None, 1), None),
     "topk_group": ((None, 1), None),
     "moe_layer_freq": ((1,), 1),
@@ -138,6 +138,22 @@ _QUANTIZATION: Final[dict[str, Any]] = {
     "scale_fmt": "ue8m0",
     "weight_block_size": [128, 128],
 }
+# Lists of modules and notes on how they were quantised: `checkpoint.formats` asks the tensors.
+_COMPRESSED_TENSORS: Final = (
+    "config_groups",
+    "format",
+    "global_compression_ratio",
+    "ignore",
+    "quantization_status",
+    "version",
+)
+_MODEL_OPTIMIZER: Final = (
+    "config_groups",
+    "exclude_modules",
+    "ignore",
+    "producer",
+    "quantized_layers",
+)
 _POSITIVE_INTS: Final = (
     "vocab_size",
     "hidden_size",
@@ -429,11 +445,27 @@ class _Reader:
         if self.get("quantization_config", None) is None:
             return
         section = self.sub("quantization_config")
-        for field, value in _QUANTIZATION.items():
-            section.switch(field, (value,))
-        section.switch("expert_dtype", ("fp4", "fp8"), "fp4")
-        for field in ("modules_to_not_convert", "dequantize"):
-            section.get(field, None)
+        method = section.switch("quant_method", ("fp8", "modelopt", "compressed-tensors"))
+        if method == "fp8":
+            for field, value in _QUANTIZATION.items():
+                section.switch(field, (value,))
+            section.switch("expert_dtype", ("fp4", "fp8"), "fp4")
+            for field in ("modules_to_not_convert", "dequantize"):
+                section.get(field, None)
+        if method == "compressed-tensors":
+            for field in _COMPRESSED_TENSORS:
+                section.get(field, None)
+            # Rotations of activations and another cache would be other maths.
+            for field in ("transform_config", "sparsity_config", "kv_cache_scheme"):
+                section.switch(field, (None, {}), None)
+        else:  # what Model-Optimizer adds; the tensors say what is quantised how
+            section.switch("moe_quant_algo", (None, "NVFP4"), None)
+            section.switch("quant_algo", (None, "MIXED_PRECISION", "NVFP4"), None)
+            section.switch("group_size", (None, 16), None)
+            for field in ("kv_cache_quant_algo", "kv_cache_scheme"):
+                section.switch(field, (None,), None)
+            for field in _MODEL_OPTIMIZER:
+                section.get(field, None)
         section.none_left()
 
     def widths(self, out: Mapping[str, Any]) -> None:

@@ -163,9 +163,11 @@ class Precision:
     def preset(cls, name: str) -> "Precision":
         """The preset called ``name``.
 
-        ``official``: as trained. ``nvfp4``: NVFP4 weights and activations in the experts and the
-        attention linears. ``bfloat16``: unquantised BF16 checkpoints. ``float32``: everything in
-        FP32, no quantisation simulated.
+        ``official``: as trained. ``nvfp4_experts``: NVFP4 weights and activations in the routed
+        experts, the rest as trained. ``nvfp4``: the same in the shared expert and the attention
+        linears too. ``fp8``: FP8 in the routed experts as in the rest (the ``-Base`` releases).
+        ``bfloat16``: unquantised BF16 checkpoints. ``float32``: everything in FP32, no quantisation
+        simulated.
 
         Raises:
             ValueError: no such preset.
@@ -197,6 +199,8 @@ def _uniform(dtype: Literal["bfloat16", "float32"]) -> Precision:
 
 PRESETS: Final[dict[str, Precision]] = {
     "official": Precision(),
+    "nvfp4_experts": Precision(experts="nvfp4_w4a4"),
+    "fp8": Precision(experts="fp8_w8a8", mtp_experts="fp8_w8a8"),
     "nvfp4": Precision(
         experts="nvfp4_w4a4",
         shared_expert="nvfp4_w4a4",

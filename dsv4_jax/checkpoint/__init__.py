@@ -51,12 +51,16 @@ def from_checkpoint(
 ) -> "tuple[DeepseekV4, Params]":
     """Model and params of a checkpoint directory (model.md section 7).
 
+    Names and dtypes of the tensors tell the number formats: FP8 and MXFP4 of the release, NVFP4 as
+    Model-Optimizer, compressed-tensors or ``dsv4 convert`` write it, FP8 throughout (``-Base``,
+    scales in E8M0, FP32 or BF16), BF16 and FP32. Static activation scales are not used.
+
     Prints to stderr which preset was chosen when ``precision`` is ``None``, what conversions did to
     the weights, and ``experts_power_of_two`` of the model's precision where it was found out.
 
     Args:
-        path: directory with ``config.json`` and safetensors, official or from transformers.
-        precision: number formats, a preset's name, or ``None`` for the one that fits the files.
+        path: directory with ``config.json`` and safetensors, in any spelling that `formats` knows.
+        precision: number formats, a preset's name, or ``None`` for every linear as it is stored.
         sharding: only ``None`` works for now.
         mtp: also load the multi-token-prediction module.
         progress: progress bar on stderr: ``True``, ``False``, ``None`` (on a terminal), or a
@@ -73,9 +77,10 @@ def from_checkpoint(
         ValueError: ``sharding`` is not ``None``; no such preset; a width does not fit a format; no
             cache can have these sizes.
     """
+    from dsv4_jax.checkpoint.formats import detect
     from dsv4_jax.checkpoint.load import load_params_from
+    from dsv4_jax.checkpoint.manifest import check_converted
     from dsv4_jax.checkpoint.read import Reader, read_config
-    from dsv4_jax.checkpoint.validate import detect_precision
     from dsv4_jax.config import ModelConfig
     from dsv4_jax.precision import Precision
 
@@ -84,17 +89,18 @@ def from_checkpoint(
     if isinstance(precision, str):
         precision = Precision.preset(precision)
     source = os.fspath(path)
-    config = ModelConfig.from_hf(read_config(path), source=os.path.join(source, "config.json"))
+    check_converted(path)
+    data = read_config(path)
+    config = ModelConfig.from_hf(data, source=os.path.join(source, "config.json"))
     with Reader(path) as reader:
         if precision is None:
-            preset = detect_precision(reader.tensors, source=source)
-            why = {
-                "official": "FP8 linears and MXFP4 experts",
-                "bfloat16": "unquantised BF16 weights",
-                "float32": "unquantised FP32 weights",
-            }[preset]
-            print(f'dsv4: precision "{preset}": {source} holds {why}', file=sys.stderr)
-            precision = Precision.preset(preset)
+            found = detect(reader.tensors, source=source)
+            changes = "".join(f", {field}={form}" for field, form in found.changes.items())
+            print(
+                f'dsv4: precision "{found.preset}"{changes}: {source} holds {found.holds}',
+                file=sys.stderr,
+            )
+            precision = found.precision
         params, precision = load_params_from(
             reader,
             config,
@@ -105,6 +111,7 @@ def from_checkpoint(
             verify=verify,
             batch_size=batch_size,
             max_len=max_len,
+            data=data,
         )
     from dsv4_jax.model import DeepseekV4
 

@@ -8,24 +8,38 @@ be written slice by slice, and ``typed`` gives them their dtype once (model.md 4
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
-from typing import Final, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
 from dsv4_jax.quant import bits, fp8, mxfp4, nvfp4
 from dsv4_jax.typing import E4M3, UE8M0, Array
 
-__all__ = ["EXACT", "Errors", "Report", "byte_type", "convert", "mxfp4_to_nvfp4", "typed"]
+__all__ = [
+    "EXACT",
+    "EXACT_ROUTES",
+    "Errors",
+    "Report",
+    "byte_type",
+    "convert",
+    "fp8_scales_on_host",
+    "fp8_scales_to_ue8m0",
+    "largest",
+    "mxfp4_to_nvfp4",
+    "mxfp4_to_nvfp4_on_host",
+    "typed",
+]
 
 Raw = dict[str, Array]
 Group = dict[str, Raw]
 
 EXACT: Final = frozenset(
-    [(form, form) for form in ("float32", "bfloat16", "fp8", "mxfp4")]
+    [(form, form) for form in ("float32", "bfloat16", "fp8", "mxfp4", "nvfp4")]
     + [(form, "float32") for form in ("bfloat16", "float16", "fp8", "mxfp4")]
     + [("fp8", "bfloat16"), ("mxfp4", "bfloat16")]
 )
@@ -55,6 +69,9 @@ def _decode(raw: Raw, form: str) -> Array:
     if form == "fp8":
         code = lax.bitcast_convert_type(weight, E4M3)
         return fp8.dequantize_weight(fp8.Fp8(code, bits.ue8m0_from_exponent(raw["scale"])))
+    if form == "fp8_float32":
+        code = lax.bitcast_convert_type(weight, E4M3)
+        return fp8.dequantize_scaled_weight(code, raw["scale"].astype(jnp.float32))
     if form == "mxfp4":
         code = bits.bytes_to_e2m1(weight)
         return mxfp4.dequantize(mxfp4.Mxfp4(code, bits.ue8m0_from_exponent(raw["scale"])))
@@ -103,15 +120,18 @@ def _global_scale(values: list[Array], experts: bool) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("stored", "target", "experts"))
 def convert(
-    group: Group, *, stored: str, target: str, experts: bool
+    group: Group, *, stored: str, target: str, experts: bool, amax: Array | None = None
 ) -> tuple[Group, dict[str, Errors]]:
     """Converts tensors that belong together (``w1``, ``w2``, ``w3``; or a single one).
 
     Args:
         group: name -> stored arrays, with a leading expert axis when ``experts``.
-        stored: ``float32``, ``bfloat16``, ``float16``, ``fp8`` or ``mxfp4``.
+        stored: ``float32``, ``bfloat16``, ``float16``, ``fp8``, ``fp8_float32``, ``mxfp4`` or
+            ``nvfp4``.
         target: ``float32``, ``bfloat16``, ``fp8``, ``mxfp4`` or ``nvfp4``.
         experts: whether there is an expert axis; global scales are per expert.
+        amax: for slices of one tensor without an expert axis: `largest` of all of it and of its
+            partner, which decides the global scale of NVFP4.
 
     Returns:
         Leaves as bytes (see the module), and the errors of a lossy pair (none for an exact one).
@@ -124,12 +144,38 @@ def convert(
     for name, value in values.items():
         shared = None
         if target == "nvfp4":
-            shared = _global_scale([values[n] for n in _partners(group, name)], experts)
+            of = [values[n] for n in _partners(group, name)] if amax is None else [amax]
+            shared = _global_scale(of, experts)
         out[name], result = _encode(value, target, shared)
         if (stored, target) not in EXACT:
             difference = _matrix_sum((result - value) ** 2, experts)
             errors[name] = Errors(difference, _matrix_sum(value**2, experts))
     return out, errors
+
+
+@functools.partial(jax.jit, static_argnames=("stored",))
+def largest(raw: Raw, *, stored: str) -> Array:
+    """``max |w|`` of a tensor, or of a slice of one."""
+    return jnp.max(jnp.abs(_decode(raw, stored)))
+
+
+@functools.partial(jax.jit, static_argnames=("experts",))
+def fp8_scales_to_ue8m0(group: Group, *, experts: bool) -> tuple[Group, dict[str, Array]]:
+    """The exact route for FP8 with scales in FP32 or BF16: same codes, scales as exponents.
+
+    Returns:
+        Leaves as bytes, and per tensor (per expert) whether all scales are powers of two from
+        2^-126 to 2^127; where not, the leaves are wrong and ``convert`` must be used.
+    """
+    out: Group = {}
+    exact: dict[str, Array] = {}
+    for name, raw in group.items():
+        word = lax.bitcast_convert_type(raw["scale"].astype(jnp.float32), jnp.uint32)
+        exponent = word >> 23  # with the sign, which must be 0
+        power = ((word & 0x7FFFFF) == 0) & (exponent > 0) & (exponent < 255)
+        exact[name] = jnp.all(power, axis=tuple(range(int(experts), power.ndim)))
+        out[name] = {"weight": raw["weight"], "scale": exponent.astype(jnp.uint8)}
+    return out, exact
 
 
 @functools.partial(jax.jit, static_argnames=("experts",))
@@ -171,6 +217,64 @@ def mxfp4_to_nvfp4(group: Group, *, experts: bool) -> tuple[Group, dict[str, Arr
         factor = lax.bitcast_convert_type((shift + 127) << 23, jnp.float32)
         out[name] = {"weight": raw["weight"], "block_scale": scale, "global_scale": factor}
     return out, exact
+
+
+def mxfp4_to_nvfp4_on_host(
+    group: Mapping[str, Mapping[str, np.ndarray]],
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, bool]]:
+    """`mxfp4_to_nvfp4` of one expert or linear by numpy: bitwise the same leaves and flags.
+
+    It only looks at bytes, so that a disk and not the CPU limits a conversion.
+    """
+    used: dict[str, np.ndarray | None] = {}  # None: all blocks
+    ends: dict[str, tuple[int, int]] = {}  # smallest and largest exponent of a block in use
+    for name, raw in group.items():
+        words = raw["weight"].view(np.uint64).reshape(*raw["scale"].shape, 2)
+        nonzero = (words[..., 0] | words[..., 1]) & np.uint64(0x7777777777777777) != 0
+        whole = bool(nonzero.all())
+        scale = raw["scale"] if whole else raw["scale"][nonzero]
+        used[name] = None if whole else nonzero
+        ends[name] = (int(scale.min()) - 127, int(scale.max()) - 127) if scale.size else (0, -1000)
+    out: dict[str, dict[str, np.ndarray]] = {}
+    exact: dict[str, bool] = {}
+    for name, raw in group.items():
+        e_max = max(ends[n][1] for n in _partners(group, name))
+        shift = 0 if e_max < -127 else max(e_max - 8, -126)
+        exact[name] = ends[name][1] < -127 or ends[name][0] - shift >= -9
+        block = np.clip(np.arange(256) - 127 - shift, -9, 8)
+        code = np.where(block >= -6, (block + 7) << 3, 1 << np.maximum(block + 9, 0))
+        # Both halves of a block of 32 in one look-up.
+        pair = np.take(code.astype(np.uint16) * 0x101, raw["scale"])
+        blocks = used[name]
+        if blocks is not None:
+            pair = np.where(blocks, pair, np.uint16((7 << 3) * 0x101))
+        factor = np.asarray((shift + 127) << 23, np.uint32).view(np.float32)
+        leaves = {"block_scale": pair.view(np.uint8), "global_scale": factor}
+        out[name] = {"weight": raw["weight"], **leaves}
+    return out, exact
+
+
+def fp8_scales_on_host(
+    group: Mapping[str, Mapping[str, np.ndarray]],
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, bool]]:
+    """`fp8_scales_to_ue8m0` of one expert or linear by numpy: bitwise the same."""
+    out: dict[str, dict[str, np.ndarray]] = {}
+    exact: dict[str, bool] = {}
+    for name, raw in group.items():
+        word = raw["scale"].astype(np.float32).view(np.uint32)
+        exponent = word >> 23
+        power = ((word & 0x7FFFFF) == 0) & (exponent > 0) & (exponent < 255)
+        exact[name] = bool(power.all())
+        out[name] = {"weight": raw["weight"], "scale": exponent.astype(np.uint8)}
+    return out, exact
+
+
+EXACT_ROUTES: Final[dict[tuple[str, str], tuple[Callable[..., Any], str]]] = {
+    ("mxfp4", "nvfp4"): (mxfp4_to_nvfp4, "block exponents span more than 17 binades"),
+    ("fp8_float32", "fp8"): (fp8_scales_to_ue8m0, "scales are not powers of two"),
+}
+"""(stored, target) -> a function of (group, experts) that is exact where its flags say so, and what
+is the matter where they do not."""
 
 
 @functools.partial(jax.jit, static_argnames=("kind",))

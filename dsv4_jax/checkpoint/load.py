@@ -5,7 +5,7 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, Final
 
 import jax
@@ -14,11 +14,13 @@ import numpy as np
 from jax.errors import JaxRuntimeError
 
 from dsv4_jax.checkpoint import memory
-from dsv4_jax.checkpoint.convert import EXACT, Report, byte_type, convert, mxfp4_to_nvfp4, typed
+from dsv4_jax.checkpoint.convert import EXACT, EXACT_ROUTES, Report, byte_type, convert, typed
 from dsv4_jax.checkpoint.errors import CheckpointError
-from dsv4_jax.checkpoint.names import Parameter, leaves, set_path, target_format
+from dsv4_jax.checkpoint.formats import check_config
+from dsv4_jax.checkpoint.manifest import check_converted
+from dsv4_jax.checkpoint.names import MTP, Parameter, leaves, set_path, target_format
 from dsv4_jax.checkpoint.place import Placer, write_slice
-from dsv4_jax.checkpoint.read import Reader, TensorInfo
+from dsv4_jax.checkpoint.read import Reader, TensorInfo, read_config
 from dsv4_jax.checkpoint.scan import SLAB_BYTES, BadValueError, Scan
 from dsv4_jax.checkpoint.validate import Resolved, resolve
 from dsv4_jax.config import ModelConfig
@@ -26,7 +28,7 @@ from dsv4_jax.precision import Precision
 from dsv4_jax.quant import nvfp4
 from dsv4_jax.typing import Array, Params
 
-__all__ = ["Progress", "load_params", "load_params_from"]
+__all__ = ["Progress", "jobs", "leftovers", "load_params", "load_params_from"]
 
 Progress = Callable[[int, int], None] | bool | None
 """``True`` or a callable taking (bytes done, bytes in total); ``None``: on when stderr is a tty."""
@@ -49,6 +51,7 @@ class _Loader:
         self._placer = placer
         self._tensors = resolved.tensors
         self._stored = resolved.stored
+        self._reciprocal = resolved.naming.reciprocal
         self._config = config
         self._precision = precision
         self._report = report
@@ -58,9 +61,9 @@ class _Loader:
         """Leaf -> tensor of the file; one leaf ``weight`` for what is not a linear."""
         if not parameter.is_linear:
             return {"weight": self._tensors[name]}
-        found = {"weight": self._tensors[f"{name}.weight"]}
-        scale = self._tensors.get(f"{name}.scale")
-        return found if scale is None else found | {"scale": scale}
+        leaves = ("weight", "scale", "block_scale", "global_scale")
+        found = {leaf: self._tensors.get(f"{name}.{leaf}") for leaf in leaves}
+        return {leaf: tensor for leaf, tensor in found.items() if tensor is not None}
 
     def job_start(self, job: dict[str, Parameter]) -> tuple[str, int]:
         """Place of a job's first byte."""
@@ -81,9 +84,7 @@ class _Loader:
         else:
             raw = {
                 key: {
-                    leaf: self._placer.tensor(
-                        tensor, byte_type(leaf, stored) if stored == target else None
-                    )
+                    leaf: self._leaf(leaf, tensor, stored if stored == target else "")
                     for leaf, tensor in self._linear(parameter, parameter.name).items()
                 }
                 for key, parameter in job.items()
@@ -99,6 +100,12 @@ class _Loader:
                 if parameter.experts and leaf == "block_scale":
                     self._look_at_scales(parameter, array)
                 set_path(tree, path, array)
+
+    def _leaf(self, leaf: str, tensor: TensorInfo, form: str) -> Array:
+        """One leaf of a single tensor; ``form``: its format if it stays as it is."""
+        if leaf == "global_scale":
+            return self._placer.global_scales([tensor], self._reciprocal)[0]
+        return self._placer.tensor(tensor, byte_type(leaf, form))
 
     def _look_at_scales(self, parameter: Parameter, block_scale: Array) -> None:
         """Looks for a scale that ``experts_power_of_two`` does not allow, until there is one."""
@@ -159,18 +166,19 @@ class _Loader:
             sums.setdefault((key, stored, target), [])
         if stored == target:
             return raw
-        if (stored, target) != ("mxfp4", "nvfp4"):
+        if (stored, target) not in EXACT_ROUTES:
             out, errors = convert(raw, stored=stored, target=target, experts=experts)
             for key, found in errors.items():
                 error, value = np.asarray(found.error), np.asarray(found.value)
                 sums[key, stored, target].append((float(error.sum()), float(value.sum())))
             return out
-        out, flags = mxfp4_to_nvfp4(raw, experts=experts)
+        route, obstacle = EXACT_ROUTES[stored, target]
+        out, flags = route(raw, experts=experts)
         exact = {key: np.atleast_1d(np.asarray(flag)) for key, flag in flags.items()}
         if all(flag.all() for flag in exact.values()):
             return out
         # w1 and w3 share their global scale, so they leave the exact route together.
-        if "w1" in exact and "w3" in exact:
+        if target == "nvfp4" and "w1" in exact and "w3" in exact:
             exact["w1"] = exact["w3"] = exact["w1"] & exact["w3"]
         other, errors = convert(raw, stored=stored, target=target, experts=experts)
         for key, flag in exact.items():
@@ -182,8 +190,7 @@ class _Loader:
             sums[key, stored, target].append((float(error.sum()), float(value.sum())))
             what = f" of {lost.size} of {flag.size} experts{where}" if experts else ""
             self._report.notes.append(
-                f"{job[key].module} {job[key].kind}{what}: block exponents span more than 17 "
-                "binades, requantised"
+                f"{job[key].module} {job[key].kind}{what}: {obstacle}, requantised"
             )
             keep = jnp.asarray(flag) if experts else jnp.asarray(flag[0])
             for leaf, x in out[key].items():
@@ -221,7 +228,11 @@ class _Loader:
                 and stored == target
                 and (dtype := byte_type(key[1], stored)) is not None
             }
+            scalars = [at for at in stacks if at[1] == "global_scale"]
             raw: dict[str, dict[str, Array]] = {}
+            for key, leaf in scalars:
+                found = self._placer.global_scales(stacks.pop((key, leaf)), self._reciprocal)
+                raw.setdefault(key, {})[leaf] = found
             for (key, leaf), array in self._placer.stacks(stacks, views).items():
                 raw.setdefault(key, {})[leaf] = array
             where = f" from {start}" if step < count else ""
@@ -236,7 +247,7 @@ class _Loader:
         return buffers
 
 
-def _jobs(parameters: list[Parameter]) -> list[dict[str, Parameter]]:
+def jobs(parameters: list[Parameter]) -> list[dict[str, Parameter]]:
     """Groups ``w1``, ``w2``, ``w3`` of the same experts; everything else is on its own."""
     jobs: dict[tuple[str, ...], dict[str, Parameter]] = {}
     for parameter in parameters:
@@ -244,6 +255,25 @@ def _jobs(parameters: list[Parameter]) -> list[dict[str, Parameter]]:
         group = parameter.path[:-1] if grouped else parameter.path
         jobs.setdefault(group, {})[parameter.path[-1]] = parameter
     return list(jobs.values())
+
+
+def leftovers(resolved: Resolved, drafter: str = "skipped") -> list[str]:
+    """A line for each thing in the files that is not used and that somebody may look for.
+
+    ``drafter``: what was done to one of several stages.
+    """
+    out: list[str] = []
+    modules = sorted({int(match[1]) for t in resolved.drafter if (match := MTP.match(t.raw))})
+    if modules not in ([], [0]):
+        listed = ", ".join(f"mtp.{i}" for i in modules)
+        out.append(f"{drafter} {len(resolved.drafter)} tensors of a newer drafter ({listed})")
+    static = resolved.naming.static_scales
+    if static:
+        out.append(
+            f"{len(static)} static activation scales ({static[0]} ...) are not used: activations "
+            "in NVFP4 are scaled per token"
+        )
+    return out
 
 
 @contextlib.contextmanager
@@ -308,6 +338,7 @@ def load_params(
         OutOfMemory: the weights do not fit the device (a ``CheckpointError`` too).
         ValueError: a width does not fit a format of ``precision``.
     """
+    check_converted(path)
     with Reader(path) as reader:
         params, _ = load_params_from(
             reader,
@@ -318,6 +349,7 @@ def load_params(
             report=report,
             source=str(path),
             verify=verify,
+            data=read_config(path),
         )
     return params
 
@@ -334,15 +366,18 @@ def load_params_from(
     verify: bool = False,
     batch_size: int = 1,
     max_len: int | None = None,
+    data: Mapping[str, Any] | None = None,
 ) -> tuple[Params, Precision]:
     """``load_params`` of an open reader; ``source`` names it in messages.
 
-    ``batch_size`` and ``max_len`` are of the cache that must fit besides; ``None``: none.
+    ``batch_size`` and ``max_len`` are of the cache that must fit besides; ``None``: none. ``data``:
+    its ``config.json``, which must not contradict the names of the tensors.
 
     Returns:
         The tree, and ``precision`` with ``experts_power_of_two`` as it was found to be.
     """
     resolved = resolve(reader, config, mtp=mtp, source=source)
+    check_config(data or {}, resolved.naming, source)
     for parameter in resolved.parameters:
         leaves(parameter, precision)  # widths against formats, before anything is placed
     plan = memory.Plan(
@@ -359,7 +394,7 @@ def load_params_from(
         placer = Placer(reader, advance, scan)
         loader = _Loader(placer, resolved, config, precision, found)
         try:
-            for job in sorted(_jobs(resolved.parameters), key=loader.job_start):
+            for job in sorted(jobs(resolved.parameters), key=loader.job_start):
                 loader.run(job, tree)
                 placer.finish()
         except BadValueError as error:
@@ -378,6 +413,7 @@ def load_params_from(
         if no_memory is not None:
             raise no_memory
     settled = loader.settle()
+    found.notes += leftovers(resolved)
     if report is None:
         for line in found.lines():
             print(f"dsv4: {line}", file=sys.stderr)

@@ -17,6 +17,8 @@ from dsv4_jax.precision import LINEAR_FORMATS, Precision, weight_format
 from dsv4_jax.typing import E2M1, E4M3, UE8M0
 
 __all__ = [
+    "FUSED",
+    "MTP",
     "Parameter",
     "expected_tree",
     "leaves",
@@ -26,6 +28,12 @@ __all__ = [
     "target_format",
     "tree_bytes",
 ]
+
+FUSED: Final = re.compile(r"(layers\.\d+\.ffn\.experts)\.(gate_up_proj|down_proj)")
+"""Official spelling of the fused expert stacks of transformers."""
+
+MTP: Final = re.compile(r"(?:model\.)?mtp\.(\d+)\.")
+"""Any spelling of a tensor of an MTP module."""
 
 
 class _Row(NamedTuple):
@@ -343,6 +351,9 @@ _MODULES.update(
     }
 )
 
+_PROJECTIONS: Final = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+_EXPERT: Final = re.compile(r"mlp\.experts\.(\d{1,6})\.(gate_proj|down_proj|up_proj)\.(.+)")
+
 
 def official_name(name: str) -> str:
     """The official spelling of a tensor's name; a name that no table knows comes back as it is.
@@ -357,6 +368,9 @@ def official_name(name: str) -> str:
     if match is None:
         return short
     layer, rest = match.groups()
+    expert = _EXPERT.fullmatch(rest)
+    if expert is not None:  # fused stacks that a quantiser took apart
+        return f"{layer}ffn.experts.{expert[1]}.{_PROJECTIONS[expert[2]]}.{expert[3]}"
     parts = rest.split(".")
     for end in range(len(parts), 0, -1):
         module = _MODULES.get(".".join(parts[:end]))

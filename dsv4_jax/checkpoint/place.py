@@ -15,10 +15,28 @@ from dsv4_jax.checkpoint.read import Reader, TensorInfo
 from dsv4_jax.checkpoint.scan import HOST_DTYPE, SLAB_BYTES, Scan, slabs
 from dsv4_jax.typing import Array
 
-__all__ = ["STAGING_BYTES", "Placer", "write_slice"]
+__all__ = ["STAGING_BYTES", "Placer", "read_global_scales", "write_slice"]
+
 
 STAGING_BYTES: Final = 2 * SLAB_BYTES
 """Most bytes on their way (one expert may exceed it). With a pinned copy of each: 512 MiB."""
+
+
+def read_global_scales(
+    reader: Reader, scan: Scan, tensors: Sequence[TensorInfo], reciprocal: bool
+) -> np.ndarray:
+    """FP32 scalars ``[n]`` that multiply; ``reciprocal``: what the files hold divides.
+
+    The one division is made here, in FP32, so that it has the same bits on every device.
+
+    Raises:
+        CheckpointError: one is not a positive finite number.
+    """
+    out = np.empty(len(tensors), np.float32)
+    for i, tensor in enumerate(tensors):
+        reader.read_into(tensor, out[i : i + 1])
+        scan.check(tensor, out[i : i + 1].reshape(tensor.shape))
+    return np.float32(1) / out if reciprocal else out
 
 
 @functools.partial(jax.jit, donate_argnames=("buffers",))
@@ -119,6 +137,13 @@ class Placer:
             key: self._put(host.view(views[key]) if key in views else host)
             for key, host in hosts.items()
         }
+
+    def global_scales(self, tensors: Sequence[TensorInfo], reciprocal: bool) -> Array:
+        """`read_global_scales` on the device."""
+        self._make_room(4 * len(tensors))
+        host = read_global_scales(self._reader, self._scan, tensors, reciprocal)
+        self._advance(host.nbytes)
+        return self._put(host)
 
     def hash_table(self, tensor: TensorInfo) -> Array:
         """``tid2eid`` as int32."""

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dsv4_jax.checkpoint.errors import CheckpointError
+from dsv4_jax.checkpoint.formats import check_config, detect
+from dsv4_jax.checkpoint.manifest import check_converted
 from dsv4_jax.checkpoint.names import official_name, parameters
 from dsv4_jax.checkpoint.read import Reader, TensorInfo, read_config
 from dsv4_jax.checkpoint.scan import Scan
-from dsv4_jax.checkpoint.validate import detect_precision, resolve
+from dsv4_jax.checkpoint.validate import resolve
 from dsv4_jax.config import ModelConfig
+from dsv4_jax.precision import Precision
 from dsv4_jax.text import check_vocabulary, json_object, load_tokenizer
 
 __all__ = ["Group", "Survey", "parameter_counts", "survey"]
@@ -48,7 +51,9 @@ class Survey:
     Attributes:
         path: the directory.
         config: its architecture; ``None`` where config.json is broken.
-        preset: the precision preset that fits the files; ``None``: none does, or no files.
+        preset: the precision preset that is next to the files; ``None``: none is, or no files.
+        precision: that in which `from_checkpoint` loads them unless told otherwise.
+        holds: what they hold, for people.
         kinds: tensors by kind and stored format, in the order of their names.
         formats: the same over all kinds.
         shards: file -> bytes of its tensors.
@@ -62,6 +67,8 @@ class Survey:
     path: str
     config: ModelConfig | None = None
     preset: str | None = None
+    precision: Precision | None = None
+    holds: str = ""
     kinds: list[Group] = dataclasses.field(default_factory=list[Group])
     formats: list[Group] = dataclasses.field(default_factory=list[Group])
     shards: dict[str, int] = dataclasses.field(default_factory=dict[str, int])
@@ -124,28 +131,38 @@ def survey(
         verify: read everything, and look for bad scales, tables and weights.
     """
     out = Survey(os.fspath(path))
+    out.attempt(lambda: check_converted(path))
     data = out.attempt(lambda: read_config(path))
     if data is not None:
         source = os.path.join(out.path, "config.json")
         out.config = out.attempt(lambda: ModelConfig.from_hf(data, source=source))
     if Path(path).is_dir():
-        _read_tensors(out, mtp, any_preset, verify)
+        _read_tensors(out, data or {}, mtp, any_preset, verify)
         _read_text(out)
     out.problems = list(dict.fromkeys(out.problems))  # a check may serve two steps
     return out
 
 
-def _read_tensors(out: Survey, mtp: bool, any_preset: bool, verify: bool) -> None:
+def _read_tensors(
+    out: Survey, data: dict[str, Any], mtp: bool, any_preset: bool, verify: bool
+) -> None:
     reader = out.attempt(
         lambda: Reader(out.path, lambda error: out.problems.extend(error.problems))
     )
     if reader is None:
         return
     with reader:
-        _check_tensors(out, reader, mtp, any_preset, verify)
+        _check_tensors(out, reader, data, mtp, any_preset, verify)
 
 
-def _check_tensors(out: Survey, reader: Reader, mtp: bool, any_preset: bool, verify: bool) -> None:
+def _check_tensors(
+    out: Survey,
+    reader: Reader,
+    data: dict[str, Any],
+    mtp: bool,
+    any_preset: bool,
+    verify: bool,
+) -> None:
     tensors = list(reader)
     out.kinds, out.formats = _groups(tensors, True), _groups(tensors, False)
     for tensor in tensors:
@@ -153,7 +170,8 @@ def _check_tensors(out: Survey, reader: Reader, mtp: bool, any_preset: bool, ver
     if not tensors:
         return
     try:
-        out.preset = detect_precision(reader.tensors, source=out.path)
+        found = detect(reader.tensors, source=out.path)
+        out.preset, out.precision, out.holds = found.preset, found.precision, found.holds
     except CheckpointError as error:
         (out.notes if any_preset else out.problems).extend(error.problems)
     config = out.config
@@ -165,6 +183,7 @@ def _check_tensors(out: Survey, reader: Reader, mtp: bool, any_preset: bool, ver
     if resolved is None:
         return
     out.stored = resolved.stored
+    out.attempt(lambda: check_config(data, resolved.naming, out.path))
     if verify:
         scan = Scan(reader, resolved.tensors, config.n_routed_experts, verify=True)
         out.attempt(lambda: scan.raise_all(out.path))

@@ -9,7 +9,13 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Final
 
 from dsv4_jax.checkpoint.errors import LISTED, CheckpointError, Problems, shown
-from dsv4_jax.checkpoint.names import Parameter, official_name, parameters
+from dsv4_jax.checkpoint.formats import (
+    COMPRESSED_TENSORS,
+    Naming,
+    detect_precision,
+    own_leaves,
+)
+from dsv4_jax.checkpoint.names import FUSED, MTP, Parameter, official_name, parameters
 from dsv4_jax.checkpoint.read import DTYPE_BITS, TensorInfo
 from dsv4_jax.config import ModelConfig
 
@@ -19,15 +25,12 @@ _log = logging.getLogger(__name__)
 
 _FLOATS: Final = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _QUANTISED: Final = ("F8_E4M3", "F8_E8M0", "I8", "U8")
+_PACKED: Final = {"I8": ("MXFP4", 32), "U8": ("NVFP4", 16)}
+_SCALES: Final = ("F8_E8M0", "F32", "BF16")
 _CANDIDATES: Final = 500
 _LONGEST: Final = 200
 _MANY_EXPERTS: Final = 100_000
 _NUMBER: Final = re.compile(r"\d+")
-_MTP: Final = re.compile(r"(?:model\.)?mtp\.(\d+)\.")
-_LINEAR: Final = re.compile(
-    r"layers\.\d+\.(attn|ffn)\.(wq_a|wq_b|wkv|wo_a|wo_b|experts\.\d+\.w\d)\."
-)
-_FUSED: Final = re.compile(r"(layers\.\d+\.ffn\.experts)\.(gate_up_proj|down_proj)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,59 +40,17 @@ class Resolved:
     Attributes:
         parameters: everything to load.
         tensors: official tensor name -> where its bytes lie.
-        stored: parameter name -> ``float32``, ``bfloat16``, ``float16``, ``fp8``, ``mxfp4`` or
-            ``int64``: how the file stores it.
+        stored: parameter name -> ``float32``, ``bfloat16``, ``float16``, ``fp8``, ``fp8_float32``
+            (scales in FP32 or BF16), ``mxfp4``, ``nvfp4`` or ``int64``: how the file stores it.
+        naming: whose names the NVFP4 tensors have, and whether global scales are reciprocals.
+        drafter: tensors of MTP modules that are not loaded.
     """
 
     parameters: list[Parameter]
     tensors: dict[str, TensorInfo]
     stored: dict[str, str]
-
-
-def _reject_other_formats(names: Iterable[str], source: str) -> None:
-    for name in names:
-        if name.endswith((".weight_scale", ".weight_scale_2", ".weight_packed")):
-            raise CheckpointError(
-                f"{source}: {name}: NVFP4 checkpoints cannot be loaded yet; this version loads "
-                "the official FP8 + MXFP4 release and unquantised BF16 or FP32"
-            )
-
-
-def detect_precision(tensors: Mapping[str, TensorInfo], *, source: str = "checkpoint") -> str:
-    """The preset that fits the number formats in a checkpoint (MTP modules aside).
-
-    Most tensors decide; ``resolve`` names those that disagree.
-
-    Args:
-        tensors: name in the file -> ``TensorInfo``, as ``Reader.tensors``.
-        source: the checkpoint's name, for messages.
-
-    Raises:
-        CheckpointError: a format without a preset.
-    """
-    _reject_other_formats(tensors, source)
-    votes = {"attn": collections.Counter[str](), "ffn": collections.Counter[str]()}
-    for name, tensor in tensors.items():
-        official = official_name(name)
-        match = _LINEAR.match(official)
-        if _FUSED.fullmatch(official):
-            votes["ffn"][tensor.dtype] += 1
-        elif match and official.endswith(".weight"):
-            votes[match[1]][tensor.dtype] += 1
-    found = {part: counter.most_common(1)[0][0] for part, counter in votes.items() if counter}
-    presets = {
-        "official": {"attn": "F8_E4M3", "ffn": "I8"},
-        "bfloat16": {"attn": "BF16", "ffn": "BF16"},
-        "float32": {"attn": "F32", "ffn": "F32"},
-    }
-    for preset, formats in presets.items():
-        if found and found.items() <= formats.items():
-            return preset
-    raise CheckpointError(
-        f"{source}: no precision preset for attention weights stored as {found.get('attn')} and "
-        f"experts as {found.get('ffn')}; presets exist for F8_E4M3 with I8, BF16 throughout, and "
-        "F32 throughout (pass precision=...)"
-    )
+    naming: Naming
+    drafter: list[TensorInfo]
 
 
 def split_fused(name: str, tensor: TensorInfo, config: ModelConfig) -> dict[str, TensorInfo] | None:
@@ -104,7 +65,7 @@ def split_fused(name: str, tensor: TensorInfo, config: ModelConfig) -> dict[str,
     Raises:
         CheckpointError: its shape is not that of the config.
     """
-    match = _FUSED.fullmatch(name)
+    match = FUSED.fullmatch(name)
     if match is None:
         return None
     prefix, which = match.groups()
@@ -161,16 +122,16 @@ def _canonical(
 
 def _take_mtp(
     tensors: Iterable[TensorInfo], config: ModelConfig, mtp: bool, source: str
-) -> list[TensorInfo]:
-    """Drops ``mtp.*`` unless asked for; newer drafters (model.md 6.4) cannot be asked for."""
+) -> tuple[list[TensorInfo], list[TensorInfo]]:
+    """Parts ``mtp.*`` from the rest unless asked for; newer drafters (model.md 6.4) cannot be."""
     kept: list[TensorInfo] = []
+    dropped: list[TensorInfo] = []
     modules: collections.Counter[int] = collections.Counter()
     for tensor in tensors:
-        match = _MTP.match(tensor.raw)
+        match = MTP.match(tensor.raw)
         if match:
             modules[int(match[1])] += 1
-        if mtp or not match:
-            kept.append(tensor)
+        (kept if mtp or not match else dropped).append(tensor)
     if mtp:
         if config.num_nextn_predict_layers < 1:
             raise CheckpointError(f"{source}: mtp=True, but num_nextn_predict_layers is 0")
@@ -183,22 +144,22 @@ def _take_mtp(
     elif modules:
         what = "an MTP module" if set(modules) == {0} else "a newer drafter"
         _log.info("%s: skipped %d tensors of %s (mtp.*)", source, modules.total(), what)
-    return kept
+    return kept, dropped
 
 
-def _formats(parameter: Parameter, quantised: bool) -> dict[str, str]:
-    """Accepted stored dtype -> format name."""
+def _formats(parameter: Parameter, quantised: bool, naming: Naming) -> dict[str, str]:
+    """Accepted stored dtype -> format name; the first one is what a quantised release has."""
     if parameter.rule == "int32":
         return {"I64": "int64"}
     if not quantised:
         return _FLOATS
-    if parameter.rule == "float32":
-        return {"F32": "float32"}
-    if parameter.rule == "dense":
-        return {"BF16": "bfloat16"}
-    if parameter.experts:
-        return {"I8": "mxfp4", "F8_E4M3": "fp8"}
-    return {"F8_E4M3": "fp8"}
+    if not parameter.is_linear:
+        # What a quantiser leaves alone has the dtype that the model was saved in.
+        if naming.convention == COMPRESSED_TENSORS:
+            return _FLOATS
+        return {"F32": "float32"} if parameter.rule == "float32" else {"BF16": "bfloat16"}
+    fp8, fp4 = {"F8_E4M3": "fp8"}, {"I8": "mxfp4", "U8": "nvfp4"}
+    return (fp4 | fp8 if parameter.experts else fp8 | fp4) | _FLOATS
 
 
 def _weight_name(parameter: Parameter, name: str) -> str:
@@ -206,44 +167,65 @@ def _weight_name(parameter: Parameter, name: str) -> str:
 
 
 def _stored_dtypes(
-    wanted: list[Parameter], tensors: Mapping[str, TensorInfo], quantised: bool
-) -> dict[str, str]:
-    """For each kind of linear the one dtype that most of its tensors have."""
-    votes: dict[str, collections.Counter[str]] = {}
+    wanted: list[Parameter], tensors: Mapping[str, TensorInfo], quantised: bool, naming: Naming
+) -> dict[str, tuple[str, str]]:
+    """For each kind of linear the one dtype that most of its weights, and of their scales, have."""
+    votes: dict[str, tuple[collections.Counter[str], collections.Counter[str]]] = {}
     for parameter in wanted:
         if parameter.is_linear:
-            accepted = _formats(parameter, quantised)
-            counter = votes.setdefault(
-                parameter.rule, collections.Counter({next(iter(accepted)): 0})
+            accepted = _formats(parameter, quantised, naming)
+            weights, scales = votes.setdefault(
+                parameter.rule,
+                (
+                    collections.Counter({next(iter(accepted)): 0}),
+                    collections.Counter({"F8_E8M0": 0}),
+                ),
             )
             for name in parameter.names():
-                tensor = tensors.get(f"{name}.weight")
+                tensor, scale = tensors.get(f"{name}.weight"), tensors.get(f"{name}.scale")
                 if tensor is not None and tensor.dtype in accepted:
-                    counter[tensor.dtype] += 1
-    return {rule: counter.most_common(1)[0][0] for rule, counter in votes.items()}
+                    weights[tensor.dtype] += 1
+                if scale is not None and scale.dtype in _SCALES:
+                    scales[scale.dtype] += 1
+    return {
+        rule: (weights.most_common(1)[0][0], scales.most_common(1)[0][0])
+        for rule, (weights, scales) in votes.items()
+    }
 
 
 def _describe(dtype: str, shape: tuple[int, ...]) -> str:
     return f"{dtype} {list(shape)}"
 
 
-def _check_scale(
+def _check_scales(
     name: str,
     weight: tuple[str, tuple[int, ...]],
     logical: tuple[int, ...],
-    scale: TensorInfo | None,
+    scale_dtype: str,
+    tensors: Mapping[str, TensorInfo],
+    hidden: Collection[str],
     problems: Problems,
-) -> None:
+) -> list[str]:
+    """Checks the scales that a weight of this dtype has; returns their names."""
     rows, cols = logical
-    shape = (rows, cols // 32) if weight[0] == "I8" else (-(-rows // 128), -(-cols // 128))
-    rule = f"{name}.scale must be {_describe('F8_E8M0', shape)} for {name}.weight"
-    rule += f" {_describe(*weight)}"
-    if scale is None:
-        problems.add("scale", f"{rule}, found none")
-    elif (scale.dtype, scale.shape) != ("F8_E8M0", shape):
-        problems.add(
-            "scale", f"{rule}, found {_describe(scale.dtype, scale.shape)} in {scale.file}"
-        )
+    tiles = (-(-rows // 128), -(-cols // 128))
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {
+        "F8_E4M3": {"scale": (scale_dtype, tiles)},
+        "I8": {"scale": ("F8_E8M0", (rows, cols // 32))},
+        "U8": {"block_scale": ("F8_E4M3", (rows, cols // 16)), "global_scale": ("F32", ())},
+    }.get(weight[0], {})
+    for leaf, (dtype, shape) in expected.items():
+        rule = f"{name}.{leaf} must be {_describe(dtype, shape)} for {name}.weight"
+        rule += f" {_describe(*weight)}"
+        scale = tensors.get(f"{name}.{leaf}")
+        if scale is None:
+            if f"{name}.{leaf}" not in hidden:
+                problems.add("scale", f"{rule}, found none")
+        elif scale.dtype != dtype or scale.shape not in (shape, shape or (1,)):
+            found = _describe(scale.dtype, scale.shape)
+            raw = "" if scale.raw == f"{name}.{leaf}" else f"{shown(scale.raw)} "
+            problems.add("scale", f"{rule}, found {raw}{found} in {scale.file}")
+    return [f"{name}.{leaf}" for leaf in expected]
 
 
 class _Hints:
@@ -286,7 +268,7 @@ def _hidden(unread: Collection[str], config: ModelConfig) -> set[str]:
     out: set[str] = set()
     for raw in unread:
         name = official_name(raw)
-        match = _FUSED.fullmatch(name)
+        match = FUSED.fullmatch(name)
         if match is None:
             out.add(name)
             continue
@@ -309,8 +291,8 @@ def resolve(
 ) -> Resolved:
     """Maps a checkpoint onto the parameters of ``config`` and checks all of it.
 
-    In a quantised file every tensor must have the dtype of model.md 7.1; in an unquantised one
-    any float dtype will do, but linears of one kind must share theirs.
+    Linears of one kind must share their format, whatever it is (`formats`). The rest must have the
+    dtypes of model.md 7.1 beside quantised linears, and may be any float in an unquantised file.
 
     Args:
         tensors: all tensors of the files.
@@ -325,26 +307,29 @@ def resolve(
     problems = Problems(source)
     tensors = list(tensors)
     _refuse_experts(tensors, config, source)
-    kept = _take_mtp(tensors, config, mtp, source)
-    _reject_other_formats((tensor.raw for tensor in kept), source)
-    table = _canonical(kept, config, problems)
+    kept, drafter = _take_mtp(tensors, config, mtp, source)
+    table, naming = own_leaves(_canonical(kept, config, problems), source)
     quantised = any(tensor.dtype in _QUANTISED for tensor in table.values())
     wanted = parameters(config, mtp)
-    dtypes = _stored_dtypes(wanted, table, quantised)
+    dtypes = _stored_dtypes(wanted, table, quantised, naming)
     expected: set[str] = set()
     missing: list[str] = []
     stored: dict[str, str] = {}
     hidden = _hidden(unread, config)
 
     for parameter in wanted:
-        accepted = _formats(parameter, quantised)
+        accepted = _formats(parameter, quantised, naming)
+        dtype, scale_dtype = dtypes.get(parameter.rule, ("", ""))
         if parameter.is_linear:
-            accepted = {dtypes[parameter.rule]: accepted[dtypes[parameter.rule]]}
+            accepted = {dtype: accepted[dtype]}
+            if dtype == "F8_E4M3" and scale_dtype != "F8_E8M0":
+                accepted = {dtype: "fp8_float32"}
         shape = parameter.shape
-        if "I8" in accepted:
-            if shape[1] % 32:
+        if dtype in _PACKED:
+            form, block = _PACKED[dtype]
+            if shape[1] % block:
                 problems.add(
-                    "shape", f"{parameter.name}: MXFP4 needs a multiple of 32, got {shape}"
+                    "shape", f"{parameter.name}: {form} needs a multiple of {block}, got {shape}"
                 )
             shape = (shape[0], shape[1] // 2)
         for name in parameter.names():
@@ -361,13 +346,12 @@ def resolve(
                     text = f"{full}: expected {list(shape)}, found {list(tensor.shape)}"
                     problems.add("shape", f"{text} in {tensor.file}")
                 stored[parameter.name] = accepted.get(tensor.dtype, next(iter(accepted.values())))
-            if parameter.is_linear and quantised:
-                expected.add(f"{name}.scale")
-                weight = (dtypes[parameter.rule], shape)
-                scale = table.get(f"{name}.scale")
-                if scale is None and f"{name}.scale" in hidden:
-                    continue
-                _check_scale(name, weight, parameter.shape, scale, problems)
+            if parameter.is_linear:
+                weight = (dtype, shape)
+                names = _check_scales(
+                    name, weight, parameter.shape, scale_dtype, table, hidden, problems
+                )
+                expected.update(names)
 
     unexpected = [name for name in table if name not in expected]
     strangers, absent = _Hints(unexpected), _Hints(missing)
@@ -378,4 +362,5 @@ def resolve(
         text = f"{shown(table[name].raw)} in {table[name].file}{hint}"
         problems.add("unexpected", text)
     problems.raise_any()
-    return Resolved(wanted, {name: table[name] for name in table if name in expected}, stored)
+    found = {name: table[name] for name in table if name in expected}
+    return Resolved(wanted, found, stored, naming, drafter)

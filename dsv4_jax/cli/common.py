@@ -1,6 +1,7 @@
 """What all commands share: errors in one line, devices, the clock that leaves compilation out."""
 
 import contextlib
+import dataclasses
 import gc
 import os
 import signal
@@ -22,7 +23,7 @@ from tokenizers import Tokenizer
 
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.env import check_writable, compilation_cache, devices
-from dsv4_jax.precision import PRESETS
+from dsv4_jax.precision import PRESETS, Precision
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.text import json_object, load_tokenizer, plain_tokenizer
 
@@ -288,9 +289,11 @@ def _new_file_mode() -> int:
     return 0o666 & ~mask
 
 
-def preset_name(model: Any) -> str:
-    """What the preset of a model is called."""
-    return next(name for name, preset in PRESETS.items() if preset == model.precision)
+def preset_name(precision: Precision) -> str:
+    """What a preset is called; "as stored": none is what the files hold."""
+    # Whether the scales are powers of two is found out at load; no preset says.
+    plain = dataclasses.replace(precision, experts_power_of_two=None)
+    return next((name for name, preset in PRESETS.items() if preset == plain), "as stored")
 
 
 @contextmanager

@@ -152,7 +152,7 @@ def command(
         if as_json:
             report = {
                 "checkpoint": str(directory),
-                "precision": precision or preset_name(model),
+                "precision": precision or preset_name(model.precision),
                 "files": [{"path": score.name, **_fields(score)} for score in scores],
                 "total": _fields(together),
                 "seconds": seconds,

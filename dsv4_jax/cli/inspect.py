@@ -14,7 +14,14 @@ from rich.text import Text
 
 from dsv4_jax.checkpoint.memory import Need, Plan, readable
 from dsv4_jax.checkpoint.survey import Group, Survey, parameter_counts, survey
-from dsv4_jax.cli.common import BAD_INPUT, UserError, readable_errors, say, table_console
+from dsv4_jax.cli.common import (
+    BAD_INPUT,
+    UserError,
+    preset_name,
+    readable_errors,
+    say,
+    table_console,
+)
 from dsv4_jax.config import LayerKind, ModelConfig
 from dsv4_jax.precision import Precision
 
@@ -36,13 +43,12 @@ class _Row(NamedTuple):
 def _memory(
     found: Survey,
     config: ModelConfig,
-    precisions: list[str],
+    precisions: dict[str, Precision],
     sizes: tuple[list[int], list[int]],
     mtp: bool,
 ) -> list[_Row]:
     rows: list[_Row] = []
-    for name, batch_size, max_len in itertools.product(precisions, *sizes):
-        precision = Precision.preset(name)
+    for (name, precision), batch_size, max_len in itertools.product(precisions.items(), *sizes):
         plan = Plan(config, precision, mtp, batch_size, max_len, stored=found.stored)
         rows.append(_Row(name, batch_size, max_len, plan.need()))
     return rows
@@ -75,7 +81,8 @@ def _settings(found: Survey, mtp: bool) -> Table:
         table.add_row("positions", f"{config.max_position_embeddings:,}")
         table.add_row("vocabulary", f"{config.vocab_size:,}")
         table.add_row("MTP modules", str(config.num_nextn_predict_layers))
-    table.add_row("precision preset", found.preset or "none that fits")
+    stored = preset_name(found.precision) if found.precision is not None else "none that fits"
+    table.add_row("precision", f"{stored}: {found.holds}" if found.holds else stored)
     tokens = "none" if found.vocabulary is None else f"{found.vocabulary:,} tokens"
     table.add_row("tokenizer", tokens)
     sampling = ", ".join(f"{name} {value}" for name, value in found.generation.items())
@@ -199,9 +206,11 @@ def command(
         if found.config is not None:
             most = found.config.max_position_embeddings
             lengths = max_len or sorted({min(_POSITIONS, most), most})
-            names = precision or ([found.preset] if found.preset else [])
+            precisions = {name: Precision.preset(name) for name in precision or []}
+            if not precision and found.precision is not None:
+                precisions = {preset_name(found.precision): found.precision}
             sizes = (batch_size or [1], lengths)
-            rows = _memory(found, found.config, names, sizes, mtp)
+            rows = _memory(found, found.config, precisions, sizes, mtp)
         if as_json:
             typer.echo(json.dumps(_report(found, rows, mtp), ensure_ascii=False, allow_nan=False))
         else:

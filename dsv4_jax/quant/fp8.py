@@ -23,6 +23,7 @@ __all__ = [
     "WEIGHT_BLOCK",
     "Fp8",
     "dequantize_act",
+    "dequantize_scaled_weight",
     "dequantize_weight",
     "quantize_act",
     "quantize_weight",
@@ -88,6 +89,17 @@ def dequantize_weight(q: Fp8) -> Float32[Array, "*lead out in"]:
     return decode_e4m3(q.code) * _expand(q.scale, rows, cols)
 
 
+def dequantize_scaled_weight(
+    code: Float8e4m3fn[Array, "*lead out in"], scale: Float32[Array, "*lead tr tc"]
+) -> Float32[Array, "*lead out in"]:
+    """The same for scales of any FP32 value, rounded once."""
+    return decode_e4m3(code) * _tiles(scale, *code.shape[-2:])
+
+
 def _expand(scale: Array, rows: int, cols: int) -> Array:
-    value = jnp.repeat(decode_ue8m0(scale), WEIGHT_BLOCK, axis=-1)[..., :cols]
-    return jnp.repeat(value, WEIGHT_BLOCK, axis=-2)[..., :rows, :]
+    return _tiles(decode_ue8m0(scale), rows, cols)
+
+
+def _tiles(value: Array, rows: int, cols: int) -> Array:
+    wide = jnp.repeat(value, WEIGHT_BLOCK, axis=-1)[..., :cols]
+    return jnp.repeat(wide, WEIGHT_BLOCK, axis=-2)[..., :rows, :]

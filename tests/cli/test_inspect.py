@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -243,10 +244,14 @@ def test_values_are_looked_at_when_asked(tmp_path: Path) -> None:
 
 
 def test_preset_is_needed_unless_given(tmp_path: Path) -> None:
-    tensors = tiny.unquantised(TENSORS, "BF16")
-    experts = tiny.unquantised(TENSORS, "F32")
-    tensors |= {name: raw for name, raw in experts.items() if ".experts." in name}
-    tiny.write(tmp_path, CONFIG, tensors)
+    tensors = tiny.unquantised(TENSORS, "F32")
+    half = {
+        name: tiny.raw("F16", raw.array(np.float32).astype(np.float16))
+        for name, raw in tensors.items()
+        if raw.dtype == "F32"
+    }
+    config = {k: v for k, v in CONFIG.items() if k != "quantization_config"}
+    tiny.write(tmp_path, config, tensors | half)
     [problem] = _json(tmp_path, code=2)["problems"]
     assert "no precision preset" in problem
     found = _json(tmp_path, "--precision", "bfloat16")

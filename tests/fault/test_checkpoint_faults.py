@@ -4,6 +4,7 @@ Every case must fail before an array is put on a device, but for the values of s
 """
 
 import errno
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -18,8 +19,15 @@ from dsv4_jax.checkpoint.names import official_name
 from dsv4_jax.checkpoint.read import TensorInfo
 from dsv4_jax.checkpoint.validate import resolve
 from dsv4_jax.config import ModelConfig
-from tests.support import broken, tiny
+from tests.support import broken, published, tiny
 from tests.support.broken import CONFIG, EXPERT, TENSORS, WQ_A
+
+FORMATS: dict[str, Callable[[], tuple[dict[str, Any], dict[str, tiny.Raw]]]] = {
+    "official": tiny.official,
+    "modelopt": published.modelopt,
+    "compressed": published.compressed_tensors,
+    "base": functools.partial(published.base, "F32"),
+}
 
 Break = Callable[[Path], None]
 
@@ -199,10 +207,80 @@ class TestTensors:
         path = _write(tmp_path, **{f"{name}.scale": wrong})
         _fails(path, f"{name}.scale must be F8_E8M0", f"{name}.weight", "found F8_E8M0 [2, 2]")
 
-    def test_C17_other_formats_are_named(self, tmp_path: Path) -> None:
-        scale = tiny.raw("F32", np.ones((), np.float32))
-        path = _write(tmp_path, **{f"{EXPERT}.weight_scale_2": scale})
-        _fails(path, f"{EXPERT}.weight_scale_2", "NVFP4 checkpoints cannot be loaded yet")
+    @pytest.mark.parametrize(
+        ("leaf", "wrong", "rule"),
+        [
+            ("weight_scale", None, "block_scale must be F8_E4M3 [128, 8]"),
+            ("weight_scale", ("F8_E4M3", (128, 4)), "found layers.2.ffn.experts.3.w2.weight_scale"),
+            ("weight_scale", ("F32", (128, 8)), "found layers.2.ffn.experts.3.w2.weight_scale F32"),
+            ("weight_scale_2", None, "global_scale must be F32 []"),
+            ("weight_scale_2", ("F32", (2,)), "weight_scale_2 F32 [2]"),
+        ],
+    )
+    def test_C16_nvfp4_scales(
+        self, tmp_path: Path, leaf: str, wrong: tuple[str, tuple[int, ...]] | None, rule: str
+    ) -> None:
+        config, tensors = published.modelopt()
+        name = f"{EXPERT}.{leaf}"
+        if wrong is None:
+            del tensors[name]
+        else:
+            dtype, shape = wrong
+            item = np.uint8 if dtype == "F8_E4M3" else np.float32
+            tensors[name] = tiny.raw(dtype, np.ones(shape, item))
+        _fails(tiny.write(tmp_path, config, tensors), "scale (1)", f"{EXPERT}.weight U8", rule)
+
+    @pytest.mark.parametrize(
+        ("source", "extra", "both"),
+        [
+            ("official", "weight_scale_2", (".scale", ".weight_scale_2")),
+            ("modelopt", "weight_global_scale", (".weight_global_scale", ".weight_scale_2")),
+            ("modelopt", "weight_packed", (".weight_packed", ".weight_scale_2")),
+            ("modelopt", "scale", (".scale", ".weight_scale")),
+            ("compressed", "weight_scale_2", (".weight_global_scale", ".weight_scale_2")),
+            ("compressed", "input_scale", (".input_scale", ".weight_global_scale")),
+            ("compressed", "weight", (".weight ", ".weight_packed")),
+            ("base", "weight_scale_inv", (".scale", ".weight_scale_inv")),
+        ],
+    )
+    def test_C17_two_names_of_one_thing(
+        self, tmp_path: Path, source: str, extra: str, both: tuple[str, str]
+    ) -> None:
+        config, tensors = FORMATS[source]()
+        tensors[f"{EXPERT}.{extra}"] = tiny.raw("F32", np.ones((), np.float32))
+        path = tiny.write(tmp_path, config, tensors)
+        _fails(path, "ambiguous number format", *(f"{EXPERT}{name}" for name in both))
+
+    def test_C17_conventions_side_by_side(self, tmp_path: Path) -> None:
+        """Every linear for itself is well-formed."""
+        config, tensors = published.modelopt()
+        other = published.compressed_tensors()[1]
+        tensors = {k: v for k, v in tensors.items() if not k.startswith(f"{EXPERT}.")}
+        tensors |= {k: v for k, v in other.items() if k.startswith(f"{EXPERT}.")}
+        message = _fails(tiny.write(tmp_path, config, tensors), "ambiguous number format")
+        assert "(Model-Optimizer)" in message and "(compressed-tensors)" in message
+        assert f"{EXPERT}.weight_" in message
+
+    @pytest.mark.parametrize(("tensors", "config"), [(0, 1), (1, 0)])
+    def test_C17_config_of_the_other_convention(
+        self, tmp_path: Path, tensors: int, config: int
+    ) -> None:
+        found = (published.modelopt(), published.compressed_tensors())
+        path = tiny.write(tmp_path, found[config][0], found[tensors][1])
+        names = ("Model-Optimizer", "compressed-tensors")
+        message = f"config.json follows {names[config]} (quantization_config."
+        for precision in (None, "official"):
+            with pytest.raises(CheckpointError, match="ambiguous number format") as error:
+                from_checkpoint(path, precision=precision)
+            assert message in str(error.value)
+            assert f"the tensors {names[tensors]} (layers.0.ffn.experts." in str(error.value)
+
+    def test_C17_integers_of_compressed_tensors(self, tmp_path: Path) -> None:
+        """Its W4A16 packs integers under the same name."""
+        config, tensors = published.compressed_tensors()
+        for name in [name for name in tensors if name.endswith(".weight_packed")]:
+            tensors[name] = tiny.raw("I32", np.zeros((128, 16), np.int32))
+        _fails(tiny.write(tmp_path, config, tensors), "no precision preset", "experts as I32")
 
     def test_C19_table_of_another_vocabulary(self, tmp_path: Path) -> None:
         wrong = tiny.raw("I64", np.zeros((255, 2), np.int64))
@@ -216,6 +294,32 @@ def test_C19_table_entry_is_no_expert(tmp_path: Path, entry: int) -> None:
     table[7, 1] = entry
     path = _write(tmp_path, **{"layers.1.ffn.gate.tid2eid": tiny.raw("I64", table)})
     _fails(path, "layers.1.ffn.gate.tid2eid", "[0, 4)", f"got {entry} at [7, 1]")
+
+
+@pytest.mark.parametrize(
+    ("source", "leaf", "value", "got"),
+    [
+        ("modelopt", "weight_scale", 0x7F, "got nan (byte 127) at [127, 7]"),
+        ("modelopt", "weight_scale", 0xB8, "got -1.0 (byte 184) at [127, 7]"),
+        ("modelopt", "weight_scale_2", 0.0, "got 0.0"),
+        ("modelopt", "weight_scale_2", -1.0, "got -1.0"),
+        ("modelopt", "weight_scale_2", np.nan, "got nan"),
+        ("compressed", "weight_global_scale", 0.0, "got 0.0"),
+        ("compressed", "weight_global_scale", np.inf, "got inf"),
+        ("compressed", "weight_global_scale", 1e-39, "must be positive and finite"),
+        ("base", "scale", np.nan, "got nan at [0, 0]"),
+        ("base", "scale", -0.5, "got -0.5 at [0, 0]"),
+    ],
+)
+def test_C18_scales_of_other_formats(
+    tmp_path: Path, source: str, leaf: str, value: float, got: str
+) -> None:
+    config, tensors = FORMATS[source]()
+    old = tensors[f"{EXPERT}.{leaf}"]
+    array = old.array(np.uint8 if old.dtype == "F8_E4M3" else np.float32).copy()
+    array[tuple(n - 1 for n in array.shape)] = value
+    tensors[f"{EXPERT}.{leaf}"] = tiny.raw(old.dtype, array)
+    _fails(tiny.write(tmp_path, config, tensors), f"{tiny.SINGLE}: {EXPERT}.{leaf}", got)
 
 
 def test_unquantised_linears_of_one_kind_share_a_dtype(tmp_path: Path) -> None:
