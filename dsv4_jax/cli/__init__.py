@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from dsv4_jax.cli import chat, compare, evaluate
+from dsv4_jax.cli import bench, chat, compare, evaluate
 from dsv4_jax.cli.common import (
     UserError,
     check_devices,
@@ -269,6 +269,7 @@ def generate(
 app.command("chat")(chat.command)
 app.command("eval")(evaluate.command)
 app.command("compare")(compare.command)
+app.command("bench")(bench.command)
 
 
 @app.command("env")
