@@ -7,6 +7,7 @@ activations, are left out: they are small.
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final, cast
 
@@ -96,8 +97,18 @@ def _group(parameter: Parameter) -> str:
     return next(group for start, group in parts.items() if kind.startswith(start))
 
 
+def _alike(config: ModelConfig) -> Counter[int]:
+    """Layers that have the parameters of no layer before them, and how many each stands for."""
+    first: dict[tuple[LayerKind, bool], int] = {}
+    layers = range(config.num_hidden_layers)
+    return Counter(
+        first.setdefault((config.layer_kind(i), config.is_hash_layer(i)), i) for i in layers
+    )
+
+
 def _layer(config: ModelConfig, layer: int) -> list[Parameter]:
-    return [p for p in parameters(config, False) if p.module == f"layers.{layer}"]
+    one = parameters(cut(config, [layer]), False)
+    return [parameter for parameter in one if parameter.module == "layers.0"]
 
 
 def _read(config: ModelConfig, precision: Precision, parameter: Parameter, tokens: int) -> float:
@@ -152,10 +163,15 @@ def decode_bytes(
     config: ModelConfig, precision: Precision, context: int, rows: int
 ) -> tuple[list[dict[str, float]], float]:
     """Bytes that a step over ``context`` tokens a row reads: by layer and group, and outside."""
+    weights = {
+        (config.layer_kind(i), config.is_hash_layer(i)): weight_bytes(config, precision, i, rows)
+        for i in _alike(config)
+    }
     layers: list[dict[str, float]] = []
     for layer in range(config.num_hidden_layers):
-        found = weight_bytes(config, precision, layer, rows)
-        cache = cache_bytes(config, precision, config.layer_kind(layer), context, rows)
+        kind = config.layer_kind(layer)
+        found = dict(weights[kind, config.is_hash_layer(layer)])
+        cache = cache_bytes(config, precision, kind, context, rows)
         found["attention"] += cache["entries"] + cache["window"]
         found["indexer"] += cache["index keys"]
         found["compressors"] += cache["states"]
@@ -164,7 +180,7 @@ def decode_bytes(
 
 
 def _outside(config: ModelConfig, precision: Precision, tokens: int) -> float:
-    head = [p for p in parameters(config, False) if not p.module.startswith("layers.")]
+    head = parameters(cut(config, []), False)
     return sum(_read(config, precision, parameter, tokens) for parameter in head)
 
 
@@ -198,25 +214,25 @@ def prefill_work(
     left out of the bytes. Products of FP8 activations count as FP8, all others as BF16.
     """
     c = config
-    sizes = [min(chunk, tokens - start) for start in range(0, tokens, chunk)]
-    read = sum(
-        _outside(c, precision, rows * size)
-        + sum(
-            sum(weight_bytes(c, precision, layer, rows * size).values())
-            for layer in range(c.num_hidden_layers)
-        )
-        for size in sizes
-    )
-    flops = {"fp8": 0.0, "bf16": 2.0 * rows * len(sizes) * c.vocab_size * c.hidden_size}
+    sizes = Counter(min(chunk, tokens - start) for start in range(0, tokens, chunk))
+    alike = _alike(c)
+    read = 0.0
+    for size, times in sizes.items():
+        one = _outside(c, precision, rows * size)
+        for layer, count in alike.items():
+            one += count * sum(weight_bytes(c, precision, layer, rows * size).values())
+        read += times * one
+    head = 2.0 * rows * sizes.total() * c.vocab_size * c.hidden_size
+    flops = {"fp8": 0.0, "bf16": head}
     position = np.arange(tokens, dtype=np.float64)
-    for layer in range(c.num_hidden_layers):
+    for layer, count in alike.items():
         for parameter in _layer(c, layer):
             if len(parameter.shape) < 2 or parameter.kind.endswith(("ape", "tid2eid")):
                 continue
             form = cast(Any, getattr(precision, parameter.rule, "bfloat16"))
             fp8 = form in LINEAR_FORMATS and act_format(form) == "fp8"
             used = c.num_experts_per_tok if parameter.experts else 1
-            products = 2.0 * rows * tokens * used * math.prod(parameter.shape)
+            products = 2.0 * count * rows * tokens * used * math.prod(parameter.shape)
             flops["fp8" if fp8 else "bf16"] += products
         kind = c.layer_kind(layer)
         keys = np.minimum(position + 1, c.sliding_window)
@@ -225,7 +241,8 @@ def prefill_work(
             csa = kind is LayerKind.CSA
             keys = keys + (np.minimum(entries, c.index_topk) if csa else entries)
             if csa:
-                scored = np.where(entries > c.index_topk, entries, 0).sum()
-                flops["fp8"] += 2.0 * rows * c.index_n_heads * c.index_head_dim * scored
-        flops["bf16"] += 4.0 * rows * c.num_attention_heads * c.head_dim * keys.sum()
+                scored = float(np.where(entries > c.index_topk, entries, 0).sum())
+                flops["fp8"] += 2.0 * count * rows * c.index_n_heads * c.index_head_dim * scored
+        each = 4.0 * count * rows * c.num_attention_heads * c.head_dim
+        flops["bf16"] += each * float(keys.sum())
     return Work(read, flops["fp8"], flops["bf16"])

@@ -90,4 +90,5 @@ def draw(report: dict[str, Any], path: Path | str) -> None:
         x=0.01,
         horizontalalignment="left",
     )
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -66,7 +66,7 @@ class Row:
 
     @property
     def group(self) -> str:
-        """Which of `floor.GROUPS`, or `floor.OUTSIDE` (of a row of no layer it means nothing)."""
+        """Which of `floor.GROUPS`; of a row outside of layers it means nothing."""
         *modules, op = self.op.split(" ")
         return _group(modules[0].split("/") if modules else [], op)
 
@@ -126,11 +126,11 @@ def layers_of(launches: Sequence[Launch]) -> list[int | None]:
 def parts_of(launches: Sequence[Launch]) -> list[Part]:
     """The part of each launch, in order of time; counted if its instruction is not known, unless
     it lies inside of another part."""
-    known = [part_of(*where(launch.path)) if launch.path else None for launch in launches]
-    before, behind = _last_known(known), _last_known(known[::-1])[::-1]
-    return [
-        first if first == last else "counted" for first, last in zip(before, behind, strict=True)
+    known: list[Part | None] = [
+        part_of(*where(launch.path)) if launch.path else None for launch in launches
     ]
+    both = zip(_last_known(known), _last_known(known[::-1])[::-1], strict=True)
+    return [before if before == behind else "counted" for before, behind in both]
 
 
 def _last_known(parts: Iterable[Part | None]) -> list[Part]:

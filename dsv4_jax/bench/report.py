@@ -6,6 +6,7 @@ model; a layer is the difference. ``profile``: the launches of the whole model i
 the idle time between them.
 """
 
+import bisect
 import dataclasses
 import os
 from collections import Counter
@@ -104,6 +105,10 @@ def _model(settings: Settings) -> tuple[ModelConfig, str]:
         return config, detect_precision(reader.tensors, source=str(path))
 
 
+def _is_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
 def _memory_limit() -> int:
     """Bytes that the device has for this process."""
     stats: dict[str, Any] | None = jax.devices()[0].memory_stats()
@@ -127,7 +132,7 @@ def _check_memory(config: ModelConfig, precision: Precision, rows: int, max_len:
     whole = needed(n)
     if whole <= limit:
         return
-    fits = next((i for i in range(n - 1, 0, -1) if needed(i) <= limit), 0)
+    fits = bisect.bisect_right(range(n), limit, lo=1, key=needed) - 1
     raise ValueError(
         f"bench: weights and cache of {n} layers take {whole / 1e9:.1f} GB, "
         f"{jax.devices()[0].device_kind} has {limit / 1e9:.1f} GB free for them: "
@@ -230,8 +235,7 @@ def run(**settings: Any) -> dict[str, Any]:
             finite, or a profile was asked for and there is no GPU.
     """
     chosen = Settings(**settings)
-    device = jax.devices()[0]
-    gpu = device.platform == "gpu"
+    device, gpu = jax.devices()[0], _is_gpu()
     if chosen.profile and not gpu:
         raise ValueError(
             "bench: profile: launches can be seen on a GPU only, got the backend "

@@ -15,7 +15,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsv4_jax.cache import Cache
-from dsv4_jax.checkpoint.names import Parameter, leaves, parameters, set_path
+from dsv4_jax.checkpoint.names import (
+    Parameter,
+    leaves,
+    parameters,
+    set_path,
+    target_format,
+)
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.precision import Precision
 from dsv4_jax.quant import bits
@@ -23,8 +29,8 @@ from dsv4_jax.typing import E2M1, E4M3, UE8M0, Array
 
 __all__ = ["any_leaf", "any_leaves", "random_cache", "random_params"]
 
-_RMS: Final = {E2M1: 2.93, E4M3: 0.61}
-"""Of the codes that `any_leaf` makes; the codes of other dtypes have 1.155, as uniform [-2, 2)."""
+_RMS: Final = {"mxfp4": 2.93, "nvfp4": 2.93, "fp8": 0.6, "bfloat16": 1.155, "float32": 1.155}
+"""Of the codes that `any_leaf` makes for a format: any of E2M1, E4M3 below 2, others in [-2, 2]."""
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
@@ -80,26 +86,27 @@ def random_params(config: ModelConfig, precision: Precision) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for i, parameter in enumerate(parameters(config, False)):
         for j, (path, leaf) in enumerate(leaves(parameter, precision).items()):
-            made = _made(parameter, path[-1], leaf, 4 * i + j, config.n_routed_experts)
+            form = target_format(parameter, precision)
+            made = _made(parameter, form, path[-1], leaf, 4 * i + j, config.n_routed_experts)
             set_path(tree, path, made)
     return tree
 
 
-def _made(parameter: Parameter, name: str, leaf: Any, seed: int, experts: int) -> Array:
-    inputs = parameter.shape[-1]
-    if leaf.dtype == jnp.int32:
+def _made(parameter: Parameter, form: str, name: str, leaf: Any, seed: int, experts: int) -> Array:
+    if form == "int32":
         return _hash_table(seed, leaf.shape, experts)
+    size = _RMS[form] * math.sqrt(parameter.shape[-1])
     if leaf.dtype == UE8M0:
-        return _exponents(seed, leaf.shape, 127 - round(math.log2(math.sqrt(inputs))))
+        return _exponents(seed, leaf.shape, 127 - round(math.log2(size)))
     if name == "block_scale":
         return _one_or_two(seed, leaf.shape)
     if name == "global_scale":
-        return jnp.full(leaf.shape, 1 / (1.6 * _RMS[E2M1] * math.sqrt(inputs)), leaf.dtype)
-    if leaf.dtype in _RMS:
+        return jnp.full(leaf.shape, 1 / (1.6 * size), leaf.dtype)
+    if leaf.dtype in (E2M1, E4M3):
         return any_leaf(seed, leaf.shape, leaf.dtype)
     norm = parameter.name.endswith("norm.weight")
     matrix = len(parameter.shape) > 1
-    factor = 1 / (1.155 * math.sqrt(inputs)) if matrix else 0.05
+    factor = 1 / size if matrix else 0.05
     return _real(seed, factor, 1.0 if norm else 0.0, leaf.shape, leaf.dtype)
 
 
@@ -132,7 +139,7 @@ def _hash_table(seed: int, shape: tuple[int, ...], experts: int) -> Array:
 
 def random_cache(model: Any, batch_size: int, max_len: int, length: int) -> Cache:
     """A cache whose rows all hold ``length`` tokens, of any finite content."""
-    cache = jax.eval_shape(lambda: model.init_cache(batch_size, max_len))
+    cache = jax.eval_shape(lambda: model.init_cache(batch_size=batch_size, max_len=max_len))
     parts, structure = jax.tree.flatten(cache.layers)
     made = [any_leaf(i, x.shape, x.dtype) for i, x in enumerate(parts, 1)]
     return dataclasses.replace(
