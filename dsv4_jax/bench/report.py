@@ -140,17 +140,20 @@ def _check_memory(config: ModelConfig, precision: Precision, rows: int, max_len:
     )
 
 
-def _peak(loop: Loop) -> tuple[int | None, str]:
-    """Most bytes in use, and who says so."""
+def _memory(loop: Loop) -> dict[str, Any]:
+    """Most bytes in use and who says so; what the loop needs: arguments, results, temporaries."""
+    found: Any = loop.compiled.memory_analysis()
+    size = None
+    if found is not None:
+        passed = found.argument_size_in_bytes + found.output_size_in_bytes
+        size = passed - found.alias_size_in_bytes + found.temp_size_in_bytes
     stats: dict[str, Any] | None = jax.devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"], "allocator, so far in this process"
-    found: Any = loop.compiled.memory_analysis()
-    if found is None:
-        return None, "not available"
-    arguments, results = found.argument_size_in_bytes, found.output_size_in_bytes
-    size = arguments + results - found.alias_size_in_bytes + found.temp_size_in_bytes
-    return size, "compiled decode loop"
+        # That of making the weights too.
+        peak, source = stats["peak_bytes_in_use"], "allocator, so far in this process"
+    else:
+        peak, source = size, "not available" if size is None else "compiled decode loop"
+    return {"loop_bytes": size, "peak_bytes": peak, "peak_from": source}
 
 
 def _cpu_ceilings() -> Ceilings:
@@ -270,7 +273,7 @@ def run(**settings: Any) -> dict[str, Any]:
     compile_s = loop.compile_s
     loop.cache = None
     prompt = _prefill(model, params, chosen) if chosen.prefill else None
-    peak, source = _peak(loop)
+    memory = _memory(loop)
     del loop
     profile = _by_profile(model, params, chosen, context) if chosen.profile else None
     if profile is None:
@@ -332,8 +335,7 @@ def run(**settings: Any) -> dict[str, Any]:
         "prefill": prompt,
         "memory": {
             **held_bytes(config, precision, chosen.batch, max_len),
-            "peak_bytes": peak,
-            "peak_from": source,
+            **memory,
         },
         "profile": profile,
     }

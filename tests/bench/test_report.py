@@ -102,6 +102,7 @@ def test_json_of_a_small_model() -> None:
     assert decode["layers_from"] == "models" and found["profile"] is None
     assert memory["peak_bytes"] >= memory["weights_bytes"] > decode["bytes_per_token"]
     assert memory["peak_from"] == "compiled decode loop"
+    assert memory["loop_bytes"] == memory["peak_bytes"]
     assert prompt["us"] * prompt["tokens_per_s"] == pytest.approx(2 * 8 * 1e6)
     assert prompt["fraction"] == pytest.approx(prompt["floor_us"] / prompt["us"])
 
@@ -146,6 +147,30 @@ def test_layers_by_kind(fake_times: list[Any], tmp_path: Path) -> None:
     drawn = bars(found)
     assert sum(drawn["step"].values()) == decode["us_per_token"]
     assert sum(drawn["step, floor"].values()) == pytest.approx(decode["floor_us"])
+
+
+def test_peak_of_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is one; the loop's own need stays beside it."""
+
+    class Sizes:
+        argument_size_in_bytes, output_size_in_bytes = 100, 30
+        alias_size_in_bytes, temp_size_in_bytes = 20, 7
+
+    class Compiled:
+        memory_analysis = Sizes
+
+    class Device:
+        @staticmethod
+        def memory_stats() -> dict[str, int]:
+            return {"peak_bytes_in_use": 500, "bytes_limit": 1000}
+
+    class FakeLoop:
+        compiled = Compiled
+
+    monkeypatch.setattr(jax, "devices", lambda: [Device])
+    found = report._memory(FakeLoop())
+    assert (found["loop_bytes"], found["peak_bytes"]) == (117, 500)
+    assert found["peak_from"].startswith("allocator") and report._memory_limit() == 1000
 
 
 def test_table(fake_times: list[Any]) -> None:
