@@ -6,17 +6,18 @@ and any other one is computed from its beginning.
 """
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from tokenizers import Tokenizer
 
 from dsv4_jax.cache import Cache
 from dsv4_jax.generate import Model, TokenEvent, check_lengths, decode_step, prefill
 from dsv4_jax.sampling import Sampled, SamplingParams, sample, step_keys
-from dsv4_jax.text import IncrementalDetokenizer, encode
 from dsv4_jax.typing import Array, Params
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 __all__ = ["Session"]
 
@@ -70,12 +71,15 @@ class Session:
         """The tokens that the cache holds."""
         return tuple(self._tokens) if self._cache is not None else ()
 
-    def encode(self, tokenizer: Tokenizer, text: str) -> list[int]:
+    def encode(self, tokenizer: "Tokenizer", text: str) -> list[int]:
         """Token ids of a prompt, those in the cache first where their text is its beginning.
 
         The model's own tokens are kept so: a text can be cut into tokens in more than one way, and
         the tokenizer need not cut an answer as the model did.
         """
+        # Here alone: without text nothing in the package needs `tokenizers`.
+        from dsv4_jax.text import IncrementalDetokenizer, encode
+
         detokenizer = IncrementalDetokenizer(tokenizer)
         held = detokenizer.push(*self.tokens) + detokenizer.flush()
         if held and text.startswith(held):

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from dsv4_jax.cli import chat, compare, convert, evaluate, inspect
+from dsv4_jax.cli import bench, chat, compare, convert, evaluate, inspect
 from dsv4_jax.cli.common import (
     EXIT_CODES,
     INTERRUPTED,
@@ -295,6 +295,7 @@ app.command("eval")(evaluate.command)
 app.command("compare")(compare.command)
 app.command("inspect")(inspect.command)
 app.command("convert")(convert.command)
+app.command("bench")(bench.command)
 
 
 @app.command("env")

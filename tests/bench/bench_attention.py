@@ -19,13 +19,14 @@ import numpy as np
 import pytest
 from jax import lax
 
+from dsv4_jax.bench.weights import any_leaf
 from dsv4_jax.ops._attention_jax import attention_jax
 from dsv4_jax.ops.attention import attention
 from dsv4_jax.quant.kv import KvRows
 from dsv4_jax.typing import E4M3, UE8M0
 from tests.bench import linears, timing
 from tests.support.numerics import assert_near
-from tests.support.stored import any_leaf, exact_attention
+from tests.support.stored import exact_attention
 
 pytestmark = [pytest.mark.bench, pytest.mark.gpu]
 

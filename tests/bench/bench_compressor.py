@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv4_jax.bench.weights import any_leaf
 from dsv4_jax.ops.compressor import Compressed, CompressorJob, compressor
 from dsv4_jax.quant import bits
 from dsv4_jax.quant.kv import IndexRows, KvRows
 from dsv4_jax.typing import E2M1, E4M3, UE8M0
 from tests.bench import linears, timing
 from tests.support.numerics import assert_same_bits, raw
-from tests.support.stored import any_leaf
 
 pytestmark = [pytest.mark.bench, pytest.mark.gpu]
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv4_jax.bench.weights import any_leaf
 from dsv4_jax.ops.hadamard import hadamard
 from dsv4_jax.ops.index_query_finish import index_query_finish
 from dsv4_jax.ops.rope import rope
@@ -14,7 +15,6 @@ from dsv4_jax.quant.kv import IndexRows, index_quant
 from dsv4_jax.typing import E2M1, E4M3, UE8M0
 from tests.bench import timing
 from tests.support.numerics import raw
-from tests.support.stored import any_leaf
 
 pytestmark = [pytest.mark.bench, pytest.mark.gpu]
 

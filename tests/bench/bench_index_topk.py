@@ -20,13 +20,14 @@ import numpy as np
 import pytest
 from jax import lax
 
+from dsv4_jax.bench.weights import any_leaf
 from dsv4_jax.ops.index_topk import index_topk
 from dsv4_jax.quant import bits
 from dsv4_jax.quant.kv import IndexRows, index_dequant
 from dsv4_jax.typing import E4M3, UE8M0
 from tests.bench import linears, timing
 from tests.support.numerics import f64
-from tests.support.stored import any_leaf, assert_best, exact_scores
+from tests.support.stored import assert_best, exact_scores
 
 pytestmark = [pytest.mark.bench, pytest.mark.gpu]
 

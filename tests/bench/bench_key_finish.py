@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv4_jax.bench.weights import any_leaf
 from dsv4_jax.ops.cache_write import cache_write
 from dsv4_jax.ops.key_finish import FinishedKeys, key_finish
 from dsv4_jax.ops.rmsnorm import rmsnorm
@@ -19,7 +20,6 @@ from dsv4_jax.quant.kv import KvRows, kv_quant
 from dsv4_jax.typing import E4M3, UE8M0
 from tests.bench import timing
 from tests.support.numerics import raw
-from tests.support.stored import any_leaf
 
 pytestmark = [pytest.mark.bench, pytest.mark.gpu]
 

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax import Cache, DeepseekV4, ModelConfig, Precision
+from dsv4_jax import DeepseekV4, ModelConfig, Precision
+from dsv4_jax.bench.floor import cache_bytes, cut, weight_bytes
+from dsv4_jax.bench.weights import any_leaf, any_leaves, random_cache
 from dsv4_jax.checkpoint.names import expected_tree, tree_bytes
 from dsv4_jax.config import LayerKind
 from tests.bench import linears, timing
-from tests.bench.bench_step import active_bytes, cut
-from tests.support.stored import any_leaf, any_leaves
 
 pytestmark = [pytest.mark.bench, pytest.mark.gpu]
 
@@ -66,40 +66,17 @@ class Case:
     def config(self) -> ModelConfig:
         """A model of this layer alone."""
         ratios = list(CONFIG.compress_ratios)
-        return cut(CONFIG, ratios.index(self.row.kind.value))
+        return cut(CONFIG, [ratios.index(self.row.kind.value)], score_routed=True)
 
     @property
     def cache_bytes(self) -> dict[str, float]:
         """Read by a step, by what it is."""
-        c, ratio = CONFIG, self.row.kind.value
-        key = c.nope_dim + c.nope_dim // 64 + 2 * c.qk_rope_head_dim
-        entries, csa = (self.row.position + 1) // ratio, self.row.kind is LayerKind.CSA
-        chosen = min(c.index_topk, entries) if csa else entries
-        index_key = c.index_head_dim // 2 + c.index_head_dim // 32
-        width = 2 * (c.head_dim + c.index_head_dim) if csa else c.head_dim
-        # A window that closes reads its slots: of positions that follow each other one in `ratio`.
-        slots = (2 if csa else 1) * ratio * width * 8 / ratio
-        return {
-            "index keys": self.t * index_key * entries if csa else 0.0,
-            "entries": self.t * key * chosen,
-            "window": self.t * key * c.sliding_window,
-            "states": self.t * slots,
-        }
+        return cache_bytes(CONFIG, PRECISION, self.row.kind, self.row.position, self.t)
 
 
 ROWS = [Row("flash", kind, p) for kind in (LayerKind.CSA, LayerKind.HCA) for p in POSITIONS]
 EVERY = [Case(row, "official", t) for row in ROWS for t in TOKENS]
 CASES = [case for case in EVERY if case.t == 1]
-
-
-def filled(model: DeepseekV4, case: Case, steps: int, max_len: int) -> Cache:
-    """A cache of random bytes, ``steps`` before the position."""
-    cache = jax.eval_shape(lambda: model.init_cache(case.t, max_len))
-    lengths = jnp.full(case.t, case.row.position + 1 - steps, jnp.int32)
-    flags = jnp.zeros(case.t, bool)
-    return dataclasses.replace(
-        cache, layers=any_leaves(cache.layers), lengths=lengths, overflow=flags
-    )
 
 
 def measure(
@@ -132,7 +109,8 @@ def measure(
         assert np.isfinite(np.asarray(out, np.float32)).all(), f"{case.name}: not finite"
         np.testing.assert_array_equal(cache.lengths, case.row.position + 1)
 
-    weights = active_bytes(config, params, case.t)
+    weights = sum(weight_bytes(config, PRECISION, 0, case.t).values())
+    before = case.row.position + 1 - steps
     parts = {"weights": weights, **case.cache_bytes}
     amounts = ", ".join(f"{name} {x / 1e6:.3f}" for name, x in parts.items() if x)
     whole = tree_bytes(jax.eval_shape(lambda: model.init_cache(case.t, max_len)).layers)
@@ -141,7 +119,10 @@ def measure(
         "long_context",
         case.name,
         step,
-        lambda: (jnp.zeros_like(streams), filled(model, case, steps, max_len)),
+        lambda: (
+            jnp.zeros_like(streams),
+            random_cache(model, case.t, max_len, before),
+        ),
         (params, streams),
         check,
         launches={},

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv4_jax.bench.weights import any_leaf
 from dsv4_jax.ops.head_norm import head_norm
 from dsv4_jax.ops.query_finish import query_finish
 from dsv4_jax.ops.rope import rope
 from tests.bench import timing
 from tests.support.numerics import raw
-from tests.support.stored import any_leaf
 
 pytestmark = [pytest.mark.bench, pytest.mark.gpu]
 

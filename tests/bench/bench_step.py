@@ -19,7 +19,9 @@ import numpy as np
 
 import dsv4_jax
 from dsv4_jax import DeepseekV4, ModelConfig, Precision
-from dsv4_jax.checkpoint.names import expected_tree, tree_bytes
+from dsv4_jax.bench.floor import cut, weight_bytes
+from dsv4_jax.bench.weights import random_params
+from dsv4_jax.checkpoint.names import expected_tree
 
 READ_CEILING = 4.39e12  # bytes/s, one H200, 2026-11-22
 
@@ -29,54 +31,11 @@ def emit(**figures: Any) -> None:
     print(json.dumps(figures), flush=True)
 
 
-def random_params(tree: Any, seed: int = 0) -> Any:
-    """Random bytes in storage formats, made on the device: finite, scales near one."""
-    leaves, treedef = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-
-    def fill(key: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        shape, dtype = leaf.shape, leaf.dtype
-        if dtype == jnp.float4_e2m1fn:
-            packed = jax.random.bits(key, (*shape[:-1], shape[-1] // 2), jnp.uint8)
-            return jax.lax.bitcast_convert_type(packed, dtype).reshape(shape)
-        if dtype == jnp.float8_e4m3fn:
-            code = jax.random.bits(key, shape, jnp.uint8) & 0xBF  # |x| < 2, never NaN
-            return jax.lax.bitcast_convert_type(code, dtype)
-        if dtype == jnp.float8_e8m0fnu:
-            return jax.lax.bitcast_convert_type(jnp.full(shape, 120, jnp.uint8), dtype)
-        if dtype == jnp.int32:
-            return jax.random.randint(key, shape, 0, 256, jnp.int32)
-        return (jax.random.normal(key, shape, jnp.float32) * 0.02).astype(dtype)
-
-    make = jax.jit(fill, static_argnums=1)
-    return treedef.unflatten([make(key, leaf) for key, leaf in zip(keys, leaves, strict=True)])
-
-
-def cut(config: ModelConfig, layer: int) -> ModelConfig:
-    """A model of the one layer ``layer`` (score-routed), embedding and head kept."""
-    return dataclasses.replace(
-        config,
-        num_hidden_layers=1,
-        num_hash_layers=0,
-        compress_ratios=(config.compress_ratios[layer],),
-        num_nextn_predict_layers=0,
-    )
-
-
-def active_bytes(config: ModelConfig, params: Any, tokens: int) -> float:
-    """Weight bytes of a layer that a step must read: expected distinct experts of uniform picks."""
-    layer = params["layers_0"]
-    experts = tree_bytes(layer["ffn"]["experts"])
-    e, k = config.n_routed_experts, config.num_experts_per_tok
-    used = e * (1 - (1 - k / e) ** tokens)
-    return tree_bytes(layer) - experts + experts * used / e
-
-
 def bench_layer(size: str, layer: int, preset: str, tokens: int, context: int) -> None:
     """One layer: compile, memory, median time."""
-    config = cut(getattr(ModelConfig, size)(), layer)
+    config = cut(getattr(ModelConfig, size)(), [layer], score_routed=True)
     model = DeepseekV4(config, Precision.preset(preset))
-    params = random_params(expected_tree(config, model.precision, False))
+    params = random_params(config, model.precision)
     decode = tokens <= 128
     b, t = (tokens, 1) if decode else (1, tokens)
     cache = model.init_cache(b, context + 64 + t)
@@ -104,7 +63,7 @@ def bench_layer(size: str, layer: int, preset: str, tokens: int, context: int) -
         jax.block_until_ready(out)
         times.append(time.perf_counter() - begin)
     us = statistics.median(times[1:]) * 1e6
-    floor_us = active_bytes(config, params, tokens) / READ_CEILING * 1e6
+    floor_us = sum(weight_bytes(config, model.precision, 0, tokens).values()) / READ_CEILING * 1e6
     emit(
         what=f"{size} layer {layer} ({config.layer_kind(0).name}), {preset}",
         tokens=tokens,

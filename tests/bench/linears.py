@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from dsv4_jax.bench.ceilings import Rate
 from dsv4_jax.precision import act_format, weight_format
 from dsv4_jax.quant import bits, fp8, nvfp4
 from dsv4_jax.typing import E2M1, E4M3
@@ -164,7 +165,7 @@ class Case:
         return 2.0 * self.t * self.row.n * self.row.k
 
     @property
-    def flops_at(self) -> timing.Rate:
+    def flops_at(self) -> Rate:
         """FP8 products where the weight is, or can be, FP8 as well."""
         return "fp8" if self.act == "fp8" else "bf16"
 

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import pytest
 
 from dsv4_jax import DeepseekV4, ModelConfig, Precision
+from dsv4_jax.bench.profile import Launch, Row, launches_of, layer_rows, op_names, part_of
+from dsv4_jax.bench.weights import random_cache
 from dsv4_jax.checkpoint.names import expected_tree
 from dsv4_jax.config import LayerKind
 from tests.bench import launches
-from tests.bench.launches import Launch, Row, launches_of, layer_rows, op_names, part_of, table
+from tests.bench.launches import table
 
 STEP = "jit(decode)/DeepseekV4/DeepseekV4._advance"
 HLO = f"""
@@ -73,7 +75,7 @@ def found() -> list[Launch]:
 
 
 def test_rows_of_a_layer() -> None:
-    assert layer_rows(found(), 1, STEPS) == [
+    assert layer_rows(found(), [1], STEPS) == [
         Row("ClusterKernel<16>", "hc_attn mhc", "counted", 1, 2),
         Row("GemmKernel", "attn/indexer/wq_b fp8_linear", "indexer", 1, 2),
         Row("ReduceKernel", "attn/indexer/wq_b fp8_linear", "indexer", 1, 2),
@@ -88,17 +90,17 @@ def test_rows_of_a_layer() -> None:
 
 
 def test_rows_outside() -> None:
-    rows = layer_rows(found(), None, STEPS)
+    rows = layer_rows(found(), [None], STEPS)
     assert [(row.kernel, row.op, row.count) for row in rows] == [("wrapped_add", "add", 2)]
 
 
 def test_every_launch_is_somewhere() -> None:
-    counts = [sum(r.count for r in layer_rows(found(), i, STEPS)) for i in (None, 0, 1, 2)]
+    counts = [sum(r.count for r in layer_rows(found(), [i], STEPS)) for i in (None, 0, 1, 2)]
     assert sum(counts) == len(EVENTS)
 
 
 def test_sums_of_a_table() -> None:
-    lines = table("flash", layer_rows(found(), 1, STEPS)).splitlines()
+    lines = table("flash", layer_rows(found(), [1], STEPS)).splitlines()
     assert lines[0] == "### flash"
     assert lines[4] == "| `ClusterKernel<16>` | hc_attn mhc | 1 | 2.0 |  |"
     assert lines[5] == "| `GemmKernel` | attn/indexer/wq_b fp8_linear | 1 | 2.0 | indexer |"
@@ -142,7 +144,7 @@ def test_models(size: str) -> None:
     assert [config.is_hash_layer(i) for i in launches.LISTED] == [True, False, False]
     model = DeepseekV4(config, Precision())
     params = expected_tree(config, Precision(), False)
-    cache = jax.eval_shape(lambda: launches.at_position(model, launches.POSITION))
+    cache = jax.eval_shape(lambda: random_cache(model, 1, launches.POSITION + 1, launches.POSITION))
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     jitted = jax.jit(launches.decode, static_argnames="model", donate_argnames="cache")
     traced = jitted.trace(model, params, tokens, cache)

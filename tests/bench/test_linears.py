@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv4_jax.bench.floor import cut
 from dsv4_jax.config import LayerKind
 from dsv4_jax.precision import act_format, weight_format
 from dsv4_jax.quant import fp8, nvfp4
@@ -26,7 +27,6 @@ from tests.bench import (
     linears,
     timing,
 )
-from tests.bench.bench_step import cut
 from tests.bench.test_timing import GOOD, TINY
 from tests.model.test_long_context import SMALL
 from tests.support import products, stored
@@ -168,7 +168,7 @@ def test_long_context_bench_at_tiny_size(
 ) -> None:
     """The cache goes round in place."""
     case = bench_long_context.Case(bench_long_context.Row("flash", kind, 4095), "official", 2)
-    tiny = cut(SMALL, SMALL.compress_ratios.index(kind.value))
+    tiny = cut(SMALL, [SMALL.compress_ratios.index(kind.value)], score_routed=True)
     result = bench_long_context.measure(case, tiny, steps=3, max_len=4096, replays=2)
     assert result.launches == 3 and result.gb_s > 0
     printed = capsys.readouterr().out

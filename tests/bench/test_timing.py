@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from dsv4_jax import library
+from dsv4_jax.bench.ceilings import measured_ceilings
 from dsv4_jax.ops.cache_write import cache_write
 from dsv4_jax.quant.kv import IndexRows, KvRows
 from dsv4_jax.typing import E2M1, E4M3, UE8M0
@@ -122,7 +123,7 @@ def test_missed_bar(bar: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bar in us is scaled by the floors of the two GPUs."""
-    found = timing.measured_ceilings(size=64, read_bytes=1 << 20)
+    found = measured_ceilings(size=64, read_bytes=1 << 20)
     assert min(found.read, found.copy, found.bf16, found.fp8) > 0
     slow = dataclasses.replace(timing.H200, bf16=timing.H200.bf16 / 2)
     monkeypatch.setattr(timing, "ceilings", lambda: slow)

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from dsv4_jax import Cache, DeepseekV4, ModelConfig, Precision
+from dsv4_jax.bench.weights import any_leaf, any_leaves
 from dsv4_jax.cache import LayerCache
 from dsv4_jax.checkpoint.names import expected_tree
 from dsv4_jax.config import LayerKind
@@ -28,8 +29,6 @@ from dsv4_jax.quant import bits
 from reference.compressor import compressor as reference_compressor
 from tests.support.numerics import assert_near, assert_same_bits, raw
 from tests.support.stored import (
-    any_leaf,
-    any_leaves,
     assert_best,
     exact_attention,
     exact_scores,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv4_jax.bench.weights import any_leaf
 from dsv4_jax.ops.index_topk import index_topk
 from dsv4_jax.quant import bits
 from dsv4_jax.quant.kv import IndexRows
@@ -28,7 +29,7 @@ from tests.ops.test_index_topk import (
     stored,
 )
 from tests.support.numerics import assert_near, assert_same_bits
-from tests.support.stored import any_leaf, assert_best, exact_scores
+from tests.support.stored import assert_best, exact_scores
 
 pytestmark = pytest.mark.gpu
 

@@ -15,12 +15,10 @@ from jax import lax
 from dsv4_jax.ops.hadamard import hadamard
 from dsv4_jax.quant import bits
 from dsv4_jax.quant.kv import IndexRows, KvRows, index_quant, kv_quant
-from dsv4_jax.typing import E2M1, E4M3, UE8M0
+from dsv4_jax.typing import E2M1, E4M3
 from tests.support.numerics import f64
 
 __all__ = [
-    "any_leaf",
-    "any_leaves",
     "assert_best",
     "exact_attention",
     "exact_scores",
@@ -31,49 +29,6 @@ __all__ = [
 
 STRETCH = 1 << 15
 """Keys at a time, on the host."""
-
-
-@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-def any_leaf(seed: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Finite values of size about one, a function of seed and place alone, made on the device.
-
-    Any bytes as uint8. `jax.random` takes XLA ten times as long to compile.
-    """
-    dtype = jnp.dtype(dtype)
-    size = shape[-1] // 2 if dtype == E2M1 else shape[-1]
-    padded = -(-size // 4) * 4 if dtype != jnp.float32 else size
-    words = padded if dtype == jnp.float32 else padded // 4
-    x = jnp.zeros((), jnp.uint32)
-    for axis, n in enumerate((*shape[:-1], words)):
-        x = x * jnp.uint32(n) + lax.broadcasted_iota(jnp.uint32, (*shape[:-1], words), axis)
-    # Two rounds of a hash of the place, the seed between them.
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B) + jnp.uint32(seed) * jnp.uint32(0x9E3779B9)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    x = (x ^ (x >> 16)) * jnp.uint32(0x846CA68B)
-    x ^= x >> 15
-    if dtype == jnp.float32:
-        return (x >> 8).astype(jnp.float32) * 2.0**-22 - 2
-    byte = lax.bitcast_convert_type(x, jnp.uint8).reshape(*shape[:-1], padded)[..., :size]
-    if dtype == jnp.uint8:
-        return byte
-    if dtype == E2M1:
-        return bits.bytes_to_e2m1(byte)
-    if dtype == E4M3:
-        return lax.bitcast_convert_type(byte & 0xBF, E4M3)  # below 2
-    if dtype == UE8M0:
-        return lax.bitcast_convert_type(126 + (byte & 1), UE8M0)
-    return ((byte.astype(jnp.float32) - 127.5) / 64).astype(dtype)
-
-
-def any_leaves(tree: Any) -> Any:
-    """Arrays of a tree of shapes, by one program; leaf ``i`` is `any_leaf` of ``i + 1``."""
-    leaves, structure = jax.tree.flatten(tree)
-
-    def make() -> Any:
-        made = [any_leaf(i, x.shape, x.dtype) for i, x in enumerate(leaves, 1)]
-        return jax.tree.unflatten(structure, made)
-
-    return jax.jit(make)()
 
 
 @functools.partial(jax.jit, static_argnames="count")

@@ -1,0 +1,144 @@
+"""Times the loop that generation uses, and its prefill, on random weights and caches."""
+
+import statistics
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dsv4_jax.bench.profile import WITHOUT_GRAPHS, Launch, launches_of, op_names, traced
+from dsv4_jax.bench.weights import random_cache
+from dsv4_jax.generate import prefill
+from dsv4_jax.loop import STEPS, Feed, Settings, decode_steps, stop_ids
+from dsv4_jax.sampling import SamplingParams
+from dsv4_jax.typing import Params
+
+__all__ = ["WARM_CALLS", "Loop", "Times", "profiled", "time_decode", "time_prefill"]
+
+WARM_CALLS = 3
+"""The first call loads the program, the second may capture its launches, the third replays them."""
+_NO_END = 2**30
+
+
+class Times(NamedTuple):
+    """Of calls: the median in us, and the distance of the quartiles over it."""
+
+    us: float
+    spread: float
+
+    @classmethod
+    def of(cls, seconds: list[float], parts: int = 1) -> "Times":
+        """Of calls of ``parts`` equal parts, one of which is meant."""
+        median = statistics.median(seconds)
+        low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [median] * 3
+        return cls(median / parts * 1e6, (high - low) / median)
+
+
+class Loop:
+    """`decode_steps`, compiled for a model and called as `generate.stream` calls it.
+
+    Tokens are sampled at temperature 1 and fed back; no sequence ends. The host waits for the
+    tokens of a call, as generation does, and for nothing else.
+
+    Args:
+        model: the Flax module.
+        params: its parameters, as arrays or shapes.
+        cache: donated by the first call.
+        graphs: whether launches may be captured into graphs.
+    """
+
+    def __init__(self, model: Any, params: Params, cache: Any, *, graphs: bool = True) -> None:
+        rows = cache.lengths.shape[0]
+        self._active = np.ones(rows, np.bool_)
+        self._left = np.full(rows, _NO_END, np.int32)
+        seeds = jax.device_put(np.arange(rows, dtype=np.uint32))
+        self._fixed: dict[str, Any] = {
+            "params": params,
+            "settings": Settings.of(SamplingParams(temperature=1.0), seeds),
+            "stops": stop_ids(frozenset()),
+        }
+        self._feed = self._fed(np.zeros(rows, np.int32))
+        self.cache = cache
+        begin = time.perf_counter()
+        lowered = decode_steps.lower(model=model, cache=cache, feed=self._feed, **self._fixed)
+        self.compiled = lowered.compile(None if graphs else WITHOUT_GRAPHS)
+        self.compile_s = time.perf_counter() - begin
+
+    def _fed(self, tokens: np.ndarray) -> Feed:
+        return Feed.of(list(tokens[:, None]), self._active, self._left)
+
+    def call(self) -> None:
+        """`STEPS` tokens of every row.
+
+        Raises:
+            ValueError: logits were not finite.
+        """
+        made, self.cache = self.compiled(cache=self.cache, feed=self._feed, **self._fixed)
+        made = jax.device_get(made)
+        if not (made.valid & made.kept).all():
+            raise ValueError("bench: decode: logits must be finite, got NaN or Inf")
+        self._feed = self._fed(made.tokens[-1])
+
+    def seconds(self, calls: int) -> list[float]:
+        """Of every call."""
+        times: list[float] = []
+        for _ in range(calls):
+            begin = time.perf_counter()
+            self.call()
+            times.append(time.perf_counter() - begin)
+        return times
+
+
+def _loop(model: Any, params: Params, rows: int, context: int, calls: int, **how: bool) -> Loop:
+    """Whose first call begins at ``context`` tokens a row."""
+    return Loop(model, params, random_cache(model, rows, context + calls * STEPS, context), **how)
+
+
+def time_decode(
+    model: Any, params: Params, rows: int, context: int, calls: int
+) -> tuple[Times, Loop]:
+    """One step, of ``calls`` calls behind the first ones; sequences go on from ``context``."""
+    loop = _loop(model, params, rows, context, WARM_CALLS + calls)
+    loop.seconds(WARM_CALLS)
+    return Times.of(loop.seconds(calls), STEPS), loop
+
+
+def profiled(
+    model: Any, params: Params, rows: int, context: int, calls: int
+) -> tuple[list[Launch], int]:
+    """The launches of some calls without graphs, and how many steps they were.
+
+    Raises:
+        ValueError: the profile holds no launches of a GPU, or none that belongs to a layer.
+    """
+    loop = _loop(model, params, rows, context, WARM_CALLS + calls, graphs=False)
+    loop.seconds(WARM_CALLS)
+    profile = traced(lambda: loop.seconds(calls))
+    launches = launches_of(profile, op_names(loop.compiled.as_text() or ""))
+    if model.config.num_hidden_layers and all(launch.layer is None for launch in launches):
+        raise ValueError("bench: no launch of the profile could be traced to its layer")
+    return launches, calls * STEPS
+
+
+def time_prefill(
+    model: Any, params: Params, rows: int, tokens: int, chunk: int, calls: int = 3
+) -> tuple[Times, float]:
+    """`generate.prefill` of a prompt into an empty cache, and the seconds of the first one.
+
+    Raises:
+        ValueError: logits were not finite.
+    """
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, model.config.vocab_size, (rows, tokens), np.int32)
+    times: list[float] = []
+    for _ in range(1 + calls):
+        cache = jax.block_until_ready(model.init_cache(batch_size=rows, max_len=tokens))
+        begin = time.perf_counter()
+        logits, cache = prefill(model, params, ids, cache, chunk_size=chunk)
+        jax.block_until_ready((logits, cache))
+        times.append(time.perf_counter() - begin)
+        if not np.isfinite(np.asarray(logits)).all():
+            raise ValueError("bench: prefill: logits must be finite, got NaN or Inf")
+        del cache
+    return Times.of(times[1:]), times[0]
