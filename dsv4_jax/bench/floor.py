@@ -11,13 +11,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final, cast
 
-import jax
 import numpy as np
 
-from dsv4_jax.cache import init_cache
 from dsv4_jax.checkpoint.names import (
     Parameter,
-    expected_tree,
     leaves,
     parameters,
     tree_bytes,
@@ -33,7 +30,6 @@ __all__ = [
     "cut",
     "decode_bytes",
     "expected_experts",
-    "held_bytes",
     "prefill_work",
     "weight_bytes",
 ]
@@ -182,18 +178,6 @@ def decode_bytes(
 def _outside(config: ModelConfig, precision: Precision, tokens: int) -> float:
     head = parameters(cut(config, []), False)
     return sum(_read(config, precision, parameter, tokens) for parameter in head)
-
-
-def held_bytes(
-    config: ModelConfig, precision: Precision, rows: int, max_len: int
-) -> dict[str, int]:
-    """What weights and a cache occupy."""
-    cache: Any = jax.eval_shape(lambda: init_cache(config, precision, rows, max_len))
-    parts = dict(enumerate(jax.tree.leaves(cache)))
-    return {
-        "weights_bytes": tree_bytes(expected_tree(config, precision, False)),
-        "cache_bytes": tree_bytes({str(i): part for i, part in parts.items()}),
-    }
 
 
 @dataclasses.dataclass(frozen=True)

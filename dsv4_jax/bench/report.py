@@ -8,7 +8,6 @@ the idle time between them.
 
 import bisect
 import dataclasses
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any, Final
@@ -21,12 +20,12 @@ from dsv4_jax.bench.floor import (
     OUTSIDE,
     cut,
     decode_bytes,
-    held_bytes,
     prefill_work,
 )
 from dsv4_jax.bench.measure import WARM_CALLS, Loop, profiled, time_decode, time_prefill
 from dsv4_jax.bench.profile import layer_rows
 from dsv4_jax.bench.weights import random_params
+from dsv4_jax.checkpoint.memory import Need, Plan, available
 from dsv4_jax.config import LayerKind, ModelConfig
 from dsv4_jax.loop import STEPS
 from dsv4_jax.precision import Precision
@@ -109,32 +108,24 @@ def _is_gpu() -> bool:
     return jax.default_backend() == "gpu"
 
 
-def _memory_limit() -> int:
-    """Bytes that the device has for this process."""
-    stats: dict[str, Any] | None = jax.devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-
-
-def _check_memory(config: ModelConfig, precision: Precision, rows: int, max_len: int) -> None:
+def _check_memory(need: Need, config: ModelConfig, plan: Plan) -> None:
     """Before anything is made.
 
     Raises:
         ValueError: weights and cache alone do not fit; says how many layers would.
     """
-    limit = _memory_limit()
+    limit = available()
+    if limit is None or need.weights + need.cache <= limit:
+        return
 
     def needed(layers: int) -> int:
-        return sum(held_bytes(cut(config, range(layers)), precision, rows, max_len).values())
+        fewer = dataclasses.replace(plan, config=cut(config, range(layers))).need()
+        return fewer.weights + fewer.cache
 
     n = config.num_hidden_layers
-    whole = needed(n)
-    if whole <= limit:
-        return
     fits = bisect.bisect_right(range(n), limit, lo=1, key=needed) - 1
     raise ValueError(
-        f"bench: weights and cache of {n} layers take {whole / 1e9:.1f} GB, "
+        f"bench: weights and cache of {n} layers take {(need.weights + need.cache) / 1e9:.1f} GB, "
         f"{jax.devices()[0].device_kind} has {limit / 1e9:.1f} GB free for them: "
         + (f"layers must be <= {fits} (and less for temporaries)" if fits else "no layer fits")
     )
@@ -263,7 +254,9 @@ def run(**settings: Any) -> dict[str, Any]:
                 f"{config.max_position_embeddings}"
             )
     max_len = max(context + steps, chosen.prefill)
-    _check_memory(config, precision, chosen.batch, max_len)
+    plan = Plan(config, precision, batch_size=chosen.batch, max_len=max_len)
+    need = plan.need()
+    _check_memory(need, config, plan)
 
     from dsv4_jax.model import DeepseekV4
 
@@ -334,7 +327,8 @@ def run(**settings: Any) -> dict[str, Any]:
         },
         "prefill": prompt,
         "memory": {
-            **held_bytes(config, precision, chosen.batch, max_len),
+            "weights_bytes": need.weights,
+            "cache_bytes": need.cache,
             **memory,
         },
         "profile": profile,

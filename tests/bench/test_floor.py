@@ -9,7 +9,6 @@ from dsv4_jax.bench.floor import (
     cut,
     decode_bytes,
     expected_experts,
-    held_bytes,
     prefill_work,
     weight_bytes,
 )
@@ -68,12 +67,6 @@ def test_more_tokens_read_more_experts() -> None:
     assert {k: eight[k] for k in eight if k not in ("experts", "router")} == {
         k: one[k] for k in one if k not in ("experts", "router")
     }
-
-
-def test_whole_models() -> None:
-    flash = held_bytes(FLASH, Precision(), 1, 4096)
-    assert flash["weights_bytes"] / 1e9 == pytest.approx(156.0, abs=0.05)
-    assert held_bytes(FLASH, Precision(), 3, 4096)["cache_bytes"] == 3 * flash["cache_bytes"]
 
 
 def test_operations_of_a_prefill() -> None:
