@@ -35,7 +35,7 @@ from dsv4_jax.checkpoint.manifest import (
     write_atomic,
 )
 from dsv4_jax.checkpoint.names import MTP, leaves
-from dsv4_jax.checkpoint.read import Reader, read_config
+from dsv4_jax.checkpoint.read import Reader, open_regular, read_config
 from dsv4_jax.checkpoint.requantize import Converter, Sums, Unit, units_of
 from dsv4_jax.checkpoint.scan import BadValueError
 from dsv4_jax.checkpoint.validate import Resolved, resolve
@@ -158,7 +158,10 @@ def _check_target(source: Path, target: Path) -> None:
         raise CheckpointError(f"{target}: must be a directory, got a file")
     if target.exists() and source.samefile(target):
         raise CheckpointError(f"{target}: must not be the source itself")
-    if target.exists() and any(target.iterdir()) and not (target / MANIFEST).exists():
+    if not target.exists() or os.path.lexists(target / MANIFEST):
+        return
+    # A conversion that is killed at its very start leaves this and no more.
+    if {path.name for path in target.iterdir()} - {MANIFEST + TEMPORARY}:
         raise CheckpointError(
             f"{target}: must be empty or hold an earlier conversion, has no {MANIFEST}"
         )
@@ -233,8 +236,12 @@ def _finished(
 
 
 def _companions(source: Path) -> list[Path]:
-    """Tokenizer, generation settings, licence: every other file beside the weights."""
-    return sorted(
+    """Tokenizer, generation settings, licence: every other file beside the weights.
+
+    Raises:
+        CheckpointError: one cannot be copied (see `copy_atomic`), which is found before the work.
+    """
+    found = sorted(
         path
         for path in source.iterdir()
         if path.is_file()
@@ -242,6 +249,9 @@ def _companions(source: Path) -> list[Path]:
         and not path.name.startswith(".")
         and not path.name.endswith(_WEIGHTS)
     )
+    for path in found:
+        os.close(open_regular(source, path.name)[0])
+    return found
 
 
 def rewrite(
@@ -289,6 +299,7 @@ def rewrite(
         mark = fingerprint(reader, source)
         read_bytes = sum(tensor.nbytes for tensor in reader)
         manifest = Manifest(__version__, preset, mark, read_bytes, plan)
+        companions = _companions(source)
         _check_target(source, target)
         target.mkdir(parents=True, exist_ok=True)
         with _locked(target):
@@ -347,7 +358,7 @@ def rewrite(
                 manifest.write(target)
             if fingerprint(reader, source) != mark:
                 raise CheckpointError(f"{source}: was changed while it was converted")
-            _finish(source, target, data, resolved, precision, shards, manifest)
+            _finish(companions, target, data, resolved, precision, shards, manifest)
     report, kept = Sums.together(manifest.shards)
     report.notes += leftovers(resolved, drafter="copied")
     return Rewritten(
@@ -363,7 +374,7 @@ def rewrite(
 
 
 def _finish(
-    source: Path,
+    companions: list[Path],
     target: Path,
     data: Mapping[str, Any],
     resolved: Resolved,
@@ -377,7 +388,7 @@ def _finish(
         write_atomic(target / name, (json.dumps(value, indent=2) + "\n").encode())
         manifest.files.append(name)
 
-    for path in _companions(source):
+    for path in companions:
         copy_atomic(path, target / path.name)
         manifest.files.append(path.name)
     outputs = {name: _outputs(units) for name, units in shards.items()}

@@ -208,7 +208,8 @@ def _other_format(text: str) -> str:
     [
         (_other_format, "format must be 1, got 2: another version of this package"),
         (lambda text: text.replace('"bytes": 1', '"bytes": 2'), "does not match its own hash"),
-        (lambda text: text[: len(text) // 2], "cannot be read"),
+        (lambda text: text[: len(text) // 2], f"{manifest.MANIFEST}: invalid JSON"),
+        (lambda text: "[" * 100_000, f"{manifest.MANIFEST}: invalid JSON"),
         (lambda text: "[]", "must be a JSON object"),
     ],
 )
@@ -222,6 +223,64 @@ def test_C30_damaged_manifest(
             run(result)
     rewrite.rewrite(tiny.OFFICIAL, result, PRESET, overwrite=True)
     assert _files(result) == whole
+
+
+def test_C30_manifest_is_no_file(result: Path) -> None:
+    """Nothing waits for a writer, and no link is followed."""
+    path = result / manifest.MANIFEST
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match="must be a regular file, got a FIFO"):
+        from_checkpoint(result)
+    path.unlink()
+    path.symlink_to("gone")
+    with pytest.raises(CheckpointError, match=f"{manifest.MANIFEST}: must be a regular file or a"):
+        from_checkpoint(result)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"shards": []},
+        {"files": None},
+        {"complete": 1},
+        {"shards": {"a": {}}},
+        {"shards": {"../a": {"bytes": 1, "sha256": "", "report": {}}}},
+        {"shards": {"a\0": {"bytes": 1, "sha256": "", "report": {}}}},
+    ],
+)
+def test_C30_forged_manifest(result: Path, fields: dict[str, Any]) -> None:
+    """Its hash fits, its fields do not."""
+    _edit(result, **fields)
+    with pytest.raises(CheckpointError, match=f"{manifest.MANIFEST}: (must have|shards)"):
+        from_checkpoint(result)
+
+
+def test_C30_all_bad_shards_are_listed(result: Path) -> None:
+    first, second, *_ = _shards(result)
+    (result / first).unlink()
+    os.truncate(result / second, 7)
+    with pytest.raises(CheckpointError) as error:
+        from_checkpoint(result)
+    assert f"{first} is absent" in str(error.value)
+    assert f"{second} must have " in str(error.value)
+    assert len(error.value.problems) == 2
+
+
+def test_C30_killed_at_its_very_start(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    (tmp_path / f"{manifest.MANIFEST}{manifest.TEMPORARY}").write_text("{")
+    rewrite.rewrite(tiny.OFFICIAL, tmp_path, PRESET)
+    assert _files(tmp_path) == whole
+
+
+def test_C22_foreign_links_are_not_copied(tmp_path: Path) -> None:
+    """What lies beside the weights of a hostile source may be a link to a file of the user."""
+    source = tiny.write(tmp_path / "source", *tiny.official())
+    (tmp_path / "secret").write_text("of the user")
+    (source / "LICENSE").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="LICENSE: must be a regular file or a link of the"):
+        rewrite.rewrite(source, tmp_path / "result", PRESET)
+    assert not (tmp_path / "result").exists()
 
 
 def test_nothing_of_others_is_touched(tmp_path: Path) -> None:
