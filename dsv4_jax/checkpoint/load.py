@@ -385,7 +385,13 @@ def load_params_from(
     )
     have = memory.check([plan], source=source)
     found = Report() if report is None else report
-    scan = Scan(reader, resolved.tensors, config.n_routed_experts, verify)
+    scan = Scan(
+        reader,
+        resolved.tensors,
+        config.n_routed_experts,
+        reciprocal=resolved.naming.reciprocal,
+        verify=verify,
+    )
     tree: Params = {}
     total = sum(tensor.nbytes for tensor in resolved.tensors.values())
     bad_value: str | None = None
