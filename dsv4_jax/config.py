@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any, Final, NoReturn, Self, cast
 
-from dsv4_jax.checkpoint.errors import CheckpointError, brief, shown
+from dsv4_jax.checkpoint.errors import LISTED, CheckpointError, brief, shown
 
 __all__ = ["LayerKind", "ModelConfig"]
 
@@ -302,7 +302,9 @@ class _Reader:
             self.seen.update(_READ_LATE)
         attempt(self.unknown)
         if len(problems) > 1:
-            text = f"{self.source}: {len(problems)} problems: " + "; ".join(problems)
+            text = f"{self.source}: {len(problems)} problems: " + "; ".join(problems[:LISTED])
+            if len(problems) > LISTED:
+                text += f"; ... and {len(problems) - LISTED} more"
             raise CheckpointError(text, problems)
         if problems:
             raise CheckpointError(problems[0])
@@ -494,7 +496,7 @@ class _Reader:
             harmless = field in _INERT or field.startswith(_DRAFTER_PREFIXES)
             if not harmless and value not in (None, False) and _SOUNDS_LIKE_MATHS.search(field):
                 rule = "is an unknown field that may change the maths"
-                problems.append(f"{self.source}: {field} {rule}, got {value!r}")
+                problems.append(f"{self.source}: {shown(field)} {rule}, got {brief(value)}")
             else:
                 inert.append(field)
         if problems:

@@ -117,6 +117,14 @@ def test_C4_missing_field(tmp_path: Path) -> None:
     _fails(tmp_path, str(tmp_path), "config.json: index_topk is missing")
 
 
+def test_C5_many_are_cut_at_20(tmp_path: Path) -> None:
+    fields = {f"rope_{i}": True for i in range(25)}
+    tiny.write(tmp_path, CONFIG | {"rope_\x1b": 500 * "x"} | fields, TENSORS)
+    message = _fails(tmp_path, "26 problems: ", r"'rope_\x1b' is an unknown field", "and 6 more")
+    assert "rope_18 " in message and "rope_19 " not in message
+    assert "\x1b" not in message and len(message) < 20_000
+
+
 @pytest.mark.usefixtures("nothing_placed")
 class TestTensors:
     """Rows about names, shapes and dtypes."""
@@ -260,6 +268,14 @@ class TestTensors:
         message = _fails(tiny.write(tmp_path, config, tensors), "ambiguous number format")
         assert "(Model-Optimizer)" in message and "(compressed-tensors)" in message
         assert f"{EXPERT}.weight_" in message
+
+    def test_C17_many_are_cut_at_20(self, tmp_path: Path) -> None:
+        config, tensors = published.compressed_tensors()
+        for name in [name for name in tensors if name.endswith(".weight_packed")]:
+            tensors[name.removesuffix("_packed")] = tensors[name]
+        path = tiny.write(tmp_path, config, tensors)
+        message = _fails(path, "one convention (60)", "... and 40 more")
+        assert len(message.splitlines()) == 1 + 1 + 20 + 1
 
     @pytest.mark.parametrize(("tensors", "config"), [(0, 1), (1, 0)])
     def test_C17_config_of_the_other_convention(
