@@ -92,30 +92,24 @@ class Rewritten:
 
     def fields(self) -> dict[str, Any]:
         """For programs."""
-        lossy: list[dict[str, Any]] = []
-        exact = {pair: list(kinds) for pair, kinds in self.report.exact.items()}
-        for (kind, stored, target), found in self.report.errors.items():
-            worst = max(found, key=lambda module: found[module])
-            if found[worst] == 0:
-                exact.setdefault((stored, target), []).append(kind)
-                continue
-            lossy.append(
-                {
-                    "kind": kind,
-                    "from": stored,
-                    "to": target,
-                    "mean": sum(found.values()) / len(found),
-                    "max": found[worst],
-                    "at": worst,
-                }
-            )
+        losses, exact = self.report.summary()
         names = ("read_bytes", "written_bytes", "total_bytes", "shards", "reused", "seconds")
         return {
             "lossless": [
-                {"from": stored, "to": target, "kinds": sorted(set(kinds))}
+                {"from": stored, "to": target, "kinds": sorted(kinds)}
                 for (stored, target), kinds in exact.items()
             ],
-            "lossy": lossy,
+            "lossy": [
+                {
+                    "kind": loss.kind,
+                    "from": loss.stored,
+                    "to": loss.target,
+                    "mean": loss.mean,
+                    "max": loss.most,
+                    "at": loss.worst,
+                }
+                for loss in losses
+            ],
             "unchanged": self.kept,
             "notes": self.report.notes,
             **{name: getattr(self, name) for name in names},

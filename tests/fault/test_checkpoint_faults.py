@@ -178,6 +178,11 @@ class TestTensors:
         with pytest.raises(CheckpointError, match=r"no mtp\.\* tensors"):
             resolve([t for t in table if "mtp" not in t.raw], config, mtp=True)
 
+    def test_C13_module_number_that_is_none(self, tmp_path: Path) -> None:
+        """Python turns no more than 4300 digits into a number."""
+        name = f"mtp.{'9' * 5000}.norm.weight"
+        _fails(_write(tmp_path, **{name: TENSORS["norm.weight"]}), "unexpected (1)", "mtp.999")
+
     def test_C13_one_parameter_under_two_names(self, tmp_path: Path) -> None:
         name = "layers.0.attn.kv_norm.weight"
         path = _write(tmp_path, **{"model.layers.0.attn.norm.weight": TENSORS[name]})

@@ -114,6 +114,13 @@ def test_C30_unfinished_is_not_loaded(half: Half, load: Any) -> None:
         rewrite.rewrite(half.path, half.path.with_name("other"), PRESET)
 
 
+def test_C30_commands_say_what_is_the_matter(half: Half) -> None:
+    arguments = ["generate", "--checkpoint", str(half.path), "--ids", "1"]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 2
+    assert "its conversion is unfinished: run `dsv4 convert` again" in result.stderr
+
+
 def test_C30_it_goes_on_where_it_stopped(half: Half) -> None:
     before = {name: (half.path / name).stat().st_mtime_ns for name in _shards(half.path)}
     (half.path / f"model-00003-of-00005.safetensors{manifest.TEMPORARY}").write_text("a SIGKILL")
