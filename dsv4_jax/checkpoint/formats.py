@@ -34,7 +34,6 @@ __all__ = [
     "Naming",
     "check_config",
     "detect",
-    "detect_precision",
     "own_leaves",
 ]
 
@@ -315,12 +314,3 @@ def _holds(stored: Mapping[str, str], naming: Naming) -> str:
     parts = [f"{_WORDS[common[0][0]]} linears"] if common else []
     parts += [f"{_WORDS[experts]} experts"] if experts else []
     return " and ".join(parts) + (f" ({naming.convention})" if naming.convention else "")
-
-
-def detect_precision(tensors: Mapping[str, TensorInfo], *, source: str = "checkpoint") -> str:
-    """The name of the preset that fits a checkpoint best: ``detect(...).preset``.
-
-    Raises:
-        CheckpointError: ambiguous names, or a format without a preset.
-    """
-    return detect(tensors, source=source).preset
