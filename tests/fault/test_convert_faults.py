@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -333,6 +334,22 @@ def test_disk_fills_up(half: Half, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _files(half.path) == before
     rewrite.rewrite(tiny.OFFICIAL, half.path, PRESET)
     assert _files(half.path) == half.whole
+
+
+def test_sync_fails(half: Half, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the thread that writes, so that Ctrl-C need not wait for the disk."""
+    real = os.fsync
+
+    def broken(descriptor: int) -> None:
+        if threading.current_thread().name == "dsv4-write":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(descriptor)
+
+    before = _files(half.path)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error"):
+        patch.setattr(os, "fsync", broken)
+        rewrite.rewrite(tiny.OFFICIAL, half.path, PRESET)
+    assert _files(half.path) == before
 
 
 def test_two_at_once(half: Half) -> None:
