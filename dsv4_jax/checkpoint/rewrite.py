@@ -248,6 +248,25 @@ def _companions(source: Path) -> list[Path]:
     return found
 
 
+def _resolved(reader: Reader, config: ModelConfig, source: str) -> tuple[Resolved, list[str]]:
+    """The checkpoint with ``mtp.0`` where that can be loaded, else a note that says why it cannot.
+
+    Some quantisers leave the module in another format than the rest, or cut it.
+    """
+    modules = {match[1] for tensor in reader if (match := MTP.match(tensor.raw))}
+    if modules != {"0"} or not config.num_nextn_predict_layers:
+        return resolve(reader, config, source=source), []
+    try:
+        return resolve(reader, config, mtp=True, source=source), []
+    except CheckpointError as error:
+        try:
+            resolved = resolve(reader, config, source=source)
+        except CheckpointError:
+            raise error from None
+        why = f"{len(error.problems)} problems, the first: {error.problems[0]}"
+        return resolved, [f"copied mtp.0 as it is, it cannot be loaded with this model ({why})"]
+
+
 def rewrite(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -260,7 +279,8 @@ def rewrite(
 
     ``target`` gets safetensors shards with official names, an index, ``config.json``, what lies
     beside the weights of ``source``, and ``dsv4_convert.json``. Called again it goes on: shards
-    that are whole stay. The release's module ``mtp.0`` is converted too, a newer drafter copied.
+    that are whole stay. The release's module ``mtp.0`` is converted too; a newer drafter is copied,
+    and so is a module that does not fit the model.
 
     Args:
         source: any checkpoint that `from_checkpoint` takes.
@@ -281,9 +301,7 @@ def rewrite(
     check_converted(source)
     config = ModelConfig.from_hf(data, source=str(source / "config.json"))
     with Reader(source) as reader:
-        modules = {match[1] for tensor in reader if (match := MTP.match(tensor.raw))}
-        mtp = modules == {"0"} and config.num_nextn_predict_layers > 0
-        resolved = resolve(reader, config, mtp=mtp, source=str(source))
+        resolved, notes = _resolved(reader, config, str(source))
         check_config(data, resolved.naming, str(source))
         for parameter in resolved.parameters:
             leaves(parameter, precision)  # widths against formats
@@ -354,7 +372,7 @@ def rewrite(
                 raise CheckpointError(f"{source}: was changed while it was converted")
             _finish(companions, target, data, resolved, precision, shards, manifest)
     report, kept = Sums.together(manifest.shards)
-    report.notes += leftovers(resolved, drafter="copied")
+    report.notes += notes + leftovers(resolved, drafter="copied")
     return Rewritten(
         report=report,
         kept=kept,
