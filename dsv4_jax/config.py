@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any, Final, NoReturn, Self, cast
 
-from dsv4_jax.checkpoint.errors import CheckpointError, brief, shown
+from dsv4_jax.checkpoint.errors import LISTED, CheckpointError, brief, shown
 
-__all__ = ["LayerKind", "ModelConfig"]
+__all__ = ["QUANTIZATION", "LayerKind", "ModelConfig"]
 
 _log = logging.getLogger(__name__)
 
@@ -131,13 +131,15 @@ _SWITCHES: Final[dict[str, tuple[tuple[Any, ...], Any]]] = {
     "moe_layer_freq": ((1,), 1),
     "first_k_dense_replace": ((0,), 0),
 }
-_QUANTIZATION: Final[dict[str, Any]] = {
+QUANTIZATION: Final[dict[str, Any]] = {
     "quant_method": "fp8",
     "fmt": "e4m3",
     "activation_scheme": "dynamic",
     "scale_fmt": "ue8m0",
     "weight_block_size": [128, 128],
 }
+"""``quantization_config`` of the release."""
+
 # Lists of modules and notes on how they were quantised: `checkpoint.formats` asks the tensors.
 _COMPRESSED_TENSORS: Final = (
     "config_groups",
@@ -302,7 +304,9 @@ class _Reader:
             self.seen.update(_READ_LATE)
         attempt(self.unknown)
         if len(problems) > 1:
-            text = f"{self.source}: {len(problems)} problems: " + "; ".join(problems)
+            text = f"{self.source}: {len(problems)} problems: " + "; ".join(problems[:LISTED])
+            if len(problems) > LISTED:
+                text += f"; ... and {len(problems) - LISTED} more"
             raise CheckpointError(text, problems)
         if problems:
             raise CheckpointError(problems[0])
@@ -447,7 +451,7 @@ class _Reader:
         section = self.sub("quantization_config")
         method = section.switch("quant_method", ("fp8", "modelopt", "compressed-tensors"))
         if method == "fp8":
-            for field, value in _QUANTIZATION.items():
+            for field, value in QUANTIZATION.items():
                 section.switch(field, (value,))
             section.switch("expert_dtype", ("fp4", "fp8"), "fp4")
             for field in ("modules_to_not_convert", "dequantize"):
@@ -494,7 +498,7 @@ class _Reader:
             harmless = field in _INERT or field.startswith(_DRAFTER_PREFIXES)
             if not harmless and value not in (None, False) and _SOUNDS_LIKE_MATHS.search(field):
                 rule = "is an unknown field that may change the maths"
-                problems.append(f"{self.source}: {field} {rule}, got {value!r}")
+                problems.append(f"{self.source}: {shown(field)} {rule}, got {brief(value)}")
             else:
                 inert.append(field)
         if problems:
@@ -552,7 +556,7 @@ _FLASH: Final[dict[str, Any]] = {
     "attention_bias": False,
     "hidden_act": "silu",
     "expert_dtype": "fp4",
-    "quantization_config": _QUANTIZATION,
+    "quantization_config": QUANTIZATION,
 }
 _PRO: Final[dict[str, Any]] = _FLASH | {
     "hidden_size": 7168,

@@ -66,7 +66,7 @@ def json_object(path: Path) -> dict[str, Any]:
     """
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(read, dict):
         raise ValueError(f"{path}: must hold a JSON object, got {type(read).__name__}")

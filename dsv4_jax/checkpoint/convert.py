@@ -24,6 +24,7 @@ __all__ = [
     "EXACT",
     "EXACT_ROUTES",
     "Errors",
+    "Loss",
     "Report",
     "byte_type",
     "convert",
@@ -296,6 +297,18 @@ def typed(leaf: str, array: Array, form: str) -> Array:
     return _bitcast(array, kind=dtype if isinstance(dtype, str) else jnp.dtype(dtype).name)
 
 
+class Loss(NamedTuple):
+    """The relative L2 error of a kind of parameter: over how many layers, mean, most, and where."""
+
+    kind: str
+    stored: str
+    target: str
+    layers: int
+    mean: float
+    most: float
+    worst: str
+
+
 @dataclasses.dataclass
 class Report:
     """What loading did to the numbers, per kind of parameter; ``lines`` is for people.
@@ -322,22 +335,30 @@ class Report:
         relative = math.sqrt(error / value) if value > 0 else math.sqrt(error)
         self.errors.setdefault((kind, stored, target), {})[module] = relative
 
-    def lines(self) -> list[str]:
-        """A line per kind for lossy conversions, one per pair of formats for exact ones."""
+    def summary(self) -> tuple[list[Loss], dict[tuple[str, str], list[str]]]:
+        """Lossy conversions by kind, and ``exact`` with those whose error turned out to be none."""
         exact = {pair: list(kinds) for pair, kinds in self.exact.items()}
-        out: list[str] = []
+        losses: list[Loss] = []
         for (kind, stored, target), found in self.errors.items():
             worst = max(found, key=lambda module: found[module])
             if found[worst] == 0:
                 exact.setdefault((stored, target), []).append(kind)
                 continue
             mean = sum(found.values()) / len(found)
-            text = f"{kind} {stored} -> {target}: rel. L2 {mean:.3g}"
-            if len(found) > 1:
-                text += f" (mean over {len(found)} layers, max {found[worst]:.3g} at {worst})"
+            losses.append(Loss(kind, stored, target, len(found), mean, found[worst], worst))
+        return losses, {pair: list(dict.fromkeys(kinds)) for pair, kinds in exact.items()}
+
+    def lines(self) -> list[str]:
+        """A line per kind for lossy conversions, one per pair of formats for exact ones."""
+        losses, exact = self.summary()
+        out: list[str] = []
+        for loss in losses:
+            text = f"{loss.kind} {loss.stored} -> {loss.target}: rel. L2 {loss.mean:.3g}"
+            if loss.layers > 1:
+                text += f" (mean over {loss.layers} layers, max {loss.most:.3g} at {loss.worst})"
             out.append(text)
         out += [
-            f"{stored} -> {target}: exact ({', '.join(dict.fromkeys(kinds))})"
+            f"{stored} -> {target}: exact ({', '.join(kinds)})"
             for (stored, target), kinds in exact.items()
         ]
         return out + self.notes

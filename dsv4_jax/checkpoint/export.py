@@ -10,18 +10,12 @@ from typing import Any, Final
 
 from dsv4_jax.checkpoint.names import Parameter, target_format
 from dsv4_jax.checkpoint.write import Output
+from dsv4_jax.config import QUANTIZATION
 from dsv4_jax.precision import Precision
 from dsv4_jax.version import __version__
 
 __all__ = ["outputs_of", "quantizer_config", "target_config"]
 
-_FP8_CONFIG: Final[dict[str, Any]] = {
-    "quant_method": "fp8",
-    "fmt": "e4m3",
-    "activation_scheme": "dynamic",
-    "scale_fmt": "ue8m0",
-    "weight_block_size": [128, 128],
-}
 _FLOATS: Final = {"float32": "F32", "bfloat16": "BF16"}
 
 
@@ -101,7 +95,7 @@ def target_config(
     if not {"fp8", "mxfp4", "nvfp4"}.intersection(forms.values()):
         dtype = "dtype" if "dtype" in out and "torch_dtype" not in out else "torch_dtype"
         return out | {dtype: precision.dense}
-    section = dict(_FP8_CONFIG)
+    section = copy.deepcopy(QUANTIZATION)
     quantizer = quantizer_config(parameters, precision)
     if quantizer is not None:
         found = quantizer["quantization"]

@@ -22,7 +22,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final, cast
 
-from dsv4_jax.checkpoint.errors import CheckpointError
+from dsv4_jax.checkpoint.errors import CheckpointError, Problems, shown
 from dsv4_jax.checkpoint.names import FUSED, MTP, official_name
 from dsv4_jax.checkpoint.read import TensorInfo
 from dsv4_jax.precision import LINEAR_FORMATS, PRESETS, LinearFormat, Precision
@@ -34,7 +34,6 @@ __all__ = [
     "Naming",
     "check_config",
     "detect",
-    "detect_precision",
     "own_leaves",
 ]
 
@@ -47,7 +46,6 @@ _COMPRESSED_LEAVES: Final = frozenset(
 )
 _FP8_SCALES: Final = frozenset({"scale", "weight_scale", "weight_scale_inv"})
 _LEAVES: Final = _MODEL_OPTIMIZER_LEAVES | _COMPRESSED_LEAVES | _FP8_SCALES | {"weight"}
-_LISTED: Final = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Naming:
 
 
 def _module_leaves(
-    module: str, found: Mapping[str, TensorInfo], problems: list[str]
+    module: str, found: Mapping[str, TensorInfo], problems: Problems
 ) -> tuple[dict[str, TensorInfo], str | None]:
     """Leaves of one linear under our names, and whose names they had."""
     leaves = set(found)
@@ -87,7 +85,8 @@ def _module_leaves(
     elif scales - {"weight_scale"} and (compressed or "weight_scale_2" in leaves):
         clash = optimizer | compressed | scales
     if clash:
-        problems.append(f"{module}: " + " and ".join(found[leaf].raw for leaf in sorted(clash)))
+        names = " and ".join(shown(found[leaf].raw) for leaf in sorted(clash))
+        problems.add(_AMBIGUOUS, f"{shown(module)}: {names}")
         return {}, None
     kept = dict(found)
     packed = compressed or "weight_scale_2" in leaves or found.get("weight", _NONE).dtype == "U8"
@@ -102,6 +101,7 @@ def _module_leaves(
     return kept, COMPRESSED_TENSORS if compressed else MODEL_OPTIMIZER
 
 
+_AMBIGUOUS: Final = "ambiguous number format, a linear must follow one convention"
 _NONE: Final = TensorInfo("", "", "", (), 0, 0)
 
 
@@ -128,28 +128,22 @@ def own_leaves(
             modules.setdefault(module, {})[leaf] = tensor
         else:
             out[name] = tensor
-    problems: list[str] = []
+    problems = Problems(source)
     witnesses: dict[str, str] = {}
     static: list[str] = []
     for module, found in modules.items():
         kept, convention = _module_leaves(module, found, problems)
         if convention is not None:
             marks = _MODEL_OPTIMIZER_LEAVES | _COMPRESSED_LEAVES
-            shown = min(found, key=lambda leaf: leaf not in marks)
-            witnesses.setdefault(convention, found[shown].raw)
+            first = min(found, key=lambda leaf: leaf not in marks)
+            witnesses.setdefault(convention, shown(found[first].raw))
             if "input_scale" in kept:
                 static.append(kept.pop("input_scale").raw)
         out.update({f"{module}.{leaf}": tensor for leaf, tensor in kept.items()})
     if len(witnesses) > 1:
-        shown = " and ".join(f"{raw} ({whose})" for whose, raw in sorted(witnesses.items()))
-        problems.insert(0, f"the checkpoint: {shown}")
-    if problems:
-        listed = "; ".join(problems[:_LISTED])
-        more = f"; ... and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        raise CheckpointError(
-            f"{source}: ambiguous number format: a linear must follow one convention, got both of "
-            f"{listed}{more}"
-        )
+        both = " and ".join(f"{raw} ({whose})" for whose, raw in sorted(witnesses.items()))
+        problems.add("ambiguous number format, both conventions", both)
+    problems.raise_any()
     convention = next(iter(witnesses), None)
     return out, Naming(convention, witnesses.get(convention or "", ""), tuple(static))
 
@@ -320,12 +314,3 @@ def _holds(stored: Mapping[str, str], naming: Naming) -> str:
     parts = [f"{_WORDS[common[0][0]]} linears"] if common else []
     parts += [f"{_WORDS[experts]} experts"] if experts else []
     return " and ".join(parts) + (f" ({naming.convention})" if naming.convention else "")
-
-
-def detect_precision(tensors: Mapping[str, TensorInfo], *, source: str = "checkpoint") -> str:
-    """The name of the preset that fits a checkpoint best: ``detect(...).preset``.
-
-    Raises:
-        CheckpointError: ambiguous names, or a format without a preset.
-    """
-    return detect(tensors, source=source).preset

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Generator, Mapping
-from typing import Any, Final
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +32,6 @@ __all__ = ["Progress", "jobs", "leftovers", "load_params", "load_params_from"]
 
 Progress = Callable[[int, int], None] | bool | None
 """``True`` or a callable taking (bytes done, bytes in total); ``None``: on when stderr is a tty."""
-
-_DECODED_BYTES: Final = 4 * SLAB_BYTES
-"""Most bytes of FP32 values at a time when experts are converted."""
 
 Sums = dict[tuple[str, str, str], list[tuple[float, float]]]
 
@@ -211,7 +208,9 @@ class _Loader:
         )
         step = SLAB_BYTES // one
         if stored != target:
-            step = min(step, _DECODED_BYTES // sum(4 * math.prod(p.shape) for p in job.values()))
+            step = min(
+                step, memory.DECODED_BYTES // sum(4 * math.prod(p.shape) for p in job.values())
+            )
         step = max(d for d in range(1, max(1, min(step, count)) + 1) if count % d == 0)
         buffers: Any = None
         sums: Sums = {}
@@ -385,7 +384,13 @@ def load_params_from(
     )
     have = memory.check([plan], source=source)
     found = Report() if report is None else report
-    scan = Scan(reader, resolved.tensors, config.n_routed_experts, verify)
+    scan = Scan(
+        reader,
+        resolved.tensors,
+        config.n_routed_experts,
+        reciprocal=resolved.naming.reciprocal,
+        verify=verify,
+    )
     tree: Params = {}
     total = sum(tensor.nbytes for tensor in resolved.tensors.values())
     bad_value: str | None = None

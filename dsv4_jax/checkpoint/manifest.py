@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Self, cast
 
-from dsv4_jax.checkpoint.errors import CheckpointError
-from dsv4_jax.checkpoint.read import Reader
+from dsv4_jax.checkpoint.errors import CheckpointError, Problems, brief, shown
+from dsv4_jax.checkpoint.read import Reader, open_regular, read_json
 
 __all__ = [
     "MANIFEST",
@@ -64,8 +64,13 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def copy_atomic(source: Path, path: Path) -> None:
-    """The same with the contents of another file."""
-    with source.open("rb") as found:
+    """The same with the contents of a file of a checkpoint, which must be its own.
+
+    Raises:
+        CheckpointError: it is a link to somewhere else (see `open_regular`).
+    """
+    descriptor, _ = open_regular(source.parent, source.name)
+    with open(descriptor, "rb") as found:
         _atomic(path, lambda stream: shutil.copyfileobj(found, stream))
 
 
@@ -124,24 +129,43 @@ class Manifest:
             CheckpointError: it is damaged, or of a version that writes it otherwise.
         """
         path = directory / MANIFEST
-        if not path.exists():
+        if not os.path.lexists(path):
             return None
         try:
-            fields = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}") from None
-        if not isinstance(fields, dict):
-            raise CheckpointError(f"{path}: must be a JSON object")
-        fields = cast(dict[str, Any], fields)
+            fields = read_json(directory, MANIFEST)
+        except CheckpointError as error:
+            raise CheckpointError(f"{directory}: {error}") from None
         if fields.get("format") != _FORMAT:
             raise CheckpointError(
-                f"{path}: format must be {_FORMAT}, got {fields.get('format')!r}: another version "
-                f"of this package ({fields.get('version')}) has converted it"
+                f"{path}: format must be {_FORMAT}, got {brief(fields.get('format'))}: another "
+                f"version of this package ({brief(fields.get('version'))}) has converted it"
             )
         if fields.pop("sha256", None) != _digest(fields):
             raise CheckpointError(f"{path}: does not match its own hash, it is damaged")
         del fields["format"]
+        _check_fields(path, fields)  # anybody can make the hash fit
         return cls(**fields)
+
+
+_SHARD_FIELDS: Final = {"bytes": int, "sha256": str, "report": dict}
+
+
+def _check_fields(path: Path, fields: Mapping[str, Any]) -> None:
+    made = Manifest("", "", "", 0, "")
+    types = {field.name: type(getattr(made, field.name)) for field in dataclasses.fields(made)}
+    if {name: type(value) for name, value in fields.items()} != types:
+        raise CheckpointError(f"{path}: must have the fields {', '.join(types)}, and no others")
+    for name, shard in fields["shards"].items():
+        found = cast(dict[str, Any], shard) if isinstance(shard, dict) else {}
+        if (
+            name != os.path.basename(name)
+            or not name.isprintable()
+            or ({key: type(value) for key, value in found.items()} != _SHARD_FIELDS)
+        ):
+            raise CheckpointError(
+                f"{path}: shards[{brief(name)}] must be the plain name of a file and have "
+                f"{', '.join(_SHARD_FIELDS)}, got {brief(shard)}"
+            )
 
 
 def _digest(fields: Mapping[str, Any]) -> str:
@@ -164,12 +188,15 @@ def check_converted(path: str | os.PathLike[str]) -> None:
     again = "run `dsv4 convert` again, it goes on where it stopped"
     if not manifest.complete:
         raise CheckpointError(f"{root}: its conversion is unfinished: {again}")
+    problems = Problems(str(root))
     for name, shard in manifest.shards.items():
         try:
             found = (root / name).stat().st_size
         except OSError:
-            raise CheckpointError(f"{root}: {name} is absent: {again}") from None
+            problems.add("converted", f"{shown(name)} is absent")
+            continue
         if found != shard["bytes"]:
-            raise CheckpointError(
-                f"{root}: {name} must have {shard['bytes']} bytes, got {found}: {again}"
+            problems.add(
+                "converted", f"{shown(name)} must have {shard['bytes']} bytes, got {found}"
             )
+    problems.raise_any(again)

@@ -31,6 +31,7 @@ from dsv4_jax.env import devices
 from dsv4_jax.precision import PRESETS, Precision
 
 __all__ = [
+    "DECODED_BYTES",
     "OPTIONS",
     "Need",
     "OutOfMemory",
@@ -50,8 +51,8 @@ OPTIONS: Final[Mapping[str, str]] = {
 }
 """What lowers the need -> what the caller calls it; what the caller lacks is left out."""
 
-_FP32_BYTES: Final = 4 * SLAB_BYTES
-"""Most bytes of FP32 values at a time when experts are converted (as in load.py)."""
+DECODED_BYTES: Final = 4 * SLAB_BYTES
+"""Most bytes of FP32 values at a time when experts are converted."""
 
 _CHUNK: Final = 256
 
@@ -140,7 +141,7 @@ class Plan:
         bits = _STORED_BITS.get(stored, 8 if stored.startswith("fp8") else 32)
         raw, decoded = values * bits // 8, 4 * values
         if parameter.experts:
-            raw, decoded = min(raw, STAGING_BYTES), min(decoded, _FP32_BYTES)
+            raw, decoded = min(raw, STAGING_BYTES), min(decoded, DECODED_BYTES)
         return packed + raw + 2 * decoded
 
 

@@ -32,7 +32,7 @@ __all__ = [
 FUSED: Final = re.compile(r"(layers\.\d+\.ffn\.experts)\.(gate_up_proj|down_proj)")
 """Official spelling of the fused expert stacks of transformers."""
 
-MTP: Final = re.compile(r"(?:model\.)?mtp\.(\d+)\.")
+MTP: Final = re.compile(r"(?:model\.)?mtp\.(\d{1,6})\.")
 """Any spelling of a tensor of an MTP module."""
 
 

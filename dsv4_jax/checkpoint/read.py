@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from dsv4_jax.checkpoint.errors import LISTED, CheckpointError, Problems, brief, shown
 
-__all__ = ["DTYPE_BITS", "Reader", "TensorInfo", "open_regular", "read_config"]
+__all__ = ["DTYPE_BITS", "Reader", "TensorInfo", "open_regular", "read_config", "read_json"]
 
 DTYPE_BITS: Final = {
     "BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64,
@@ -209,7 +209,12 @@ def _refuse_pointer(data: bytearray, file: str) -> None:
         raise CheckpointError(f"{file}: is a Git LFS pointer; fetch it with `git lfs pull`")
 
 
-def _read_json(root: Path, name: str) -> dict[str, Any]:
+def read_json(root: Path, name: str) -> dict[str, Any]:
+    """A JSON object in a file of a checkpoint directory; keys occur once.
+
+    Raises:
+        CheckpointError: it cannot be read (see `open_regular`), or is no JSON object.
+    """
     descriptor, size = open_regular(root, name)
     try:
         if size > _MAX_JSON:
@@ -243,7 +248,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     root = _directory(path)
     if not os.path.lexists(root / _CONFIG):
         raise CheckpointError(f"{root / _CONFIG}: no such file")
-    return _read_json(root, _CONFIG)
+    return read_json(root, _CONFIG)
 
 
 def _is_shard_name(value: Any) -> bool:
@@ -274,7 +279,7 @@ def _find(root: Path, report: Report) -> tuple[list[str], dict[str, str] | None]
         if not os.path.lexists(root / _SINGLE):
             raise CheckpointError(f"{root}: has neither {_SINGLE} nor {_INDEX}{_unfinished(root)}")
         return [_SINGLE], None
-    weight_map = _read_json(root, _INDEX).get("weight_map")
+    weight_map = read_json(root, _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         kind = type(weight_map).__name__
         raise CheckpointError(f"{_INDEX}: weight_map must be a non-empty JSON object, got {kind}")

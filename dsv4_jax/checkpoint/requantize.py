@@ -64,6 +64,7 @@ class Unit:
 
 
 def units_of(resolved: Resolved, precision: Precision) -> list[Unit]:
+    """Everything that the result holds, in the order in which the source does."""
     out: list[Unit] = []
     ends = ("weight", "scale", "block_scale", "global_scale")
     for job in jobs(resolved.parameters):
@@ -147,7 +148,7 @@ class Converter:
     ) -> None:
         self._reader = reader
         self._reciprocal = resolved.naming.reciprocal
-        self.scan = Scan(reader, resolved.tensors, experts)
+        self.scan = Scan(reader, resolved.tensors, experts, reciprocal=self._reciprocal)
         self._emit = emit
         self.sums = Sums()
 

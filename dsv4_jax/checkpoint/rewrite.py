@@ -35,7 +35,7 @@ from dsv4_jax.checkpoint.manifest import (
     write_atomic,
 )
 from dsv4_jax.checkpoint.names import MTP, leaves
-from dsv4_jax.checkpoint.read import Reader, read_config
+from dsv4_jax.checkpoint.read import Reader, open_regular, read_config
 from dsv4_jax.checkpoint.requantize import Converter, Sums, Unit, units_of
 from dsv4_jax.checkpoint.scan import BadValueError
 from dsv4_jax.checkpoint.validate import Resolved, resolve
@@ -92,30 +92,24 @@ class Rewritten:
 
     def fields(self) -> dict[str, Any]:
         """For programs."""
-        lossy: list[dict[str, Any]] = []
-        exact = {pair: list(kinds) for pair, kinds in self.report.exact.items()}
-        for (kind, stored, target), found in self.report.errors.items():
-            worst = max(found, key=lambda module: found[module])
-            if found[worst] == 0:
-                exact.setdefault((stored, target), []).append(kind)
-                continue
-            lossy.append(
-                {
-                    "kind": kind,
-                    "from": stored,
-                    "to": target,
-                    "mean": sum(found.values()) / len(found),
-                    "max": found[worst],
-                    "at": worst,
-                }
-            )
+        losses, exact = self.report.summary()
         names = ("read_bytes", "written_bytes", "total_bytes", "shards", "reused", "seconds")
         return {
             "lossless": [
-                {"from": stored, "to": target, "kinds": sorted(set(kinds))}
+                {"from": stored, "to": target, "kinds": sorted(kinds)}
                 for (stored, target), kinds in exact.items()
             ],
-            "lossy": lossy,
+            "lossy": [
+                {
+                    "kind": loss.kind,
+                    "from": loss.stored,
+                    "to": loss.target,
+                    "mean": loss.mean,
+                    "max": loss.most,
+                    "at": loss.worst,
+                }
+                for loss in losses
+            ],
             "unchanged": self.kept,
             "notes": self.report.notes,
             **{name: getattr(self, name) for name in names},
@@ -158,7 +152,10 @@ def _check_target(source: Path, target: Path) -> None:
         raise CheckpointError(f"{target}: must be a directory, got a file")
     if target.exists() and source.samefile(target):
         raise CheckpointError(f"{target}: must not be the source itself")
-    if target.exists() and any(target.iterdir()) and not (target / MANIFEST).exists():
+    if not target.exists() or os.path.lexists(target / MANIFEST):
+        return
+    # A conversion that is killed at its very start leaves this and no more.
+    if {path.name for path in target.iterdir()} - {MANIFEST + TEMPORARY}:
         raise CheckpointError(
             f"{target}: must be empty or hold an earlier conversion, has no {MANIFEST}"
         )
@@ -233,8 +230,12 @@ def _finished(
 
 
 def _companions(source: Path) -> list[Path]:
-    """Tokenizer, generation settings, licence: every other file beside the weights."""
-    return sorted(
+    """Tokenizer, generation settings, licence: every other file beside the weights.
+
+    Raises:
+        CheckpointError: one cannot be copied (see `copy_atomic`), which is found before the work.
+    """
+    found = sorted(
         path
         for path in source.iterdir()
         if path.is_file()
@@ -242,6 +243,28 @@ def _companions(source: Path) -> list[Path]:
         and not path.name.startswith(".")
         and not path.name.endswith(_WEIGHTS)
     )
+    for path in found:
+        os.close(open_regular(source, path.name)[0])
+    return found
+
+
+def _resolved(reader: Reader, config: ModelConfig, source: str) -> tuple[Resolved, list[str]]:
+    """The checkpoint with ``mtp.0`` where that can be loaded, else a note that says why it cannot.
+
+    Some quantisers leave the module in another format than the rest, or cut it.
+    """
+    modules = {match[1] for tensor in reader if (match := MTP.match(tensor.raw))}
+    if modules != {"0"} or not config.num_nextn_predict_layers:
+        return resolve(reader, config, source=source), []
+    try:
+        return resolve(reader, config, mtp=True, source=source), []
+    except CheckpointError as error:
+        try:
+            resolved = resolve(reader, config, source=source)
+        except CheckpointError:
+            raise error from None
+        why = f"{len(error.problems)} problems, the first: {error.problems[0]}"
+        return resolved, [f"copied mtp.0 as it is, it cannot be loaded with this model ({why})"]
 
 
 def rewrite(
@@ -256,7 +279,8 @@ def rewrite(
 
     ``target`` gets safetensors shards with official names, an index, ``config.json``, what lies
     beside the weights of ``source``, and ``dsv4_convert.json``. Called again it goes on: shards
-    that are whole stay. The release's module ``mtp.0`` is converted too, a newer drafter copied.
+    that are whole stay. The release's module ``mtp.0`` is converted too; a newer drafter is copied,
+    and so is a module that does not fit the model.
 
     Args:
         source: any checkpoint that `from_checkpoint` takes.
@@ -277,9 +301,7 @@ def rewrite(
     check_converted(source)
     config = ModelConfig.from_hf(data, source=str(source / "config.json"))
     with Reader(source) as reader:
-        modules = {match[1] for tensor in reader if (match := MTP.match(tensor.raw))}
-        mtp = modules == {"0"} and config.num_nextn_predict_layers > 0
-        resolved = resolve(reader, config, mtp=mtp, source=str(source))
+        resolved, notes = _resolved(reader, config, str(source))
         check_config(data, resolved.naming, str(source))
         for parameter in resolved.parameters:
             leaves(parameter, precision)  # widths against formats
@@ -289,6 +311,7 @@ def rewrite(
         mark = fingerprint(reader, source)
         read_bytes = sum(tensor.nbytes for tensor in reader)
         manifest = Manifest(__version__, preset, mark, read_bytes, plan)
+        companions = _companions(source)
         _check_target(source, target)
         target.mkdir(parents=True, exist_ok=True)
         with _locked(target):
@@ -347,9 +370,9 @@ def rewrite(
                 manifest.write(target)
             if fingerprint(reader, source) != mark:
                 raise CheckpointError(f"{source}: was changed while it was converted")
-            _finish(source, target, data, resolved, precision, shards, manifest)
+            _finish(companions, target, data, resolved, precision, shards, manifest)
     report, kept = Sums.together(manifest.shards)
-    report.notes += leftovers(resolved, drafter="copied")
+    report.notes += notes + leftovers(resolved, drafter="copied")
     return Rewritten(
         report=report,
         kept=kept,
@@ -363,7 +386,7 @@ def rewrite(
 
 
 def _finish(
-    source: Path,
+    companions: list[Path],
     target: Path,
     data: Mapping[str, Any],
     resolved: Resolved,
@@ -377,7 +400,7 @@ def _finish(
         write_atomic(target / name, (json.dumps(value, indent=2) + "\n").encode())
         manifest.files.append(name)
 
-    for path in _companions(source):
+    for path in companions:
         copy_atomic(path, target / path.name)
         manifest.files.append(path.name)
     outputs = {name: _outputs(units) for name, units in shards.items()}

@@ -7,8 +7,8 @@ What a scale may be (model.md 4.5, 7.1, 9):
 - ``F8_E4M3``, block scales of NVFP4: positive and finite. Hardware reads them without a sign, so -0
   is refused too. +0 is legal over a block whose 16 codes are all zero, where a lossless cast from
   MXFP4 may leave it; over other codes it has lost their values.
-- ``F32``, ``BF16``, ``F16``, of tensors and blocks, weights and activations: positive and finite;
-  of a ``global_scale``, which compressed-tensors stores as its reciprocal, the reciprocal too.
+- ``F32`` and ``BF16``, of tensors and blocks: positive and finite; of a ``global_scale`` that is
+  stored as its reciprocal (compressed-tensors) both. Static scales of activations are not used.
 """
 
 import re
@@ -42,7 +42,7 @@ HOST_DTYPE: Final[dict[str, Any]] = {
 
 _FLOATS: Final = ("F32", "BF16", "F16")
 # The dot tells the scales of linears from `hc_attn_scale`, a parameter.
-_SCALE: Final = re.compile(r"(.*)\.(?:weight_|input_|block_)?(?:global_)?scale(?:_2|_inv)?")
+_SCALE: Final = re.compile(r"(.*)\.(block_|global_)?scale")
 _CODES: Final = np.uint64(0x7777_7777_7777_7777)
 _SINKS: Final = ("attn_sink", "sinks")
 
@@ -78,6 +78,7 @@ class Scan:
         reader: the open checkpoint, for the codes under zero scales.
         tensors: official name -> tensor, as ``Resolved.tensors``.
         experts: number of routed experts.
+        reciprocal: the files hold reciprocals of global scales, as ``Naming.reciprocal``.
         verify: look for NaN and Inf in weights and other parameters too; -Inf is legal in a sink.
     """
 
@@ -86,6 +87,8 @@ class Scan:
         reader: Reader,
         tensors: Mapping[str, TensorInfo],
         experts: int,
+        *,
+        reciprocal: bool = False,
         verify: bool = False,
     ) -> None:
         self._reader = reader
@@ -97,10 +100,8 @@ class Scan:
         for name, tensor in tensors.items():
             match = _SCALE.fullmatch(name)
             if match:
-                base = match[1]
-                weight = tensors.get(f"{base}.weight") or tensors.get(f"{base}.weight_packed")
-                self._weights[tensor] = weight
-                if "global_scale" in name[len(base) :]:
+                self._weights[tensor] = tensors.get(f"{match[1]}.weight")
+                if reciprocal and match[2] == "global_":
                     self._reciprocals.add(tensor)
 
     def check(self, tensor: TensorInfo, host: np.ndarray, skip: int = 0) -> None:

@@ -185,7 +185,13 @@ def _check_tensors(
     out.stored = resolved.stored
     out.attempt(lambda: check_config(data, resolved.naming, out.path))
     if verify:
-        scan = Scan(reader, resolved.tensors, config.n_routed_experts, verify=True)
+        scan = Scan(
+            reader,
+            resolved.tensors,
+            config.n_routed_experts,
+            reciprocal=resolved.naming.reciprocal,
+            verify=True,
+        )
         out.attempt(lambda: scan.raise_all(out.path))
 
 

@@ -12,14 +12,13 @@ from dsv4_jax.checkpoint.errors import LISTED, CheckpointError, Problems, shown
 from dsv4_jax.checkpoint.formats import (
     COMPRESSED_TENSORS,
     Naming,
-    detect_precision,
     own_leaves,
 )
 from dsv4_jax.checkpoint.names import FUSED, MTP, Parameter, official_name, parameters
 from dsv4_jax.checkpoint.read import DTYPE_BITS, TensorInfo
 from dsv4_jax.config import ModelConfig
 
-__all__ = ["Resolved", "detect_precision", "resolve", "split_fused"]
+__all__ = ["Resolved", "resolve", "split_fused"]
 
 _log = logging.getLogger(__name__)
 

@@ -81,6 +81,7 @@ class ShardWriter(contextlib.AbstractContextManager["ShardWriter"]):
         self._given = 0
         self._queues = [queue.Queue[memoryview | None](_QUEUED) for _ in range(2)]
         self._error: OSError | None = None
+        self._whole = False
         self._descriptor = os.open(
             self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644
         )
@@ -111,6 +112,11 @@ class ShardWriter(contextlib.AbstractContextManager["ShardWriter"]):
                     unsynced = 0
             except OSError as error:
                 self._error = error
+        if self._whole and self._error is None:
+            try:
+                os.fsync(self._descriptor)  # here, because Ctrl-C waits for no system call
+            except OSError as error:
+                self._error = error
 
     def write(self, array: np.ndarray) -> None:
         """Takes the bytes of a contiguous array, which must not be changed any more."""
@@ -131,6 +137,7 @@ class ShardWriter(contextlib.AbstractContextManager["ShardWriter"]):
 
     def finish(self) -> tuple[int, str]:
         """Syncs the file and gives it its name; its size and SHA-256."""
+        self._whole = True
         self._join()
         if self._error is not None:
             raise self._error
@@ -138,7 +145,6 @@ class ShardWriter(contextlib.AbstractContextManager["ShardWriter"]):
             raise RuntimeError(
                 f"{self._path.name}: got {self._given} bytes for {self._expected} announced"
             )
-        os.fsync(self._descriptor)
         self._temporary.rename(self._path)
         parent = os.open(self._path.parent, os.O_RDONLY)
         try:

@@ -211,9 +211,11 @@ def checkpoint_tokenizer(checkpoint: Path) -> Tokenizer:
 
 
 def model_config(checkpoint: Path) -> ModelConfig:
-    """The architecture of a checkpoint."""
+    """The architecture of a checkpoint, which must be no unfinished conversion."""
+    from dsv4_jax.checkpoint.manifest import check_converted
     from dsv4_jax.checkpoint.read import read_config
 
+    check_converted(checkpoint)
     return ModelConfig.from_hf(read_config(checkpoint), source=str(checkpoint / "config.json"))
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dsv4_jax.checkpoint.errors import shown
 from dsv4_jax.checkpoint.memory import Need, Plan, readable
 from dsv4_jax.checkpoint.survey import Group, Survey, parameter_counts, survey
 from dsv4_jax.cli.common import (
@@ -85,7 +86,8 @@ def _settings(found: Survey, mtp: bool) -> Table:
     table.add_row("precision", f"{stored}: {found.holds}" if found.holds else stored)
     tokens = "none" if found.vocabulary is None else f"{found.vocabulary:,} tokens"
     table.add_row("tokenizer", tokens)
-    sampling = ", ".join(f"{name} {value}" for name, value in found.generation.items())
+    # Names and values out of files: nothing that a terminal would obey.
+    sampling = ", ".join(f"{shown(n)} {shown(str(v))}" for n, v in found.generation.items())
     table.add_row("generation_config.json", Text(sampling or "none"))
     return table
 
@@ -97,12 +99,12 @@ def _tensors(found: Survey) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     merged: dict[str, list[Group]] = {}
     for group in found.kinds:
-        stem = re.sub(r"\.(weight|scale|weight_\w+)$", "", group.kind)
+        stem = re.sub(r"\.(weight|scale|(weight|input)_\w+)$", "", group.kind)
         merged.setdefault(stem, []).append(group)
     for stem, groups in merged.items():
         groups.sort(key=lambda group: -group.nbytes)  # a weight before its scales
         formats = ", ".join(dict.fromkeys(group.dtype for group in groups))
-        table.add_row(Text(stem), formats, *_sizes(groups))
+        table.add_row(Text(shown(stem)), formats, *_sizes(groups))
     table.add_section()
     for group in found.formats:
         table.add_row("all", group.dtype, *_sizes([group]))
@@ -210,9 +212,15 @@ def command(
             if not precision and found.precision is not None:
                 precisions = {preset_name(found.precision): found.precision}
             sizes = (batch_size or [1], lengths)
-            rows = _memory(found, found.config, precisions, sizes, mtp)
+            try:
+                rows = _memory(found, found.config, precisions, sizes, mtp)
+            except ValueError as error:
+                if not found.problems:
+                    raise
+                found.problems.append(str(error))
         if as_json:
-            typer.echo(json.dumps(_report(found, rows, mtp), ensure_ascii=False, allow_nan=False))
+            # In ASCII: settings of a broken checkpoint may hold what UTF-8 cannot.
+            typer.echo(json.dumps(_report(found, rows, mtp), allow_nan=False))
         else:
             tables = table_console()
             if found.config is not None or found.kinds:

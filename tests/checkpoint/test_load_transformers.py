@@ -9,10 +9,10 @@ import pytest
 
 from dsv4_jax.checkpoint import CheckpointError
 from dsv4_jax.checkpoint.convert import Report
+from dsv4_jax.checkpoint.formats import detect
 from dsv4_jax.checkpoint.load import load_params
 from dsv4_jax.checkpoint.names import official_name, parameters
 from dsv4_jax.checkpoint.read import Reader, read_config
-from dsv4_jax.checkpoint.validate import detect_precision
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.precision import PRESETS
 from tests.checkpoint.test_load_official import at, same_tree
@@ -86,7 +86,7 @@ def test_all_formats_are_one_model(saved: dict[str, Path], other: str) -> None:
 )
 def test_detected(saved: dict[str, Path], name: str, preset: str) -> None:
     with Reader(saved[name]) as reader:
-        assert detect_precision(reader.tensors) == preset
+        assert detect(reader.tensors).preset == preset
 
 
 def test_bf16_is_kept_and_widened_exactly(saved: dict[str, Path]) -> None:

@@ -23,6 +23,8 @@ from dsv4_jax.checkpoint.convert import (
 from dsv4_jax.checkpoint.export import target_config
 from dsv4_jax.checkpoint.load import load_params
 from dsv4_jax.checkpoint.names import parameters
+from dsv4_jax.checkpoint.read import Reader
+from dsv4_jax.checkpoint.validate import resolve
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.precision import PRESETS
 from tests.checkpoint.test_load_official import same_tree
@@ -178,6 +180,23 @@ def test_newer_drafter_is_copied(tmp_path: Path) -> None:
     assert {name: found[name] for name in drafter} == drafter
     assert "skipped 3 tensors of a newer drafter (mtp.0, mtp.1, mtp.2)" not in done.report.notes
     assert "copied 3 tensors of a newer drafter (mtp.0, mtp.1, mtp.2)" in done.report.notes
+
+
+def test_module_that_does_not_fit_is_copied(tmp_path: Path) -> None:
+    """Quantisers leave MTP in BF16; such a checkpoint loads without it."""
+    config, tensors = published.modelopt()
+    wide = tiny.unquantised(tiny.official()[1], "BF16")
+    drafter = {name: tensor for name, tensor in wide.items() if name.startswith("mtp.")}
+    tensors = {k: v for k, v in tensors.items() if not k.startswith("mtp.")} | drafter
+    first = tiny.write(tmp_path / "source", config, tensors)
+    done = rewrite.rewrite(first, tmp_path / "result", "nvfp4_experts")
+    found = read_all(tmp_path / "result")
+    assert {name: found[name] for name in drafter} == drafter
+    [note] = [note for note in done.report.notes if "mtp.0" in note]
+    assert note.startswith("copied mtp.0 as it is, it cannot be loaded with this model (")
+    assert "expected F32, found BF16" in note
+    with Reader(tmp_path / "result") as reader:
+        resolve(reader, ModelConfig.from_hf(config))
 
 
 @pytest.mark.parametrize("top", [127, -100, 255 - 128])

@@ -15,7 +15,7 @@ from dsv4_jax.checkpoint.memory import Plan
 from dsv4_jax.checkpoint.survey import parameter_counts, survey
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.precision import PRESETS
-from tests.support import tiny
+from tests.support import published, tiny
 from tests.support.tokenizer import byte_tokenizer
 
 CONFIG, TENSORS = tiny.official()
@@ -226,6 +226,35 @@ def test_little_is_there(tmp_path: Path, files: dict[str, str] | None, message: 
     assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_widths_that_no_format_takes(tmp_path: Path) -> None:
+    """The memory cannot be told; all else is."""
+    tiny.write(tmp_path, CONFIG | {"moe_intermediate_size": 120}, TENSORS)
+    problems = _json(tmp_path, code=2)["problems"]
+    for text in ("MXFP4 needs a multiple of 32", "must be a multiple of 32 for mxfp4, got 120"):
+        assert any(text in problem for problem in problems), problems
+    assert "Tensors of the files" in _inspect(tmp_path).stdout
+
+
+def test_hostile_text(tmp_path: Path) -> None:
+    """No escape sequence reaches the terminal, and what UTF-8 cannot hold is printed somehow."""
+    path = tiny.write(tmp_path, CONFIG, TENSORS | {"a\x1b[2J.weight": TENSORS["norm.weight"]})
+    (path / "generation_config.json").write_text('{"\\u001b[2J": 1, "x": "\\ud800"}')
+    assert _json(path, code=2)["generation_config"]["x"] == "\ud800"
+    result = _inspect(path)
+    assert result.exit_code == 2
+    assert "Tensors of the files" in result.stdout
+    assert "\x1b" not in result.stdout + result.stderr
+    assert "unexpected: 'a\\x1b[2J.weight' in" in result.stderr
+    (path / "generation_config.json").write_text("[" * 100_000)
+    assert "generation_config.json: not valid JSON" in _inspect(path).stderr
+
+
+def test_static_scales_stand_with_their_weight(tmp_path: Path) -> None:
+    result = _inspect(tiny.write(tmp_path, *published.modelopt()))
+    assert "ffn.experts.w1 " in result.stdout
+    assert "input_scale" not in result.stdout
 
 
 def test_values_are_looked_at_when_asked(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import pytest
 
 from dsv4_jax.checkpoint import CheckpointError
+from dsv4_jax.checkpoint.formats import detect
 from dsv4_jax.checkpoint.read import Reader
-from dsv4_jax.checkpoint.validate import detect_precision, resolve
+from dsv4_jax.checkpoint.validate import resolve
 from dsv4_jax.config import ModelConfig
 from tests.support import tiny
 
@@ -175,7 +176,7 @@ def look(path: Path, config: ModelConfig) -> str:
     """All that is checked before the first array is placed; what came of it."""
     try:
         with Reader(path) as reader:
-            detect_precision(reader.tensors)
+            detect(reader.tensors)
             resolve(reader, config, mtp=True)
     except CheckpointError as error:
         str(error).encode()  # can be printed

@@ -82,35 +82,28 @@ RULE = "scales must be positive and finite, got"
     ("leaf", "dtype", "host", "bad", "told"),
     [
         pytest.param("scale", "F8_E8M0", np.uint8, 255, "got NaN (byte 255)", id="ue8m0-nan"),
-        pytest.param(
-            "weight_scale", "F8_E4M3", np.uint8, 0x7F, "got nan (byte 127)", id="e4m3-nan"
-        ),
-        pytest.param(
-            "weight_scale", "F8_E4M3", np.uint8, 0xB8, "got -1.0 (byte 184)", id="e4m3-neg"
-        ),
-        pytest.param(
-            "weight_scale", "F8_E4M3", np.uint8, 0x80, "got -0.0 (byte 128)", id="e4m3-neg-0"
-        ),
-        pytest.param(
-            "weight_scale", "F8_E4M3", np.uint8, 0, f"{E4M3_RULE} 0.0 (byte 0)", id="e4m3-0"
+        *(
+            pytest.param("block_scale", "F8_E4M3", np.uint8, bad, told, id=f"e4m3-{bad}")
+            for bad, told in (
+                (0x7F, "got nan (byte 127)"),
+                (0xB8, "got -1.0 (byte 184)"),
+                (0x80, "got -0.0 (byte 128)"),
+                (0, f"{E4M3_RULE} 0.0 (byte 0)"),
+            )
         ),
         *(
             pytest.param(leaf, "F32", np.float32, bad, f"{RULE} {bad}", id=f"{leaf}-{bad}")
-            for leaf in ("weight_scale_2", "input_scale", "weight_scale_inv")
+            for leaf in ("scale", "global_scale")
             for bad in (0.0, -0.0, -1.0, float("nan"), float("inf"))
         ),
         pytest.param("scale", "BF16", np.uint16, 0xFF80, f"{RULE} -inf", id="bf16-inf"),
         pytest.param("scale", "BF16", np.uint16, 0, f"{RULE} 0", id="bf16-0"),
-        pytest.param("scale", "F16", np.float16, -2, f"{RULE} -2.0", id="f16-negative"),
-        pytest.param(
-            "weight_global_scale", "F32", np.float32, 1e-39, "so must their reciprocals", id="1/x"
-        ),
     ],
 )
 def test_C18_every_kind_of_scale(
     tmp_path: Path, leaf: str, dtype: str, host: Any, bad: Any, told: str
 ) -> None:
-    """Straight at the scan: not every one of them can be loaded yet."""
+    """Straight at the scan, which has our names of the leaves."""
     good = {np.uint8: 0x38, np.uint16: 0x3F80}.get(host, 1)
     shape = (4, 2) if dtype.startswith("F8") else (3, 1)
     codes = tiny.raw("U8", np.full((4, 16), 0x11, np.uint8))
@@ -144,11 +137,11 @@ def test_C18_zero_block_scale_over_zero_codes(tmp_path: Path) -> None:
     scale[1, 1] = 0
 
     def look(skip: int = 0) -> None:
-        weights = {f"{base}.weight_packed": tiny.raw("U8", codes)}
-        tiny.write(tmp_path, CONFIG, weights | {f"{base}.weight_scale": tiny.raw("F8_E4M3", scale)})
+        weights = {f"{base}.weight": tiny.raw("U8", codes)}
+        tiny.write(tmp_path, CONFIG, weights | {f"{base}.block_scale": tiny.raw("F8_E4M3", scale)})
         with Reader(tmp_path) as reader:
             looker = Scan(reader, reader.tensors, experts=4)
-            looker.check(reader.tensors[f"{base}.weight_scale"], scale[skip // 2 :], skip)
+            looker.check(reader.tensors[f"{base}.block_scale"], scale[skip // 2 :], skip)
 
     look()
     for byte, code in ((8, 0x01), (15, 0x10), (15, 0x88 ^ 0x40)):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,13 @@ def test_C30_unfinished_is_not_loaded(half: Half, load: Any) -> None:
         rewrite.rewrite(half.path, half.path.with_name("other"), PRESET)
 
 
+def test_C30_commands_say_what_is_the_matter(half: Half) -> None:
+    arguments = ["generate", "--checkpoint", str(half.path), "--ids", "1"]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 2
+    assert "its conversion is unfinished: run `dsv4 convert` again" in result.stderr
+
+
 def test_C30_it_goes_on_where_it_stopped(half: Half) -> None:
     before = {name: (half.path / name).stat().st_mtime_ns for name in _shards(half.path)}
     (half.path / f"model-00003-of-00005.safetensors{manifest.TEMPORARY}").write_text("a SIGKILL")
@@ -208,7 +216,8 @@ def _other_format(text: str) -> str:
     [
         (_other_format, "format must be 1, got 2: another version of this package"),
         (lambda text: text.replace('"bytes": 1', '"bytes": 2'), "does not match its own hash"),
-        (lambda text: text[: len(text) // 2], "cannot be read"),
+        (lambda text: text[: len(text) // 2], f"{manifest.MANIFEST}: invalid JSON"),
+        (lambda text: "[" * 100_000, f"{manifest.MANIFEST}: invalid JSON"),
         (lambda text: "[]", "must be a JSON object"),
     ],
 )
@@ -222,6 +231,64 @@ def test_C30_damaged_manifest(
             run(result)
     rewrite.rewrite(tiny.OFFICIAL, result, PRESET, overwrite=True)
     assert _files(result) == whole
+
+
+def test_C30_manifest_is_no_file(result: Path) -> None:
+    """Nothing waits for a writer, and no link is followed."""
+    path = result / manifest.MANIFEST
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match="must be a regular file, got a FIFO"):
+        from_checkpoint(result)
+    path.unlink()
+    path.symlink_to("gone")
+    with pytest.raises(CheckpointError, match=f"{manifest.MANIFEST}: must be a regular file or a"):
+        from_checkpoint(result)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"shards": []},
+        {"files": None},
+        {"complete": 1},
+        {"shards": {"a": {}}},
+        {"shards": {"../a": {"bytes": 1, "sha256": "", "report": {}}}},
+        {"shards": {"a\0": {"bytes": 1, "sha256": "", "report": {}}}},
+    ],
+)
+def test_C30_forged_manifest(result: Path, fields: dict[str, Any]) -> None:
+    """Its hash fits, its fields do not."""
+    _edit(result, **fields)
+    with pytest.raises(CheckpointError, match=f"{manifest.MANIFEST}: (must have|shards)"):
+        from_checkpoint(result)
+
+
+def test_C30_all_bad_shards_are_listed(result: Path) -> None:
+    first, second, *_ = _shards(result)
+    (result / first).unlink()
+    os.truncate(result / second, 7)
+    with pytest.raises(CheckpointError) as error:
+        from_checkpoint(result)
+    assert f"{first} is absent" in str(error.value)
+    assert f"{second} must have " in str(error.value)
+    assert len(error.value.problems) == 2
+
+
+def test_C30_killed_at_its_very_start(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    (tmp_path / f"{manifest.MANIFEST}{manifest.TEMPORARY}").write_text("{")
+    rewrite.rewrite(tiny.OFFICIAL, tmp_path, PRESET)
+    assert _files(tmp_path) == whole
+
+
+def test_C22_foreign_links_are_not_copied(tmp_path: Path) -> None:
+    """What lies beside the weights of a hostile source may be a link to a file of the user."""
+    source = tiny.write(tmp_path / "source", *tiny.official())
+    (tmp_path / "secret").write_text("of the user")
+    (source / "LICENSE").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="LICENSE: must be a regular file or a link of the"):
+        rewrite.rewrite(source, tmp_path / "result", PRESET)
+    assert not (tmp_path / "result").exists()
 
 
 def test_nothing_of_others_is_touched(tmp_path: Path) -> None:
@@ -267,6 +334,22 @@ def test_disk_fills_up(half: Half, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _files(half.path) == before
     rewrite.rewrite(tiny.OFFICIAL, half.path, PRESET)
     assert _files(half.path) == half.whole
+
+
+def test_sync_fails(half: Half, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the thread that writes, so that Ctrl-C need not wait for the disk."""
+    real = os.fsync
+
+    def broken(descriptor: int) -> None:
+        if threading.current_thread().name == "dsv4-write":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(descriptor)
+
+    before = _files(half.path)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error"):
+        patch.setattr(os, "fsync", broken)
+        rewrite.rewrite(tiny.OFFICIAL, half.path, PRESET)
+    assert _files(half.path) == before
 
 
 def test_two_at_once(half: Half) -> None:
