@@ -351,6 +351,7 @@ def stream(
         cache = model.init_cache(batch_size=b, max_len=max_len)
 
         active, left = np.ones(b, np.bool_), np.full(b, max_new_tokens, np.int32)
+        ends = stop_ids(stops, config.vocab_size)
 
         def made_by(step: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Iterator[TokenEvent]:
             """Events of a step's tokens, of those that are valid and of those that are kept."""
@@ -383,7 +384,7 @@ def stream(
                 feed=feed,
                 cache=cache,
                 settings=settings,
-                stops=stop_ids(stops),
+                stops=ends,
             )
             made = jax.device_get(made)
             tokens = np.zeros(b, np.int32)

@@ -95,9 +95,9 @@ def sample_next(logits: Array, lengths: Array, settings: Settings) -> Sampled:
     )
 
 
-def stop_ids(ids: frozenset[int]) -> Int32[np.ndarray, "s"]:
-    """As `decode_steps` takes them: at least one, so that most calls have one shape."""
-    return np.array(sorted(ids) or [_NO_STOP], np.int32)
+def stop_ids(ids: frozenset[int], vocab: int) -> Int32[np.ndarray, "s"]:
+    """The ids as `decode_steps` takes them; one at least, so that most calls have one shape."""
+    return np.array(sorted(i for i in ids if 0 <= i < vocab) or [_NO_STOP], np.int32)
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
