@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv4_jax.cache import Cache
-from dsv4_jax.loop import STEPS, Feed, Settings, decode_steps, sample_next, stop_ids
+from dsv4_jax.loop import Feed, Settings, decode_steps, sample_next, stepwise, stop_ids
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.typing import Array, Float32, Params
 
@@ -363,9 +363,7 @@ def stream(
                 active[row] = event.finish_reason is None
                 yield event
 
-        # On the CPU the bits of steps are those of a prefill, and a few of them cost less than
-        # another large program does: seconds to load, longer to compile.
-        if longest <= STEPS and jax.default_backend() == "cpu":
+        if stepwise(longest):
             feed = Feed.of(rows, active, left)
         else:
             padded = np.zeros((b, longest), np.int32)
