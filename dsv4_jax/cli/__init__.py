@@ -34,6 +34,7 @@ from dsv4_jax.cli.common import (
 )
 from dsv4_jax.env import report
 from dsv4_jax.generate import TokenEvent, check_lengths, stream
+from dsv4_jax.loop import STEPS, stepwise
 from dsv4_jax.precision import Precision
 from dsv4_jax.text import (
     IncrementalDetokenizer,
@@ -194,11 +195,14 @@ def _run(
             output.close()
             total, total_compiled = time.perf_counter() - start, compiled()
             if first:
-                decode = total - first - (total_compiled - first_compiled)
+                prefill = first - first_compiled
+                if stepwise(prompt_tokens):  # some new tokens were made in the same call
+                    shared = min(steps, STEPS - prompt_tokens)
+                    prefill *= prompt_tokens / (prompt_tokens + shared)
                 say(
                     console,
-                    f"prefill {_rate(prompt_tokens, first - first_compiled)}, "
-                    f"decode {_rate(steps, decode)}, "
+                    f"prefill {_rate(prompt_tokens, prefill)}, "
+                    f"decode {_rate(steps, total - total_compiled - prefill)}, "
                     f"compilation {total_compiled:.1f} s",
                 )
     return last
