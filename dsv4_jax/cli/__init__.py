@@ -33,7 +33,7 @@ from dsv4_jax.cli.common import (
     say,
 )
 from dsv4_jax.env import report
-from dsv4_jax.generate import TokenEvent, check_lengths, stream
+from dsv4_jax.generate import TokenEvent, check_request, stream
 from dsv4_jax.loop import STEPS, stepwise
 from dsv4_jax.precision import Precision
 from dsv4_jax.text import (
@@ -261,8 +261,10 @@ def generate(
         tokenizer = load_tokenizer(directory)
         output = _Output(tokenizer, stop or [])
         tokens = _prompt_ids(tokenizer, directory, prompt, prompt_file, ids)
-        needed = check_lengths([len(tokens)], max_new_tokens, max_len)
         config = model_config(directory)
+        *_, needed = check_request(
+            config, [tokens], max_new_tokens=max_new_tokens, seed=seed, max_len=max_len
+        )
         _check_text(console, directory, tokenizer, config.vocab_size, ids is None)
         if max_len is None:
             needed = _positions(needed, config.max_position_embeddings)

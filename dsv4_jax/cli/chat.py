@@ -367,6 +367,10 @@ def command(
         tokenizer, limit = _check_model(directory)
         if max_len is None:
             max_len = min(_POSITIONS, limit)
+        if not 1 <= max_len <= limit:
+            raise UserError(
+                f"--max-len must be 1..{limit} (max_position_embeddings), got {max_len}"
+            )
         check_devices()
         fast_start(console)
 

@@ -230,7 +230,7 @@ def test_invalid_logits_end_the_turn(bench: Bench) -> None:
         pytest.param(["--max-new-tokens", "0"], "--max-new-tokens must be >= 1", id="D7-none-new"),
         pytest.param(["--temperature", "nan"], "temperature must be", id="D7-nan"),
         pytest.param(["--seed", "-1"], "--seed must be in", id="seed"),
-        pytest.param(["--max-len", "0"], "max_len must be 1..4096", id="max-len"),
+        pytest.param(["--max-len", "0"], "--max-len must be 1..1048576", id="max-len"),
         pytest.param(["--max-len", "5"], "has 6 tokens, --max-len is 5", id="B2-prompt"),
         pytest.param(["--precision", "fp3"], "'fp3'", id="precision"),
         pytest.param(["--checkpoint", "{path}/none"], "is not a directory", id="checkpoint"),
