@@ -82,11 +82,15 @@ def _ctrl_c() -> Generator[Callable[[], bool]]:
             raise KeyboardInterrupt
         pressed = True
 
+    # What watches over other commands' Ctrl-C (`readable_errors`) must not hear of these:
+    # it may look when the handler is its own again, and end the process.
+    descriptor = signal.set_wakeup_fd(-1)
     before = signal.signal(signal.SIGINT, press)
     try:
         yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, before)
+        signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)
 
 
 class _Screen:

@@ -1,6 +1,7 @@
 """``dsv4 chat`` over a model that says what it was told."""
 
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,24 @@ def test_ctrl_c_twice_at_once(bench: Bench) -> None:
     result = bench.run("x\nx\n")
     assert (result.exit_code, result.stdout) == (0, "a\n"), result.stderr
     assert "nothing was answered: that message is forgotten" in result.stderr
+
+
+def test_ctrl_c_of_an_answer_does_not_reach_the_watcher() -> None:
+    """It ends the process where Python does not come to handle a Ctrl-C (`readable_errors`)."""
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    os.set_blocking(write, False)
+    before = signal.set_wakeup_fd(write)
+    try:
+        with chat._ctrl_c() as pressed:
+            signal.raise_signal(signal.SIGINT)
+            assert pressed()
+        with pytest.raises(BlockingIOError):
+            os.read(read, 1)
+    finally:
+        assert signal.set_wakeup_fd(before) == write
+        os.close(read)
+        os.close(write)
 
 
 @pytest.mark.parametrize("times", [1, 2])
