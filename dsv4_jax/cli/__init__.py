@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, cast
 
 import jax
 import typer
@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from dsv4_jax.cli import chat, compare, convert, evaluate, inspect
 from dsv4_jax.cli.common import (
     EXIT_CODES,
-    INTERRUPTED,
+    Leave,
     UserError,
     check_devices,
     checkpoint_directory,
@@ -322,12 +322,10 @@ def main() -> NoReturn:
     """The ``dsv4`` command as a process."""
     try:
         app()
-    except SystemExit as error:
-        if error.code == INTERRUPTED:
-            # All files are closed. XLA, interrupted in a call, may crash as Python takes it down.
-            with contextlib.suppress(OSError):  # their reader may have been interrupted too
-                sys.stdout.flush()
-                sys.stderr.flush()
-            os._exit(INTERRUPTED)
-        raise
+    except Leave as error:
+        # All files are closed.
+        with contextlib.suppress(OSError):  # their reader may have been interrupted too
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(cast(int, error.code))
     sys.exit()

@@ -29,6 +29,7 @@ from dsv4_jax.chat import (
     encode,
 )
 from dsv4_jax.cli.common import (
+    Leave,
     UserError,
     check_devices,
     checkpoint_directory,
@@ -169,6 +170,7 @@ class _Chat:
         if system is not None:
             self._messages.append({"role": "system", "content": system})
         self.open_calls: deque[str] = deque()
+        self.interrupted = False  # in the middle of a step
         self._results: list[dict[str, Any]] = []
 
     def say(self, line: str) -> bool:
@@ -208,7 +210,7 @@ class _Chat:
             try:
                 last = self._answer(ids, room, pressed, parser, screen)
             except KeyboardInterrupt:
-                last = None
+                self.interrupted, last = True, None
             stopped = last is None
             screen.show(parser.finish())
         screen.end()
@@ -396,6 +398,8 @@ def command(
             f"{settings.top_p}, top_k {settings.top_k}, seed {seed} ({source})",
         )
         _loop(console, chat)
+        if chat.interrupted:
+            raise Leave(0)
 
 
 def _sampling(settings: SamplingParams, seed: int) -> dict[str, Any]:
