@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv4_jax.cache import Cache
-from dsv4_jax.loop import STEPS, Feed, Settings, decode_steps, sample_next, stop_ids
+from dsv4_jax.loop import Feed, Settings, decode_steps, sample_next, stepwise, stop_ids
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.typing import Array, Float32, Params
 
@@ -23,6 +23,7 @@ __all__ = [
     "FinishReason",
     "TokenEvent",
     "check_lengths",
+    "check_request",
     "decode_step",
     "generate",
     "prefill",
@@ -279,14 +280,38 @@ def _check_prompts(prompts: Sequence[Any], vocab: int) -> list[np.ndarray]:
     return rows
 
 
-def _check_seeds(seed: int | Sequence[int], b: int) -> Array:
+def _check_seeds(seed: int | Sequence[int], b: int) -> np.ndarray:
     seeds = [seed] * b if isinstance(seed, int | np.integer) else list(seed)
     if len(seeds) != b:
         raise ValueError(f"generate: need one seed or one per prompt ({b}), got {len(seeds)}")
     for value in seeds:
         if not 0 <= value < 2**32:
             raise ValueError(f"generate: seed must be in [0, 2**32), got {value}")
-    return jax.device_put(np.array(seeds, np.uint32))
+    return np.array(seeds, np.uint32)
+
+
+def check_request(
+    config: Any,
+    prompts: Sequence[Any],
+    *,
+    max_new_tokens: int,
+    seed: int | Sequence[int],
+    max_len: int | None,
+) -> tuple[list[np.ndarray], np.ndarray, int]:
+    """Prompts, seeds and the cache length of a call of `generate`; needs no weights and no device.
+
+    Raises:
+        ValueError: as `generate`, but for the sampling settings.
+    """
+    rows = _check_prompts(prompts, config.vocab_size)
+    seeds = _check_seeds(seed, len(rows))
+    max_len = check_lengths([row.size for row in rows], max_new_tokens, max_len)
+    if max_len > config.max_position_embeddings:
+        raise ValueError(
+            f"generate: max_len {max_len} exceeds the model's max_position_embeddings "
+            f"{config.max_position_embeddings}"
+        )
+    return rows, seeds, max_len
 
 
 def stream(
@@ -316,15 +341,11 @@ def stream(
         ValueError: as ``generate``.
     """
     config = model.config
-    rows = _check_prompts(prompts, config.vocab_size)
     checked = SamplingParams(temperature, top_p, top_k)
-    settings = Settings.of(checked, _check_seeds(seed, len(rows)))
-    max_len = check_lengths([row.size for row in rows], max_new_tokens, max_len)
-    if max_len > config.max_position_embeddings:
-        raise ValueError(
-            f"generate: max_len {max_len} exceeds the model's max_position_embeddings "
-            f"{config.max_position_embeddings}"
-        )
+    rows, seeds, max_len = check_request(
+        config, prompts, max_new_tokens=max_new_tokens, seed=seed, max_len=max_len
+    )
+    settings = Settings.of(checked, jax.device_put(seeds))
     eos = int(config.eos_token_id)
     stops = frozenset((eos,) if stop_token_ids is None else map(int, stop_token_ids))
 
@@ -351,6 +372,7 @@ def stream(
         cache = model.init_cache(batch_size=b, max_len=max_len)
 
         active, left = np.ones(b, np.bool_), np.full(b, max_new_tokens, np.int32)
+        ends = stop_ids(stops, config.vocab_size)
 
         def made_by(step: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Iterator[TokenEvent]:
             """Events of a step's tokens, of those that are valid and of those that are kept."""
@@ -362,9 +384,7 @@ def stream(
                 active[row] = event.finish_reason is None
                 yield event
 
-        # On the CPU the bits of steps are those of a prefill, and a few of them cost less than
-        # another large program does: seconds to load, longer to compile.
-        if longest <= STEPS and jax.default_backend() == "cpu":
+        if stepwise(longest):
             feed = Feed.of(rows, active, left)
         else:
             padded = np.zeros((b, longest), np.int32)
@@ -383,7 +403,7 @@ def stream(
                 feed=feed,
                 cache=cache,
                 settings=settings,
-                stops=stop_ids(stops),
+                stops=ends,
             )
             made = jax.device_get(made)
             tokens = np.zeros(b, np.int32)

@@ -17,7 +17,16 @@ from dsv4_jax.cache import Cache
 from dsv4_jax.sampling import Sampled, SamplingParams, sample, step_keys
 from dsv4_jax.typing import Array, Bool, Int32, Params
 
-__all__ = ["STEPS", "Feed", "Made", "Settings", "decode_steps", "sample_next", "stop_ids"]
+__all__ = [
+    "STEPS",
+    "Feed",
+    "Made",
+    "Settings",
+    "decode_steps",
+    "sample_next",
+    "stepwise",
+    "stop_ids",
+]
 
 STEPS: Final = 8
 """Of a call, whose tokens appear together: about 50 ms of V4-Flash at 6 ms a step, and of the model
@@ -95,9 +104,18 @@ def sample_next(logits: Array, lengths: Array, settings: Settings) -> Sampled:
     )
 
 
-def stop_ids(ids: frozenset[int]) -> Int32[np.ndarray, "s"]:
-    """As `decode_steps` takes them: at least one, so that most calls have one shape."""
-    return np.array(sorted(ids) or [_NO_STOP], np.int32)
+def stepwise(tokens: int) -> bool:
+    """Whether so many tokens of a prompt go through decode steps rather than a prefill.
+
+    On the CPU the bits of steps are those of a prefill, and a few of them cost less than another
+    large program does: seconds to load, longer to compile.
+    """
+    return tokens <= STEPS and jax.default_backend() == "cpu"
+
+
+def stop_ids(ids: frozenset[int], vocab: int) -> Int32[np.ndarray, "s"]:
+    """The ids as `decode_steps` takes them; one at least, so that most calls have one shape."""
+    return np.array(sorted(i for i in ids if 0 <= i < vocab) or [_NO_STOP], np.int32)
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")

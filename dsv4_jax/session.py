@@ -6,14 +6,15 @@ and any other one is computed from its beginning.
 """
 
 from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
 from dsv4_jax.cache import Cache
 from dsv4_jax.generate import Model, TokenEvent, check_lengths, decode_step, prefill
-from dsv4_jax.sampling import Sampled, SamplingParams, sample, step_keys
+from dsv4_jax.loop import Settings, sample_next, stepwise
+from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.typing import Array, Params
 
 if TYPE_CHECKING:
@@ -23,17 +24,6 @@ __all__ = ["Session"]
 
 _CHUNK = 256
 """Prompt tokens between two looks at ``cancelled``; `prefill`'s own chunk."""
-
-_STEPWISE = 8
-"""Longest continuation that goes through the decode step on the CPU, as in `generate`."""
-
-
-@jax.jit
-def _draw(
-    logits: Array, lengths: Any, seeds: Any, temperature: Any, top_p: Any, top_k: Any
-) -> Sampled:
-    keys = step_keys(seeds, lengths)
-    return sample(logits, keys, temperature=temperature, top_p=top_p, top_k=top_k)
 
 
 class Session:
@@ -129,12 +119,7 @@ class Session:
             raise ValueError(f"Session: seed must be in [0, 2**32), got {seed}")
         check_lengths([ids.size], max_new_tokens, self.max_len)
         checked = SamplingParams(temperature, top_p, top_k)
-        settings = (
-            np.array([seed], np.uint32),
-            np.float32(checked.temperature),
-            np.float32(checked.top_p),
-            np.int32(checked.top_k),
-        )
+        settings = Settings.of(checked, np.array([seed], np.uint32))
         held = len(self.tokens)
         if held >= ids.size or ids[:held].tolist() != self._tokens:
             held = 0
@@ -161,7 +146,7 @@ class Session:
                     return
                 logits = append(part)
                 position = np.array([len(self._tokens)], np.int32)
-                tokens, valid = jax.device_get(tuple(_draw(logits, position, *settings)))
+                tokens, valid = jax.device_get(sample_next(logits, position, settings))
                 if not valid[0]:
                     why = f"the logits for position {len(self._tokens)} hold NaN or +Inf, or are"
                     yield TokenEvent(0, None, "invalid_logits", f"Session: {why} all -Inf")
@@ -178,7 +163,7 @@ class Session:
     @staticmethod
     def _parts(ids: np.ndarray) -> list[np.ndarray]:
         """How a prompt is fed: token by token, or in chunks."""
-        size = 1 if ids.size <= _STEPWISE and jax.default_backend() == "cpu" else _CHUNK
+        size = 1 if stepwise(ids.size) else _CHUNK
         return [ids[start : start + size] for start in range(0, ids.size, size)]
 
     def _append(self, ids: np.ndarray) -> Array:

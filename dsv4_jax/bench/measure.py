@@ -56,7 +56,7 @@ class Loop:
         self._fixed: dict[str, Any] = {
             "params": params,
             "settings": Settings.of(SamplingParams(temperature=1.0), seeds),
-            "stops": stop_ids(frozenset()),
+            "stops": stop_ids(frozenset(), model.config.vocab_size),
         }
         self._feed = self._fed(np.zeros(rows, np.int32))
         self.cache = cache

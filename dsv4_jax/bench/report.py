@@ -86,8 +86,8 @@ def _model(settings: Settings) -> tuple[ModelConfig, str]:
     if settings.model in _RELEASES:
         return _RELEASES[settings.model](), settings.precision or "official"
     from dsv4_jax.checkpoint import bundled_checkpoint
+    from dsv4_jax.checkpoint.formats import detect
     from dsv4_jax.checkpoint.read import Reader, read_config
-    from dsv4_jax.checkpoint.validate import detect_precision
 
     path = bundled_checkpoint() if settings.model == BUNDLED else Path(settings.model)
     if not (path / "config.json").is_file():
@@ -101,7 +101,7 @@ def _model(settings: Settings) -> tuple[ModelConfig, str]:
     if not any(path.glob("*.safetensors")):
         return config, "official"
     with Reader(path) as reader:
-        return config, detect_precision(reader.tensors, source=str(path))
+        return config, detect(reader.tensors, source=str(path)).preset
 
 
 def _is_gpu() -> bool:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, cast
 
 import jax
 import typer
@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from dsv4_jax.cli import bench, chat, compare, convert, evaluate, inspect
 from dsv4_jax.cli.common import (
     EXIT_CODES,
-    INTERRUPTED,
+    Leave,
     UserError,
     check_devices,
     checkpoint_directory,
@@ -33,7 +33,8 @@ from dsv4_jax.cli.common import (
     say,
 )
 from dsv4_jax.env import report
-from dsv4_jax.generate import TokenEvent, check_lengths, stream
+from dsv4_jax.generate import TokenEvent, check_request, stream
+from dsv4_jax.loop import STEPS, stepwise
 from dsv4_jax.precision import Precision
 from dsv4_jax.text import (
     IncrementalDetokenizer,
@@ -194,11 +195,14 @@ def _run(
             output.close()
             total, total_compiled = time.perf_counter() - start, compiled()
             if first:
-                decode = total - first - (total_compiled - first_compiled)
+                prefill = first - first_compiled
+                if stepwise(prompt_tokens):  # some new tokens were made in the same call
+                    shared = min(steps, STEPS - prompt_tokens)
+                    prefill *= prompt_tokens / (prompt_tokens + shared)
                 say(
                     console,
-                    f"prefill {_rate(prompt_tokens, first - first_compiled)}, "
-                    f"decode {_rate(steps, decode)}, "
+                    f"prefill {_rate(prompt_tokens, prefill)}, "
+                    f"decode {_rate(steps, total - total_compiled - prefill)}, "
                     f"compilation {total_compiled:.1f} s",
                 )
     return last
@@ -257,8 +261,10 @@ def generate(
         tokenizer = load_tokenizer(directory)
         output = _Output(tokenizer, stop or [])
         tokens = _prompt_ids(tokenizer, directory, prompt, prompt_file, ids)
-        needed = check_lengths([len(tokens)], max_new_tokens, max_len)
         config = model_config(directory)
+        *_, needed = check_request(
+            config, [tokens], max_new_tokens=max_new_tokens, seed=seed, max_len=max_len
+        )
         _check_text(console, directory, tokenizer, config.vocab_size, ids is None)
         if max_len is None:
             needed = _positions(needed, config.max_position_embeddings)
@@ -317,12 +323,10 @@ def main() -> NoReturn:
     """The ``dsv4`` command as a process."""
     try:
         app()
-    except SystemExit as error:
-        if error.code == INTERRUPTED:
-            # All files are closed. XLA, interrupted in a call, may crash as Python takes it down.
-            with contextlib.suppress(OSError):  # their reader may have been interrupted too
-                sys.stdout.flush()
-                sys.stderr.flush()
-            os._exit(INTERRUPTED)
-        raise
+    except Leave as error:
+        # All files are closed.
+        with contextlib.suppress(OSError):  # their reader may have been interrupted too
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(cast(int, error.code))
     sys.exit()

@@ -29,6 +29,7 @@ from dsv4_jax.chat import (
     encode,
 )
 from dsv4_jax.cli.common import (
+    Leave,
     UserError,
     check_devices,
     checkpoint_directory,
@@ -82,11 +83,15 @@ def _ctrl_c() -> Generator[Callable[[], bool]]:
             raise KeyboardInterrupt
         pressed = True
 
+    # What watches over other commands' Ctrl-C (`readable_errors`) must not hear of these:
+    # it may look when the handler is its own again, and end the process.
+    descriptor = signal.set_wakeup_fd(-1)
     before = signal.signal(signal.SIGINT, press)
     try:
         yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, before)
+        signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)
 
 
 class _Screen:
@@ -165,6 +170,7 @@ class _Chat:
         if system is not None:
             self._messages.append({"role": "system", "content": system})
         self.open_calls: deque[str] = deque()
+        self.interrupted = False  # in the middle of a step
         self._results: list[dict[str, Any]] = []
 
     def say(self, line: str) -> bool:
@@ -204,7 +210,7 @@ class _Chat:
             try:
                 last = self._answer(ids, room, pressed, parser, screen)
             except KeyboardInterrupt:
-                last = None
+                self.interrupted, last = True, None
             stopped = last is None
             screen.show(parser.finish())
         screen.end()
@@ -367,6 +373,10 @@ def command(
         tokenizer, limit = _check_model(directory)
         if max_len is None:
             max_len = min(_POSITIONS, limit)
+        if not 1 <= max_len <= limit:
+            raise UserError(
+                f"--max-len must be 1..{limit} (max_position_embeddings), got {max_len}"
+            )
         check_devices()
         fast_start(console)
 
@@ -388,6 +398,8 @@ def command(
             f"{settings.top_p}, top_k {settings.top_k}, seed {seed} ({source})",
         )
         _loop(console, chat)
+        if chat.interrupted:
+            raise Leave(0)
 
 
 def _sampling(settings: SamplingParams, seed: int) -> dict[str, Any]:

@@ -32,6 +32,7 @@ __all__ = [
     "BROKEN_PIPE",
     "EXIT_CODES",
     "INTERRUPTED",
+    "Leave",
     "UserError",
     "check_devices",
     "checkpoint_directory",
@@ -67,6 +68,10 @@ _GRACE_SECONDS = 1.0
 
 class UserError(Exception):
     """Something the user can put right; shown as one line, exit code 2."""
+
+
+class Leave(SystemExit):
+    """Ends the process after a Ctrl-C inside XLA, which may crash as Python takes it down."""
 
 
 def check_devices() -> None:
@@ -162,7 +167,7 @@ def readable_errors(console: Console) -> Generator[None]:
             yield
     except KeyboardInterrupt:
         say(console, "interrupted")
-        raise typer.Exit(INTERRUPTED) from None
+        raise Leave(INTERRUPTED) from None
     except BrokenPipeError:
         # The reader of stdout left; point it elsewhere so that the exit flush cannot fail too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,6 +1,7 @@
 """``dsv4 chat`` over a model that says what it was told."""
 
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from dsv4_jax import bundled_checkpoint, cli
 from dsv4_jax.chat import check_tokenizer
 from dsv4_jax.checkpoint.read import read_config
 from dsv4_jax.cli import chat
+from dsv4_jax.cli.common import Leave
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.text import IncrementalDetokenizer, encode, load_tokenizer
 from tests.support.fake_model import fake_params
@@ -170,6 +172,26 @@ def test_ctrl_c_twice_at_once(bench: Bench) -> None:
     result = bench.run("x\nx\n")
     assert (result.exit_code, result.stdout) == (0, "a\n"), result.stderr
     assert "nothing was answered: that message is forgotten" in result.stderr
+    assert result.exc_info
+    assert result.exc_info[0] is Leave, "XLA may crash as Python takes it down"
+
+
+def test_ctrl_c_of_an_answer_does_not_reach_the_watcher() -> None:
+    """It ends the process where Python does not come to handle a Ctrl-C (`readable_errors`)."""
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    os.set_blocking(write, False)
+    before = signal.set_wakeup_fd(write)
+    try:
+        with chat._ctrl_c() as pressed:
+            signal.raise_signal(signal.SIGINT)
+            assert pressed()
+        with pytest.raises(BlockingIOError):
+            os.read(read, 1)
+    finally:
+        assert signal.set_wakeup_fd(before) == write
+        os.close(read)
+        os.close(write)
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -230,7 +252,7 @@ def test_invalid_logits_end_the_turn(bench: Bench) -> None:
         pytest.param(["--max-new-tokens", "0"], "--max-new-tokens must be >= 1", id="D7-none-new"),
         pytest.param(["--temperature", "nan"], "temperature must be", id="D7-nan"),
         pytest.param(["--seed", "-1"], "--seed must be in", id="seed"),
-        pytest.param(["--max-len", "0"], "max_len must be 1..4096", id="max-len"),
+        pytest.param(["--max-len", "0"], "--max-len must be 1..1048576", id="max-len"),
         pytest.param(["--max-len", "5"], "has 6 tokens, --max-len is 5", id="B2-prompt"),
         pytest.param(["--precision", "fp3"], "'fp3'", id="precision"),
         pytest.param(["--checkpoint", "{path}/none"], "is not a directory", id="checkpoint"),

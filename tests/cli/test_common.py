@@ -3,8 +3,10 @@
 import io
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -49,6 +51,35 @@ def test_progress_of_a_prompt(terminal: bool, capsys: pytest.CaptureFixture[str]
     assert ("compiling, and prefill of 3 tokens" in text.getvalue()) == terminal
     assert "prefill 3 tokens in " in text.getvalue()
     assert capsys.readouterr().out == "\n"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "events", "prefill", "decode"),
+    [
+        # 3 + 5 steps of 0.1 s in the first call, one of 0.5 s behind it.
+        pytest.param(3, 7, "0.30 s (10.0 tokens/s)", "6 tokens in 1.00 s", id="two-calls"),
+        pytest.param(3, 2, "0.60 s (5.0 tokens/s)", "1 tokens in 0.20 s", id="one-call"),
+        pytest.param(16, 2, "0.80 s (20.0 tokens/s)", "1 tokens in 0.00 s", id="prefill"),
+    ],
+)
+def test_speeds(
+    prompt: int, events: int, prefill: str, decode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first call of a short prompt also makes tokens: its time is shared out by steps."""
+    now = 100.0
+
+    def made() -> Iterator[TokenEvent]:
+        nonlocal now
+        now += 0.8
+        for i in range(events):
+            now += 0.5 if i == 6 else 0
+            yield TokenEvent(0, i, "length" if i + 1 == events else None)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    console, text = _console(False)
+    cli._run(console, prompt, made(), cli._Output(None, []))
+    assert f"prefill {prompt} tokens in {prefill}, decode {decode}" in text.getvalue()
 
 
 @pytest.mark.parametrize("terminal", [True, False])

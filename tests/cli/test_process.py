@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from typing import Any
 
 import pytest
 
+from dsv4_jax import cli
 from tests.support import tiny
 from tests.support.install import read_only_copy
-from tests.support.tokenizer import ascii_tokenizer
+from tests.support.tokenizer import ascii_chat_tokenizer, ascii_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -119,7 +121,7 @@ from typer.testing import CliRunner
 from dsv4_jax import cli
 done = []
 for arguments in json.loads(sys.argv[1]):
-    result = CliRunner().invoke(cli.app, arguments)
+    result = CliRunner().invoke(cli.app, arguments, input="a\\n")
     done.append([result.exit_code, result.stdout, result.stderr, repr(result.exception)])
 print(json.dumps({"file": cli.__file__, "done": done, "debug": __debug__}))
 """
@@ -133,10 +135,21 @@ def moved(tmp_path: Path) -> Generator[Path]:
         yield folder
 
 
-def test_E11_every_command(checkpoint: Path, moved: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def talker(checkpoint: Path, tmp_path: Path) -> Path:
+    """The checkpoint with the tokens of the chat format."""
+    path = shutil.copytree(checkpoint, tmp_path / "chät modell")
+    config = json.loads((path / "config.json").read_text(encoding="utf-8")) | {"eos_token_id": 1}
+    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    ascii_chat_tokenizer().save(str(path / "tokenizer.json"))
+    return path
+
+
+def test_E11_every_command(checkpoint: Path, talker: Path, moved: Path, tmp_path: Path) -> None:
     """Optimised, warnings as errors, nothing writable, paths with spaces and umlauts."""
     before = sorted(checkpoint.iterdir())
     text, report = checkpoint / "täxt file.txt", tmp_path / "räum lich ü" / "b ericht.json"
+    converted = tmp_path / "räum lich ü" / "kon vertiert"
     where = ("--checkpoint", checkpoint)
     commands: dict[str, tuple[Any, ...]] = {
         "env": ("env", "--json"),
@@ -144,11 +157,24 @@ def test_E11_every_command(checkpoint: Path, moved: Path, tmp_path: Path) -> Non
         "tables": ("inspect", checkpoint),
         "bundled": ("inspect", "--json"),
         "generate": ("generate", *where, "--prompt", "def", "--max-new-tokens", 3),
+        "chat": (
+            *("chat", "--checkpoint", talker, "--max-len", 64, "--max-new-tokens", 2),
+            *("--system", "é", "--no-thinking"),
+        ),
         "eval": ("eval", *where, "--text", text, "--json"),
         "compare": (
             *("compare", *where, "--precision", "official", "float32", "--text", text),
             *("--max-tokens", 8, "--json", report),
         ),
+        "bench": (
+            *("bench", checkpoint, "--layers", 1, "--tokens", 8, "--context", 32),
+            *("--precision", "official", "--json"),
+        ),
+        "convert": ("convert", checkpoint, converted, "--to", "nvfp4", "--json"),
+        "converted": ("inspect", converted, "--json"),
+    }
+    assert {name for name, *_ in commands.values()} == {
+        command.name or command.callback.__name__ for command in cli.app.registered_commands
     }
     process = start(
         COMMANDS,
@@ -177,3 +203,7 @@ def test_E11_every_command(checkpoint: Path, moved: Path, tmp_path: Path) -> Non
     assert json.loads(outputs["eval"])["total"]["bytes"] == text.stat().st_size
     assert json.loads(report.read_text(encoding="utf-8"))["num_tokens"] == 8
     assert done["generate"][2].count("no compilation cache: ") == 1
+    assert "cache: empty, prefill of " in done["chat"][2]
+    assert json.loads(outputs["bench"])["layers"] == 1
+    assert json.loads(outputs["convert"])["target"] == str(converted)
+    assert json.loads(outputs["converted"])["precision"] == "nvfp4"

@@ -161,6 +161,27 @@ def test_user_errors_are_one_line(checkpoint: Path, arguments: list[str], messag
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["--ids", "1 1000"], "must be in [0, 1000), got 1000", id="D11-id-high"),
+        pytest.param(["--ids", "1", "--seed", 2**32], "seed must be in", id="seed"),
+        pytest.param(["--ids", "1", "--max-len", 4097], "max_len 4097 exceeds", id="B2-max-len"),
+        pytest.param(["--ids", "1", "--top-k", -1], "top_k must be", id="D7-top-k"),
+    ],
+)
+def test_options_are_checked_before_weights_are_read(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[Any], message: str
+) -> None:
+    def load(*_: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(cli, "_load", load)
+    result = _generate(checkpoint, *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         pytest.param("tokenizer.json", b"{", "not a readable tokenizer", id="C25-tokenizer"),

@@ -172,7 +172,7 @@ def loop_arguments(model: DeepseekV4) -> dict[str, Any]:
         **{name: arguments[name] for name in ("model", "params", "cache")},
         "feed": Feed.of([[0]], np.ones(1, np.bool_), np.ones(1, np.int32)),
         "settings": Settings.of(SamplingParams(), np.zeros(1, np.uint32)),
-        "stops": stop_ids(frozenset((1,))),
+        "stops": stop_ids(frozenset((1,)), model.config.vocab_size),
     }
 
 

@@ -33,13 +33,21 @@ def chat_tokenizer(tokens: Sequence[str] = CHAT_TOKENS) -> Tokenizer:
     return _tokenizer([*tokens, *alphabet], [], special=tokens)
 
 
+ASCII = (*map(chr, range(0x21, 0x7F)), "Ġ", "Ċ")
+
+
 def ascii_tokenizer() -> Tokenizer:
     """96 tokens, printable ASCII and the newline; it drops everything else without a word."""
-    return _tokenizer([*map(chr, range(0x21, 0x7F)), "Ġ", "Ċ"], [])
+    return _tokenizer(ASCII, [])
+
+
+def ascii_chat_tokenizer() -> Tokenizer:
+    """The tokens of the chat format, and ASCII: for a model whose vocabulary is small."""
+    return _tokenizer([*CHAT_TOKENS, *ASCII], [], special=CHAT_TOKENS)
 
 
 def _tokenizer(
-    alphabet: list[str], merges: list[tuple[str, str]], special: Sequence[str] = ("<｜User｜>",)
+    alphabet: Sequence[str], merges: list[tuple[str, str]], special: Sequence[str] = ("<｜User｜>",)
 ) -> Tokenizer:
     vocab = {piece: i for i, piece in enumerate([*alphabet, *(a + b for a, b in merges)])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
