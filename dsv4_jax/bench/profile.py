@@ -143,28 +143,33 @@ def _last_known(parts: Iterable[Part | None]) -> list[Part]:
     return found
 
 
-def _gaps(launches: Sequence[Launch]) -> list[float]:
-    """Of each launch, in order of time: us since all launches before it were over."""
-    gaps: list[float] = []
+def _shares(launches: Sequence[Launch]) -> list[tuple[float, float]]:
+    """Of each launch, in order of time, what it adds: us of work, and idle us before it.
+
+    A launch may begin while the one ahead runs, and wait for it: that is the other one's time.
+    """
+    shares: list[tuple[float, float]] = []
     end = launches[0].start_ns if launches else 0.0
     for launch in launches:
-        gaps.append(max(launch.start_ns - end, 0.0) / 1e3)
-        end = max(end, launch.start_ns + launch.us * 1e3)
-    return gaps
+        over = max(end, launch.start_ns + launch.us * 1e3)
+        idle = max(launch.start_ns - end, 0.0)
+        shares.append(((over - end - idle) / 1e3, idle / 1e3))
+        end = over
+    return shares
 
 
 def layer_rows(launches: Iterable[Launch], layers: Collection[int | None], steps: int) -> list[Row]:
     """Launches per step and layer in order of time; layer ``None``: what is outside of layers."""
     ordered = sorted(launches, key=lambda launch: launch.start_ns)
     found: dict[tuple[str, str, Part], list[tuple[float, float]]] = {}
-    owners = zip(ordered, _gaps(ordered), layers_of(ordered), parts_of(ordered), strict=True)
-    for launch, gap, owner, part in owners:
+    owners = zip(ordered, _shares(ordered), layers_of(ordered), parts_of(ordered), strict=True)
+    for launch, share, owner, part in owners:
         if owner not in layers:
             continue
         modules, op = where(launch.path) if launch.path else ((), "?")
         label = " ".join(filter(None, ("/".join(modules), op)))
         key = short(launch.kernel), label, part
-        found.setdefault(key, []).append((launch.us, gap))
+        found.setdefault(key, []).append(share)
     each = steps * len(layers)
     rows: list[Row] = []
     for key, times in found.items():

@@ -52,7 +52,7 @@ STEPS = 2
 
 def event(number: int, instruction: str | None, kernel: str) -> Any:
     stats = [("correlation_id", number), *([("hlo_op", instruction)] if instruction else [])]
-    return SimpleNamespace(name=kernel, start_ns=100.0 * number, duration_ns=2000.0, stats=stats)
+    return SimpleNamespace(name=kernel, start_ns=2000.0 * number, duration_ns=2000.0, stats=stats)
 
 
 def profile(device: str = "/device:GPU:0") -> Any:
@@ -97,6 +97,15 @@ def test_rows_outside() -> None:
 def test_every_launch_is_somewhere() -> None:
     counts = [sum(r.count for r in layer_rows(found(), [i], STEPS)) for i in (None, 0, 1, 2)]
     assert sum(counts) == len(EVENTS)
+
+
+def test_what_waits_for_the_one_ahead_is_counted_once() -> None:
+    """A launch that begins early adds what it takes beyond; one inside of another nothing."""
+    times = [(0.0, 10.0), (4e3, 9.0), (5e3, 2.0), (20e3, 1.0)]  # begin in ns, us
+    path = "jit(f)/layer_0/attention/attn/jit(attention)/ffi_call"
+    launches = [Launch(f"K{chr(65 + i)}", path, *time) for i, time in enumerate(times)]
+    rows = layer_rows(launches[::-1], [0], 1)
+    assert [(row.us, row.gap_us) for row in rows] == [(10, 0), (3, 0), (0, 0), (1, 7)]
 
 
 def test_sums_of_a_table() -> None:
