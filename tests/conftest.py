@@ -1,6 +1,7 @@
 """Settings of every test run: CPU unless told otherwise, fixed seeds, no compilation cache."""
 
 import os
+import signal
 
 # Before the first import of JAX. `JAX_PLATFORMS=cuda pytest -m gpu` runs the GPU tests.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -12,6 +13,10 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 import jax
 import pytest
 from hypothesis import settings
+
+# A shell starts what runs in its background with Ctrl-C ignored, and children inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Derandomised: hypothesis takes its seed from the test itself. Compilation has no fair deadline.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
