@@ -21,7 +21,7 @@ from dsv4_jax.checkpoint.manifest import check_converted
 from dsv4_jax.checkpoint.names import MTP, Parameter, leaves, set_path, target_format
 from dsv4_jax.checkpoint.place import Placer, write_slice
 from dsv4_jax.checkpoint.read import Reader, TensorInfo, read_config
-from dsv4_jax.checkpoint.scan import SLAB_BYTES, BadValueError, Scan
+from dsv4_jax.checkpoint.scan import SLAB_BYTES, BadValueError
 from dsv4_jax.checkpoint.validate import Resolved, resolve
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.precision import Precision
@@ -384,13 +384,7 @@ def load_params_from(
     )
     have = memory.check([plan], source=source)
     found = Report() if report is None else report
-    scan = Scan(
-        reader,
-        resolved.tensors,
-        config.n_routed_experts,
-        reciprocal=resolved.naming.reciprocal,
-        verify=verify,
-    )
+    scan = resolved.scan(reader, config.n_routed_experts, verify=verify)
     tree: Params = {}
     total = sum(tensor.nbytes for tensor in resolved.tensors.values())
     bad_value: str | None = None

@@ -23,6 +23,7 @@ __all__ = [
     "check_converted",
     "copy_atomic",
     "fingerprint",
+    "sync_directory",
     "write_atomic",
 ]
 
@@ -32,7 +33,7 @@ TEMPORARY: Final = ".dsv4-tmp"
 _FORMAT: Final = 1
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -51,7 +52,7 @@ def _atomic(path: Path, write: Callable[[BinaryIO], None]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -25,7 +25,7 @@ from dsv4_jax.checkpoint.load import jobs
 from dsv4_jax.checkpoint.names import Parameter, target_format
 from dsv4_jax.checkpoint.place import read_global_scales
 from dsv4_jax.checkpoint.read import Reader, TensorInfo
-from dsv4_jax.checkpoint.scan import HOST_DTYPE, Scan
+from dsv4_jax.checkpoint.scan import HOST_DTYPE
 from dsv4_jax.checkpoint.validate import Resolved
 from dsv4_jax.checkpoint.write import CHUNK_BYTES, Output
 from dsv4_jax.precision import Precision
@@ -148,7 +148,7 @@ class Converter:
     ) -> None:
         self._reader = reader
         self._reciprocal = resolved.naming.reciprocal
-        self.scan = Scan(reader, resolved.tensors, experts, reciprocal=self._reciprocal)
+        self.scan = resolved.scan(reader, experts)
         self._emit = emit
         self.sums = Sums()
 

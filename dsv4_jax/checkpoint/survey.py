@@ -16,7 +16,6 @@ from dsv4_jax.checkpoint.formats import check_config, detect
 from dsv4_jax.checkpoint.manifest import check_converted
 from dsv4_jax.checkpoint.names import official_name, parameters
 from dsv4_jax.checkpoint.read import Reader, TensorInfo, read_config
-from dsv4_jax.checkpoint.scan import Scan
 from dsv4_jax.checkpoint.validate import resolve
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.precision import Precision
@@ -185,13 +184,7 @@ def _check_tensors(
     out.stored = resolved.stored
     out.attempt(lambda: check_config(data, resolved.naming, out.path))
     if verify:
-        scan = Scan(
-            reader,
-            resolved.tensors,
-            config.n_routed_experts,
-            reciprocal=resolved.naming.reciprocal,
-            verify=True,
-        )
+        scan = resolved.scan(reader, config.n_routed_experts, verify=True)
         out.attempt(lambda: scan.raise_all(out.path))
 
 

@@ -15,7 +15,8 @@ from dsv4_jax.checkpoint.formats import (
     own_leaves,
 )
 from dsv4_jax.checkpoint.names import FUSED, MTP, Parameter, official_name, parameters
-from dsv4_jax.checkpoint.read import DTYPE_BITS, TensorInfo
+from dsv4_jax.checkpoint.read import DTYPE_BITS, Reader, TensorInfo
+from dsv4_jax.checkpoint.scan import Scan
 from dsv4_jax.config import ModelConfig
 
 __all__ = ["Resolved", "resolve", "split_fused"]
@@ -50,6 +51,11 @@ class Resolved:
     stored: dict[str, str]
     naming: Naming
     drafter: list[TensorInfo]
+
+    def scan(self, reader: Reader, experts: int, *, verify: bool = False) -> Scan:
+        """What looks at its values; see `Scan`."""
+        reciprocal = self.naming.reciprocal
+        return Scan(reader, self.tensors, experts, reciprocal=reciprocal, verify=verify)
 
 
 def split_fused(name: str, tensor: TensorInfo, config: ModelConfig) -> dict[str, TensorInfo] | None:

@@ -15,7 +15,7 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from dsv4_jax.checkpoint.manifest import TEMPORARY
+from dsv4_jax.checkpoint.manifest import TEMPORARY, sync_directory
 from dsv4_jax.checkpoint.read import DTYPE_BITS
 
 __all__ = ["CHUNK_BYTES", "Output", "ShardWriter", "header"]
@@ -146,11 +146,7 @@ class ShardWriter(contextlib.AbstractContextManager["ShardWriter"]):
                 f"{self._path.name}: got {self._given} bytes for {self._expected} announced"
             )
         self._temporary.rename(self._path)
-        parent = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            os.fsync(parent)
-        finally:
-            os.close(parent)
+        sync_directory(self._path.parent)
         return self._given, self._hash.hexdigest()
 
     def __enter__(self) -> Self:

@@ -21,6 +21,11 @@ from dsv4_jax.cli import bench, chat, compare, convert, evaluate, inspect
 from dsv4_jax.cli.common import (
     EXIT_CODES,
     Leave,
+    PrecisionOption,
+    SeedOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
     UserError,
     check_devices,
     checkpoint_directory,
@@ -224,26 +229,17 @@ def generate(
     prompt_file: Annotated[Path | None, typer.Option(help="UTF-8 file with the prompt.")] = None,
     ids: Annotated[str | None, typer.Option(help="Prompt as token ids: '1 2 3'.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            help="0 is greedy. Default: generation_config.json of the checkpoint, else 0."
-        ),
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Default: generation_config.json, else 1 (off).")
-    ] = None,
-    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = 0,
+    seed: SeedOption = 0,
     max_len: Annotated[
         int | None, typer.Option(help="Positions of the cache. Default: enough.")
     ] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="Text that ends the output; repeatable.")
     ] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="Precision preset. Default: the checkpoint's format.")
-    ] = None,
+    precision: PrecisionOption = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Look for NaN and Inf in the weights while loading.")
     ] = False,

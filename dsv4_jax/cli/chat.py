@@ -30,6 +30,11 @@ from dsv4_jax.chat import (
 )
 from dsv4_jax.cli.common import (
     Leave,
+    PrecisionOption,
+    SeedOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
     UserError,
     check_devices,
     checkpoint_directory,
@@ -336,20 +341,11 @@ def command(
             help="Positions of the cache: most tokens of the conversation. Default: 4096."
         ),
     ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            help="0 is greedy. Default: generation_config.json of the checkpoint, else 0."
-        ),
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Default: generation_config.json, else 1 (off).")
-    ] = None,
-    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    precision: Annotated[
-        str | None, typer.Option(help="Precision preset. Default: the checkpoint's format.")
-    ] = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = 0,
+    seed: SeedOption = 0,
+    precision: PrecisionOption = None,
 ) -> None:
     """Talk with a model; one line is one message.
 

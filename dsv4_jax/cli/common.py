@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, cast
+from typing import Annotated, Any, NoReturn, cast
 
 import jax
 import typer
@@ -33,6 +33,11 @@ __all__ = [
     "EXIT_CODES",
     "INTERRUPTED",
     "Leave",
+    "PrecisionOption",
+    "SeedOption",
+    "TemperatureOption",
+    "TopKOption",
+    "TopPOption",
     "UserError",
     "check_devices",
     "checkpoint_directory",
@@ -60,6 +65,20 @@ EXIT_CODES = (
     "traceback). 2: wrong options or input, a broken checkpoint, too little memory, an op that "
     "failed. 130: Ctrl-C; no file is left half-written. Errors are one line on stderr."
 )
+
+# Options that several commands have.
+TemperatureOption = Annotated[
+    float | None,
+    typer.Option(help="0 is greedy. Default: generation_config.json of the checkpoint, else 0."),
+]
+TopPOption = Annotated[
+    float | None, typer.Option(help="Default: generation_config.json, else 1 (off).")
+]
+TopKOption = Annotated[int, typer.Option(help="0 is off.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of the sampling.")]
+PrecisionOption = Annotated[
+    str | None, typer.Option(help="Precision preset. Default: the checkpoint's format.")
+]
 
 _PIPE_WIDTH = 120
 _GRACE_SECONDS = 1.0

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dsv4_jax.cli.common import (
+    PrecisionOption,
     UserError,
     check_devices,
     checkpoint_directory,
@@ -86,9 +87,7 @@ def command(
         Path | None,
         typer.Option(help="Directory of the checkpoint. Default: the bundled model."),
     ] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="Precision preset. Default: the checkpoint's format.")
-    ] = None,
+    precision: PrecisionOption = None,
     context: Annotated[
         int | None,
         typer.Option(

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -273,14 +272,9 @@ def test_values_are_looked_at_when_asked(tmp_path: Path) -> None:
 
 
 def test_preset_is_needed_unless_given(tmp_path: Path) -> None:
-    tensors = tiny.unquantised(TENSORS, "F32")
-    half = {
-        name: tiny.raw("F16", raw.array(np.float32).astype(np.float16))
-        for name, raw in tensors.items()
-        if raw.dtype == "F32"
-    }
+    half = tiny.half(TENSORS)
     config = {k: v for k, v in CONFIG.items() if k != "quantization_config"}
-    tiny.write(tmp_path, config, tensors | half)
+    tiny.write(tmp_path, config, half)
     [problem] = _json(tmp_path, code=2)["problems"]
     assert "no precision preset" in problem
     found = _json(tmp_path, "--precision", "bfloat16")

@@ -354,14 +354,9 @@ def test_unquantised_linears_of_one_kind_share_a_dtype(tmp_path: Path) -> None:
 
 
 def test_formats_without_a_preset(tmp_path: Path) -> None:
-    tensors = tiny.unquantised(TENSORS, "F32")
-    half = {
-        name: tiny.raw("F16", raw.array(np.float32).astype(np.float16))
-        for name, raw in tensors.items()
-        if raw.dtype == "F32"
-    }
+    half = tiny.half(TENSORS)
     config = {k: v for k, v in CONFIG.items() if k != "quantization_config"}
-    path = tiny.write(tmp_path, config, tensors | half)
+    path = tiny.write(tmp_path, config, half)
     _fails(path, "no precision preset for attention weights stored as F16 and experts as F16")
     _, params = from_checkpoint(path, precision="float32")
     name = "layers.3.attn.wo_a.weight"

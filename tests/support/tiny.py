@@ -96,6 +96,16 @@ def write_index(path: Path, weight_map: Mapping[str, Any]) -> None:
     (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
+def half(tensors: Mapping[str, Raw]) -> dict[str, Raw]:
+    """The checkpoint with every number as ``F16``, a format that no preset names."""
+    return {
+        name: raw("F16", tensor.array(np.float32).astype(np.float16))
+        if tensor.dtype == "F32"
+        else tensor
+        for name, tensor in unquantised(tensors, "F32").items()
+    }
+
+
 def unquantised(tensors: Mapping[str, Raw], dtype: str) -> dict[str, Raw]:
     """The checkpoint with every number as ``F32`` or ``BF16`` (exact values), scales gone."""
     out = {}
