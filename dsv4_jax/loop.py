@@ -36,18 +36,29 @@ _NO_STOP: Final = -2  # no token, and not that of invalid logits
 
 
 class Settings(NamedTuple):
-    """What tokens are drawn with, traced: changing it does not compile anew."""
+    """What tokens are drawn with, traced: changing a number does not compile anew.
+
+    On a GPU, what is off is None, and its program another: a branch that a number takes would make
+    the device wait for the host in every step. On the CPU one program serves all.
+    """
 
     seeds: Array
-    temperature: np.float32
-    top_p: np.float32
-    top_k: np.int32
+    temperature: np.float32 | None
+    top_p: np.float32 | None
+    top_k: np.int32 | None
 
     @classmethod
     def of(cls, params: SamplingParams, seeds: Any) -> "Settings":
-        """From checked settings."""
-        numbers = np.float32(params.temperature), np.float32(params.top_p), np.int32(params.top_k)
-        return cls(seeds, *numbers)
+        """From checked settings, for the default backend."""
+        all_in_one = jax.default_backend() == "cpu"
+        draws = all_in_one or params.temperature > 0
+        filters = all_in_one or (draws and (params.top_p < 1 or params.top_k > 0))
+        return cls(
+            seeds,
+            np.float32(params.temperature) if draws else None,
+            np.float32(params.top_p) if filters else None,
+            np.int32(params.top_k) if filters else None,
+        )
 
 
 class Feed(NamedTuple):

@@ -7,11 +7,13 @@ the softmax (the release's own sampler does the same with exponential noise).
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from dsv4_jax.typing import Array, Bool, Float, Float32, Int32
 
@@ -90,9 +92,9 @@ def sample(
     logits: Float[Array, "b v"],
     keys: Array,
     *,
-    temperature: float | Float32[Array, "*b"],
-    top_p: float | Float32[Array, "*b"] = 1.0,
-    top_k: int | Int32[Array, "*b"] = 0,
+    temperature: float | Float32[Array, "*b"] | None,
+    top_p: float | Float32[Array, "*b"] | None = 1.0,
+    top_k: int | Int32[Array, "*b"] | None = 0,
 ) -> Sampled:
     """Draws one token per row; jittable, with every argument traced.
 
@@ -102,9 +104,11 @@ def sample(
     Args:
         logits: next-token scores.
         keys: one key per row (``step_keys``), or one key for the batch, which is split by row.
-        temperature: 0 for greedy; a number, or one per row.
-        top_p: in (0, 1]; a number, or one per row. At least one token always stays.
-        top_k: 0 for all tokens; a number, or one per row.
+        temperature: 0 for greedy; a number, or one per row; None is greedy, in a program that
+            cannot draw: a GPU has to wait for the host to learn what a number says.
+        top_p: in (0, 1]; a number, or one per row. At least one token always stays. None, like 1
+            and like ``top_k`` None, in a program that cannot filter.
+        top_k: 0 for all tokens; a number, or one per row; None for all.
 
     Returns:
         Tokens and flags per row.
@@ -114,7 +118,8 @@ def sample(
             out of range.
     """
     for name, value in (("temperature", temperature), ("top_p", top_p), ("top_k", top_k)):
-        _check(name, value)
+        if value is not None:
+            _check(name, value)
     if logits.ndim != 2 or logits.shape[-1] == 0:
         raise ValueError(f"sample: logits must be [b, vocab], got {list(logits.shape)}")
     b = logits.shape[0]
@@ -125,41 +130,59 @@ def sample(
     if keys.shape != (b,):
         raise ValueError(f"sample: need one key or one per row ({b}), got {list(keys.shape)}")
 
-    return _sample(
-        logits.astype(jnp.float32),
-        keys,
-        jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (b,)),
-        jnp.broadcast_to(jnp.asarray(top_p, jnp.float32), (b,)),
-        jnp.broadcast_to(jnp.asarray(top_k, jnp.int32), (b,)),
-    )
+    def rows(value: float | Array | None, dtype: DTypeLike) -> Array | None:
+        return None if value is None else jnp.broadcast_to(jnp.asarray(value, dtype), (b,))
+
+    temp = rows(temperature, jnp.float32)
+    mass, k = rows(top_p, jnp.float32), rows(top_k, jnp.int32)
+    if mass is None and k is not None:
+        mass = rows(1.0, jnp.float32)
+    if k is None and mass is not None:
+        k = rows(0, jnp.int32)
+    return _sample(logits.astype(jnp.float32), keys, temp, mass, k)
 
 
 @jax.jit
 def _sample(
     logits: Float32[Array, "b v"],
     keys: Array,
-    temp: Float32[Array, "b"],
-    mass: Float32[Array, "b"],
-    k: Int32[Array, "b"],
+    temp: Float32[Array, "b"] | None,
+    mass: Float32[Array, "b"] | None,
+    k: Int32[Array, "b"] | None,
 ) -> Sampled:
     best = jnp.max(logits, axis=-1)
     valid = jnp.isfinite(best) & ~jnp.isnan(logits).any(axis=-1)
     # Invalid rows go on as zeros, so that no NaN is made from them (jax_debug_nans).
     logits = jnp.where(valid[:, None], logits, 0.0)
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if temp is None:
+        return Sampled(jnp.where(valid, greedy, -1), valid)
 
     def draw() -> Array:
         shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
         limits = jnp.finfo(jnp.float32)
         scaled = shifted / jnp.clip(temp, float(limits.tiny), float(limits.max))[:, None]
-        filtered = (mass < 1.0) | (k > 0)
-        scaled = jax.lax.cond(filtered.any(), _filter, lambda x, *_: x, scaled, mass, k)
+        if mass is not None and k is not None:
+            filtered = ((mass < 1.0) | (k > 0)).any()
+            scaled = _where_cheap(filtered, _filter, lambda x, *_: x, scaled, mass, k)
         noise = jax.vmap(lambda key: _gumbel(key, logits.shape[-1]))(keys)
         return jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
 
-    drawn = jax.lax.cond((temp > 0.0).any(), draw, lambda: greedy)
+    drawn = _where_cheap((temp > 0.0).any(), draw, lambda: greedy)
     tokens = jnp.where(temp > 0.0, drawn, greedy)
     return Sampled(jnp.where(valid, tokens, -1), valid)
+
+
+def _where_cheap(
+    needed: Bool[Array, ""], work: Callable[..., Array], idle: Callable[..., Array], *args: Array
+) -> Array:
+    """``work``, or ``idle`` where that gives the same; by a branch if the device can take one.
+
+    On a GPU the host would take it, and the device would wait for it.
+    """
+    if jax.default_backend() == "cpu":
+        return jax.lax.cond(needed, work, idle, *args)
+    return work(*args)
 
 
 def _gumbel(key: Array, size: int) -> Float32[Array, "v"]:

@@ -130,6 +130,29 @@ def test_old_style_keys_are_the_same_keys() -> None:
     np.testing.assert_array_equal(new.tokens, old.tokens)
 
 
+def test_what_is_none_is_off_and_not_in_the_program() -> None:
+    logits = jax.random.normal(jax.random.key(2), (3, 40))
+    keys = jax.random.split(jax.random.key(5), 3)
+    for less, more in (
+        ((None, None, None), (0.0, 1.0, 0)),
+        ((0.7, None, None), (0.7, 1.0, 0)),
+        ((0.7, 0.6, None), (0.7, 0.6, 0)),
+        ((0.7, None, 4), (0.7, 1.0, 4)),
+    ):
+        got, want = (
+            sample(logits, keys, temperature=t, top_p=p, top_k=k) for t, p, k in (less, more)
+        )
+        np.testing.assert_array_equal(got.tokens, want.tokens)
+
+    def program(**settings: Any) -> str:
+        return jax.jit(lambda x, key: sample(x, key, **settings)).lower(logits, keys).as_text()
+
+    off = {"top_p": None, "top_k": None}
+    assert "sort" not in program(temperature=0.7, **off)
+    assert "sort" in program(temperature=0.7)
+    assert "threefry" not in program(temperature=None, **off)
+
+
 @pytest.mark.parametrize("temperature", [1e-30, 1e30], ids=["tiny", "huge"])
 def test_extreme_temperatures_stay_valid(temperature: float) -> None:
     logits = _logits(2, 40).at[:, 7].set(-jnp.inf)
