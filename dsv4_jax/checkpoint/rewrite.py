@@ -379,7 +379,7 @@ def rewrite(
                 raise CheckpointError(f"{source}: was changed while it was converted")
             _finish(companions, target, files, manifest)
     report, kept = Sums.together(manifest.shards)
-    report.notes += notes + leftovers(resolved, drafter="copied")
+    report.notes += notes + leftovers(resolved, data, precision, drafter="copied")
     return Rewritten(
         report=report,
         kept=kept,
