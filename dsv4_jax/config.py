@@ -203,6 +203,22 @@ _SOUNDS_LIKE_MATHS: Final = re.compile(
     r"|index|compress|lora|swiglu|clip|softcap|score|top_?k|act$|activation|layer|head|quant|sparse"
     r"|group|sink|mlp|position|embed|hidden|vision|engram|text_config"
 )
+# What the model always does: switched off, it is another one. (A bias it does not have.)
+_ALWAYS_ON: Final = re.compile(
+    r"^(?!.*bias).*(rope|rotary|norm|sink|sliding|window|compress|index|hash|hyper|hc_|swiglu|clamp"
+    r"|shared_expert)"
+)
+# Of these there is none at 0; a scale, an epsilon or a frequency of 0 is no less a number.
+_ADDED: Final = re.compile(r"^(num|n)_|layers$|bias|dropout|jitter|loss|softcap")
+
+
+def _off(field: str, value: Any) -> bool:
+    """Whether an unknown field says that there is nothing of what it names, as here."""
+    if value is None:
+        return True
+    if isinstance(value, bool):
+        return not value and not _ALWAYS_ON.search(field)
+    return isinstance(value, int | float) and value == 0 and bool(_ADDED.search(field))
 
 
 class _Reader:
@@ -495,8 +511,8 @@ class _Reader:
             if field in self.seen:
                 continue
             value = self.data[field]
-            harmless = field in _INERT or field.startswith(_DRAFTER_PREFIXES)
-            if not harmless and value not in (None, False) and _SOUNDS_LIKE_MATHS.search(field):
+            harmless = field in _INERT or field.startswith(_DRAFTER_PREFIXES) or _off(field, value)
+            if not harmless and _SOUNDS_LIKE_MATHS.search(field):
                 rule = "is an unknown field that may change the maths"
                 problems.append(f"{self.source}: {shown(field)} {rule}, got {brief(value)}")
             else:

@@ -27,7 +27,7 @@ IN_JAX = frozenset(
     }
 )
 # Benchmarks that measure something else than one op.
-OTHER_BENCHMARKS = frozenset({"convert", "long_context", "step"})
+OTHER_BENCHMARKS = frozenset({"convert", "jnp", "long_context", "step"})
 
 OPS = [target.removeprefix("dsv4.") for target in library.targets()]
 

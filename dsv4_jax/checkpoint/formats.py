@@ -35,6 +35,7 @@ __all__ = [
     "check_config",
     "detect",
     "own_leaves",
+    "weight_only",
 ]
 
 MODEL_OPTIMIZER: Final = "Model-Optimizer"
@@ -174,6 +175,28 @@ def check_config(data: Mapping[str, Any], naming: Naming, source: str) -> None:
             f"{source}: ambiguous number format: config.json follows {named} "
             f"(quantization_config.{field}), the tensors {naming.convention} ({naming.witness})"
         )
+
+
+def weight_only(data: Mapping[str, Any], naming: Naming) -> bool:
+    """Whether the source multiplies its NVFP4 weights with activations that are not quantised.
+
+    It does where compressed-tensors has no scales for activations, and where ``config.json`` has
+    groups of 4-bit weights and none of them quantises activations. Without either nothing is said.
+    """
+    if naming.convention is None or naming.static_scales:
+        return False
+    section: Any = data.get("quantization_config")
+    groups: Any = section.get("config_groups") if isinstance(section, Mapping) else None
+    found = list(groups.values()) if isinstance(groups, Mapping) else []
+    four_bit = [group for group in found if _bits(group, "weights") == 4]
+    if any(group.get("input_activations") for group in four_bit):
+        return False  # scaled as they come: there is nothing of them in the files
+    return naming.reciprocal or bool(four_bit)
+
+
+def _bits(group: Any, part: str) -> Any:
+    settings: Any = group.get(part) if isinstance(group, Mapping) else None
+    return settings.get("num_bits") if isinstance(settings, Mapping) else None
 
 
 @dataclasses.dataclass(frozen=True)

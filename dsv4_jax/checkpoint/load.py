@@ -16,7 +16,7 @@ from jax.errors import JaxRuntimeError
 from dsv4_jax.checkpoint import memory
 from dsv4_jax.checkpoint.convert import EXACT, EXACT_ROUTES, Report, byte_type, convert, typed
 from dsv4_jax.checkpoint.errors import CheckpointError
-from dsv4_jax.checkpoint.formats import check_config
+from dsv4_jax.checkpoint.formats import check_config, weight_only
 from dsv4_jax.checkpoint.manifest import check_converted
 from dsv4_jax.checkpoint.names import MTP, Parameter, leaves, set_path, target_format
 from dsv4_jax.checkpoint.place import Placer, write_slice
@@ -256,10 +256,19 @@ def jobs(parameters: list[Parameter]) -> list[dict[str, Parameter]]:
     return list(jobs.values())
 
 
-def leftovers(resolved: Resolved, drafter: str = "skipped") -> list[str]:
+def leftovers(
+    resolved: Resolved,
+    data: Mapping[str, Any],
+    precision: Precision,
+    drafter: str = "skipped",
+) -> list[str]:
     """A line for each thing in the files that is not used and that somebody may look for.
 
-    ``drafter``: what was done to one of several stages.
+    Args:
+        resolved: the source.
+        data: its ``config.json``.
+        precision: what it becomes.
+        drafter: what was done to one of several stages.
     """
     out: list[str] = []
     modules = sorted({int(match[1]) for t in resolved.drafter if (match := MTP.match(t.raw))})
@@ -271,6 +280,14 @@ def leftovers(resolved: Resolved, drafter: str = "skipped") -> list[str]:
         out.append(
             f"{len(static)} static activation scales ({static[0]} ...) are not used: activations "
             "in NVFP4 are scaled per token"
+        )
+    rules = {p.rule for p in resolved.parameters if resolved.stored[p.name] == "nvfp4"}
+    formats = {rule: getattr(precision, rule) for rule in sorted(rules)}
+    if weight_only(data, resolved.naming) and "nvfp4_w4a4" in formats.values():
+        changed = ", ".join(rule for rule, form in formats.items() if form == "nvfp4_w4a4")
+        out.append(
+            f"activations become NVFP4 (nvfp4_w4a4: {changed}): the source has NVFP4 in its "
+            "weights alone (nvfp4_w4a16)"
         )
     return out
 
@@ -412,7 +429,7 @@ def load_params_from(
         if no_memory is not None:
             raise no_memory
     settled = loader.settle()
-    found.notes += leftovers(resolved)
+    found.notes += leftovers(resolved, data or {}, precision)
     if report is None:
         for line in found.lines():
             print(f"dsv4: {line}", file=sys.stderr)

@@ -101,7 +101,7 @@ class Manifest:
         source_bytes: of all its tensors.
         plan: hash of the headers of all shards to be.
         shards: those that are finished: name -> ``bytes``, ``sha256`` and ``report``.
-        files: what else was written.
+        files: what else is written; they are listed before the first is there.
         complete: whether everything is there.
     """
 

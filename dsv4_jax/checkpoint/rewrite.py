@@ -312,6 +312,8 @@ def rewrite(
         read_bytes = sum(tensor.nbytes for tensor in reader)
         manifest = Manifest(__version__, preset, mark, read_bytes, plan)
         companions = _companions(source)
+        files = _small_files(data, resolved, precision, shards)
+        manifest.files = [*(path.name for path in companions), *files]
         _check_target(source, target)
         target.mkdir(parents=True, exist_ok=True)
         with _locked(target):
@@ -344,7 +346,12 @@ def rewrite(
                     f"{target}: the conversion needs {need / 1e9:.2f} GB more, its disk has "
                     f"{free / 1e9:.2f} GB free"
                 )
-            if todo or found is None or not found.complete:
+            gone = set(found.files if found else ()) - set(manifest.files)
+            for path in list(target.iterdir()):  # not by the names, which anybody can write
+                if path.name in gone:
+                    path.unlink()
+            listed = found is not None and found.files == manifest.files
+            if todo or found is None or not found.complete or not listed:
                 (target / "config.json").unlink(missing_ok=True)  # never beside half of the shards
                 manifest.write(target)
             used = 0
@@ -370,9 +377,9 @@ def rewrite(
                 manifest.write(target)
             if fingerprint(reader, source) != mark:
                 raise CheckpointError(f"{source}: was changed while it was converted")
-            _finish(companions, target, data, resolved, precision, shards, manifest)
+            _finish(companions, target, files, manifest)
     report, kept = Sums.together(manifest.shards)
-    report.notes += notes + leftovers(resolved, drafter="copied")
+    report.notes += notes + leftovers(resolved, data, precision, drafter="copied")
     return Rewritten(
         report=report,
         kept=kept,
@@ -385,36 +392,35 @@ def rewrite(
     )
 
 
-def _finish(
-    companions: list[Path],
-    target: Path,
+def _small_files(
     data: Mapping[str, Any],
     resolved: Resolved,
     precision: Precision,
     shards: Mapping[str, list[Unit]],
-    manifest: Manifest,
-) -> None:
-    """Everything but the shards; the manifest that says "complete" is the last to appear."""
-
-    def put(name: str, value: Any) -> None:
-        write_atomic(target / name, (json.dumps(value, indent=2) + "\n").encode())
-        manifest.files.append(name)
-
-    for path in companions:
-        copy_atomic(path, target / path.name)
-        manifest.files.append(path.name)
+) -> dict[str, Any]:
+    """What is written behind the shards, as JSON; ``config.json`` is the last."""
     outputs = {name: _outputs(units) for name, units in shards.items()}
     total = sum(output.nbytes for found in outputs.values() for output in found)
-    put(
-        "model.safetensors.index.json",
-        {
+    files: dict[str, Any] = {
+        "model.safetensors.index.json": {
             "metadata": {"total_size": total},
             "weight_map": {o.name: name for name, found in outputs.items() for o in found},
-        },
-    )
+        }
+    }
     quantizer = quantizer_config(resolved.parameters, precision)
     if quantizer is not None:
-        put("hf_quant_config.json", quantizer)
-    put("config.json", target_config(data, resolved.parameters, precision))
+        files["hf_quant_config.json"] = quantizer
+    files["config.json"] = target_config(data, resolved.parameters, precision)
+    return files
+
+
+def _finish(
+    companions: list[Path], target: Path, files: Mapping[str, Any], manifest: Manifest
+) -> None:
+    """Everything but the shards; the manifest that says "complete" is the last to appear."""
+    for path in companions:
+        copy_atomic(path, target / path.name)
+    for name, value in files.items():
+        write_atomic(target / name, (json.dumps(value, indent=2) + "\n").encode())
     manifest.complete = True
     manifest.write(target)

@@ -50,8 +50,8 @@ class Survey:
     Attributes:
         path: the directory.
         config: its architecture; ``None`` where config.json is broken.
-        preset: the precision preset that is next to the files; ``None``: none is, or no files.
-        precision: that in which `from_checkpoint` loads them unless told otherwise.
+        precision: that in which `from_checkpoint` loads the files unless told otherwise; ``None``:
+            there is none, or no files.
         holds: what they hold, for people.
         kinds: tensors by kind and stored format, in the order of their names.
         formats: the same over all kinds.
@@ -65,7 +65,6 @@ class Survey:
 
     path: str
     config: ModelConfig | None = None
-    preset: str | None = None
     precision: Precision | None = None
     holds: str = ""
     kinds: list[Group] = dataclasses.field(default_factory=list[Group])
@@ -170,7 +169,7 @@ def _check_tensors(
         return
     try:
         found = detect(reader.tensors, source=out.path)
-        out.preset, out.precision, out.holds = found.preset, found.precision, found.holds
+        out.precision, out.holds = found.precision, found.holds
     except CheckpointError as error:
         (out.notes if any_preset else out.problems).extend(error.problems)
     config = out.config

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from dsv4_jax.cli import bench, chat, compare, convert, evaluate, inspect
 from dsv4_jax.cli.common import (
     EXIT_CODES,
+    Commands,
     Leave,
     PrecisionOption,
     SeedOption,
@@ -55,6 +56,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="dsv4",
+    cls=Commands,
     help="DeepSeek-V4 inference in JAX.",
     epilog=EXIT_CODES,
     no_args_is_help=True,

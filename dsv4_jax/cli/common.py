@@ -20,6 +20,7 @@ from jax.errors import JaxRuntimeError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
+from typer.core import TyperGroup
 
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.env import check_writable, compilation_cache, devices
@@ -32,6 +33,7 @@ __all__ = [
     "BROKEN_PIPE",
     "EXIT_CODES",
     "INTERRUPTED",
+    "Commands",
     "Leave",
     "PrecisionOption",
     "SeedOption",
@@ -91,6 +93,36 @@ class UserError(Exception):
 
 class Leave(SystemExit):
     """Ends the process after a Ctrl-C inside XLA, which may crash as Python takes it down."""
+
+
+# That of click, or of typer's own copy of it.
+_USAGE_ERROR = cast(type[Exception], typer.BadParameter.__mro__[1])
+
+
+@contextmanager
+def _readable_usage() -> Generator[None]:
+    try:
+        yield
+    except _USAGE_ERROR as error:
+        context: Any = getattr(error, "ctx", None)
+        text = " ".join(cast(Any, error).format_message().split()).removesuffix(".")
+        hint = "" if context is None else f" (see {context.command_path} --help)"
+        say(Console(stderr=True), f"error: {text}{hint}")
+        raise typer.Exit(BAD_INPUT) from None
+
+
+class Commands(TyperGroup):
+    """Wrong options and arguments of the command and of its commands are one line too."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args:  # the help
+            return super().parse_args(ctx, args)
+        with _readable_usage():
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _readable_usage():
+            return super().invoke(ctx)
 
 
 def check_devices() -> None:

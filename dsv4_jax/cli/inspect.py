@@ -139,7 +139,7 @@ def _report(found: Survey, rows: list[_Row], mtp: bool) -> dict[str, Any]:
         report["config"] = dataclasses.asdict(config)
         report["parameters"] = {"total": total, "active": active}
         report["layers"] = _layer_counts(config)
-    report["precision"] = found.preset
+    report["precision"] = None if found.precision is None else preset_name(found.precision)
     report["tensors"] = [dataclasses.asdict(group) for group in found.kinds]
     report["shards"] = found.shards
     report["tokens"] = found.vocabulary

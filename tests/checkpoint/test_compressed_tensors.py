@@ -1,14 +1,17 @@
 """NVFP4 checkpoints of compressed-tensors: global scales are reciprocals, inverted once in FP32."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from dsv4_jax.checkpoint import from_checkpoint
 from dsv4_jax.checkpoint.convert import Report
+from dsv4_jax.checkpoint.formats import MODEL_OPTIMIZER, Naming, weight_only
 from dsv4_jax.checkpoint.load import load_params
 from dsv4_jax.checkpoint.names import official_name, parameters
+from dsv4_jax.checkpoint.rewrite import rewrite
 from dsv4_jax.cli.common import preset_name
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.precision import PRESETS
@@ -47,6 +50,48 @@ def test_loads_as_it_is(tmp_path: Path, static: bool, capsys: pytest.CaptureFixt
         elif parameter.is_linear and "shared" not in parameter.name:
             for part in ("weight", "scale"):
                 assert stored_bytes(leaf[part]) == official[f"{parameter.name}.{part}"].data
+
+
+def _notes(report: Report) -> list[str]:
+    return [note for note in report.notes if note.startswith("activations become NVFP4")]
+
+
+def test_weight_only_that_becomes_w4a4_is_said(tmp_path: Path) -> None:
+    """By loading in a preset, and by a conversion, whose result loads so."""
+    config, tensors = published.compressed_tensors(static=False)
+    path = tiny.write(tmp_path / "source", config, tensors)
+    for preset, said in (("nvfp4_experts", 1), ("official", 0)):
+        report = Report()
+        load_params(path, CONFIG, PRESETS[preset], report=report)
+        assert len(_notes(report)) == said, preset
+    done = rewrite(path, tmp_path / "result", "nvfp4_experts")
+    assert _notes(done.report) == [
+        "activations become NVFP4 (nvfp4_w4a4: experts): the source has NVFP4 in its weights alone "
+        "(nvfp4_w4a16)"
+    ]
+
+
+_WEIGHTS = {"num_bits": 4, "type": "float", "group_size": 16}
+_ACTIVATIONS = {"num_bits": 4, "dynamic": "local"}
+
+
+@pytest.mark.parametrize(
+    ("group", "said"),
+    [
+        ({"weights": _WEIGHTS, "input_activations": None}, True),
+        ({"weights": _WEIGHTS}, True),
+        ({"weights": _WEIGHTS, "input_activations": _ACTIVATIONS}, False),
+        ({"weights": _WEIGHTS | {"num_bits": 8}}, False),
+        (None, False),
+    ],
+)
+def test_weight_only_by_groups(group: Any, said: bool) -> None:
+    """Of Model-Optimizer, where tensors without scales say nothing."""
+    groups = {"quantization_config": {"config_groups": {"group_0": group}}}
+    assert weight_only(groups, Naming(MODEL_OPTIMIZER, "a", ())) == said
+    assert not weight_only(groups, Naming(MODEL_OPTIMIZER, "a", ("a.input_scale",)))
+    assert not weight_only(groups, Naming(None, "", ()))
+    assert not weight_only({}, Naming(MODEL_OPTIMIZER, "a", ()))
 
 
 def test_values(tmp_path: Path) -> None:

@@ -149,6 +149,11 @@ _BAD = [
     ("attn_logit_softcapping", 30.0, "attn_logit_softcapping is an unknown field"),
     ("rope_local_base_freq", 5.0, "rope_local_base_freq is an unknown field"),
     ("residual_scaling", 2.0, "residual_scaling is an unknown field"),
+    ("residual_scaling", 0, "residual_scaling is an unknown field"),
+    ("kv_norm_eps", 0.0, "kv_norm_eps is an unknown field"),
+    ("use_sliding_window", False, "use_sliding_window is an unknown field"),
+    ("attention_sinks", False, "attention_sinks is an unknown field"),
+    ("index_hadamard", False, "index_hadamard is an unknown field"),
 ]
 
 
@@ -184,6 +189,22 @@ def test_official_refusals(field: str, value: Any, message: str) -> None:
 def test_transformers_refusals(field: str, value: Any, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         ModelConfig.from_hf(_set(_transformers(), field, value))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rope_extra", None),
+        ("use_vision", False),
+        ("attention_gate", False),
+        ("layer_norm_bias", False),
+        ("num_dense_layers", 0),
+        ("attn_output_dropout", 0.0),
+        ("attn_logit_softcapping", 0.0),
+    ],
+)
+def test_what_is_off_here_too(field: str, value: Any) -> None:
+    assert ModelConfig.from_hf(_official() | {field: value}) == ModelConfig.from_hf(_official())
 
 
 def test_inert_fields_are_listed_at_debug_level(caplog: pytest.LogCaptureFixture) -> None:

@@ -54,6 +54,33 @@ def test_progress_of_a_prompt(terminal: bool, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("generate --seed x", "'--seed'"),
+        ("inspect --max-len 1.5", "'--max-len'"),
+        ("generate --seed", "'--seed' requires an argument"),
+        ("generate --unknown", "--unknown (see "),
+        ("convert a", "DST"),
+        ("--unknown", "--unknown (see "),
+        ("no-such-command", "'no-such-command' (see "),
+    ],
+)
+def test_wrong_options_are_one_line(arguments: str, message: str) -> None:
+    result = CliRunner().invoke(cli.app, arguments.split())
+    assert (result.exit_code, result.stdout) == (BAD_INPUT, "")
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert message in result.stderr
+
+
+def test_help_is_shown_whole() -> None:
+    """Without arguments, or asked for."""
+    for arguments, code in (([], BAD_INPUT), (["--help"], 0), (["generate", "--help"], 0)):
+        result = CliRunner().invoke(cli.app, arguments)
+        assert result.exit_code == code
+        assert "Usage: " in result.output and "\n  --help " in result.output
+
+
+@pytest.mark.parametrize(
     ("prompt", "events", "prefill", "decode"),
     [
         # 3 + 5 steps of 0.1 s in the first call, one of 0.5 s behind it.

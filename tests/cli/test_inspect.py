@@ -256,6 +256,16 @@ def test_static_scales_stand_with_their_weight(tmp_path: Path) -> None:
     assert "input_scale" not in result.stdout
 
 
+def test_json_and_table_name_the_same_precision(tmp_path: Path) -> None:
+    """Formats that no preset has are "as stored" in both."""
+    config, tensors = published.compressed_tensors()
+    tiny.write(tmp_path, config, tensors)
+    found = _json(tmp_path)
+    assert found["precision"] == found["memory"][0]["precision"] == "as stored"
+    result = _inspect(tmp_path)
+    assert re.search(r"precision\W+as stored: FP8 linears and NVFP4 experts", result.stdout)
+
+
 def test_values_are_looked_at_when_asked(tmp_path: Path) -> None:
     scale, table = "layers.0.attn.wq_a.scale", "layers.1.ffn.gate.tid2eid"
     bad = {name: bytearray(TENSORS[name].data) for name in (scale, table, "norm.weight")}

@@ -156,6 +156,59 @@ def test_C30_killed(tmp_path: Path, whole: dict[str, bytes]) -> None:
     assert _files(path) == whole
 
 
+@pytest.fixture
+def finishing(tmp_path: Path) -> tuple[Path, Path]:
+    """Source and target of a conversion that was killed between the small files."""
+    source = tiny.write(tmp_path / "source", *tiny.official())
+    for name in ("LICENSE", "notes.txt"):
+        (source / name).write_text(name)
+    target = tmp_path / "result"
+
+    def stop(path: Path, copy: Path) -> None:
+        if path.name == "notes.txt":
+            (target / f"{path.name}{manifest.TEMPORARY}").write_text("n")
+            raise Stopped
+        manifest.copy_atomic(path, copy)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rewrite, "copy_atomic", stop)
+        with pytest.raises(Stopped):
+            rewrite.rewrite(source, target, PRESET)
+    assert (target / "LICENSE").is_file() and not (target / "config.json").exists()
+    return source, target
+
+
+def test_C30_killed_between_small_files(
+    finishing: tuple[Path, Path], whole: dict[str, bytes]
+) -> None:
+    """What the source has no longer goes, be the conversion resumed or replaced."""
+    source, target = finishing
+    own = {name for name in whole if name.endswith((".safetensors", ".json"))}
+    stopped = target.with_name("stopped")
+    shutil.copytree(target, stopped)
+    done = rewrite.rewrite(source, target, PRESET)
+    assert done.reused == done.shards
+    copied = {name: name.encode() for name in ("LICENSE", "notes.txt")}
+    assert set(_files(target)) == own | set(copied)
+    assert copied.items() <= _files(target).items()
+
+    (source / "LICENSE").unlink()
+    for path in (stopped, target):  # unfinished, and whole
+        rewrite.rewrite(source, path, PRESET)
+        assert set(_files(path)) == own | {"notes.txt"}
+        found = manifest.Manifest.read(path)
+        assert found is not None and found.complete and "LICENSE" not in found.files
+
+
+def test_C30_killed_between_small_files_then_replaced(
+    finishing: tuple[Path, Path], whole: dict[str, bytes]
+) -> None:
+    _, target = finishing
+    (target / "mine.txt").write_text("of the user")
+    rewrite.rewrite(tiny.OFFICIAL, target, PRESET, overwrite=True)
+    assert _files(target) == whole | {"mine.txt": b"of the user"}
+
+
 @pytest.mark.parametrize("damage", ["byte", "truncated", "absent"])
 def test_C30_a_damaged_shard_is_written_again(
     result: Path, whole: dict[str, bytes], damage: str
