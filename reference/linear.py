@@ -32,22 +32,42 @@ def linear(x: jax.Array, weight: jax.Array, rounding: Rounding = FP32) -> jax.Ar
     return rounding.bf(product(x, weight, rounding))
 
 
-def lin8(x: jax.Array, weight: jax.Array, rounding: Rounding = FP32) -> jax.Array:
+def lin8(
+    x: jax.Array,
+    weight: jax.Array,
+    rounding: Rounding = FP32,
+    act_scale: jax.Array | None = None,
+) -> jax.Array:
     """FP8 linear: `bf(q8(x, 128) W^T)`.
 
-    With `linear_nvfp4` the activations are NVFP4 with a global scale per token instead.
+    With `linear_nvfp4` the activations are NVFP4 with a global scale per token instead, or with the
+    static one.
     """
     if rounding.linear_nvfp4:
-        return linear(formats.nvfp4(x, formats.nvfp4_token_scale(x)), weight, rounding)
+        return linear(formats.nvfp4(x, global_scale(x, act_scale)), weight, rounding)
     return linear(formats.q8(x, 128) if rounding.act_fp8 else x, weight, rounding)
 
 
-def lin4(x: jax.Array, weight: jax.Array, rounding: Rounding = FP32) -> jax.Array:
+def lin4(
+    x: jax.Array,
+    weight: jax.Array,
+    rounding: Rounding = FP32,
+    act_scale: jax.Array | None = None,
+) -> jax.Array:
     """FP4-weight linear: activations as in `lin8`.
 
-    With `expert_nvfp4` they are NVFP4 with a global scale per token instead (section 9.2).
+    With `expert_nvfp4` they are NVFP4 with a global scale per token instead (section 9.2), or with
+    the static one.
     """
-    return lin8(x, weight, dataclasses.replace(rounding, linear_nvfp4=rounding.expert_nvfp4))
+    rounding = dataclasses.replace(rounding, linear_nvfp4=rounding.expert_nvfp4)
+    return lin8(x, weight, rounding, act_scale)
+
+
+def global_scale(x: jax.Array, act_scale: jax.Array | None) -> jax.Array:
+    """Of the rows of `x [..., k]` in NVFP4: their own, or the static one in 2^-100..2^100."""
+    if act_scale is None:
+        return formats.nvfp4_token_scale(x)
+    return jnp.broadcast_to(jnp.clip(act_scale, 2.0**-100, 2.0**100), (*x.shape[:-1], 1))
 
 
 def activations(
@@ -72,10 +92,7 @@ def _parts(x: jax.Array, act: str, act_scale: jax.Array | None) -> tuple[jax.Arr
         return (bf(x),)
     if act == "fp8":
         return (formats.q8(x, 128),)
-    if act_scale is None:
-        s2 = formats.nvfp4_token_scale(x)
-    else:
-        s2 = jnp.broadcast_to(jnp.clip(act_scale, 2.0**-100, 2.0**100), (*x.shape[:-1], 1))
+    s2 = global_scale(x, act_scale)
     return (*formats.nvfp4_quantize(x, s2), s2)
 
 

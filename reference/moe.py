@@ -1,6 +1,7 @@
 """Routed experts and the shared expert (model.md sections 5.2 and 5.3)."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,8 @@ def routed_experts(
     w3: jax.Array,
     limit: float,
     rounding: Rounding = FP32,
+    up_act_scale: jax.Array | None = None,
+    down_act_scale: jax.Array | None = None,
 ) -> jax.Array:
     """`sum_i y_i` in FP32 with `y_i = lin4(bf(weight_i * swiglu(lin4(x; w1), lin4(x; w3))); w2)`.
 
@@ -56,18 +59,22 @@ def routed_experts(
         w3: Up, `[e, i, dim]`.
         limit: `swiglu_limit`.
         rounding: Rounding points.
+        up_act_scale: Static scales of what enters `w1` and `w3`, `[e]` (section 9.2), with
+            `rounding.expert_nvfp4`; None: one per token.
+        down_act_scale: The same of what enters `w2`.
     """
     experts = jnp.arange(w1.shape[0])
     dense = jnp.sum(
         jnp.where(expert_idx[:, :, None] == experts, expert_weight[:, :, None], 0), axis=1
     )  # [t, e]
 
-    def add_expert(total: jax.Array, expert: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        weight, w1, w2, w3 = expert
-        h = swiglu(lin4(x, w1, rounding), lin4(x, w3, rounding), limit)
-        return total + lin4(rounding.bf(weight[:, None] * h), w2, rounding), None
+    def add_expert(total: jax.Array, expert: tuple[Any, ...]) -> tuple[jax.Array, None]:
+        weight, w1, w2, w3, up_scale, down_scale = expert
+        h = swiglu(lin4(x, w1, rounding, up_scale), lin4(x, w3, rounding, up_scale), limit)
+        return total + lin4(rounding.bf(weight[:, None] * h), w2, rounding, down_scale), None
 
-    return lax.scan(add_expert, jnp.zeros_like(x), (dense.T, w1, w2, w3))[0]
+    stacks = dense.T, w1, w2, w3, up_act_scale, down_act_scale
+    return lax.scan(add_expert, jnp.zeros_like(x), stacks)[0]
 
 
 def moe(
@@ -79,6 +86,8 @@ def moe(
     w2: jax.Array,
     w3: jax.Array,
     shared: jax.Array | None = None,
+    up_act_scale: jax.Array | None = None,
+    down_act_scale: jax.Array | None = None,
     *,
     limit: float,
     linear: str | None = None,
@@ -100,6 +109,8 @@ def moe(
         w2: Down, `[e, dim, i]`.
         w3: Up, `[e, i, dim]`.
         shared: `[t, dim]`, or None.
+        up_act_scale: As in `routed_experts`.
+        down_act_scale: As in `routed_experts`.
         limit: `swiglu_limit`.
         linear: A format such as `mxfp4_w4a8`, whose rounding points replace those of `rounding`.
         first_expert: Id of the first expert of the stacks.
@@ -115,7 +126,18 @@ def moe(
         )
     x = jnp.where(valid[:, None], x, 0)
     weight = jnp.where(valid[:, None], expert_weight, 0)
-    total = routed_experts(x, expert_idx - first_expert, weight, w1, w2, w3, limit, rounding)
+    total = routed_experts(
+        x,
+        expert_idx - first_expert,
+        weight,
+        w1,
+        w2,
+        w3,
+        limit,
+        rounding,
+        up_act_scale,
+        down_act_scale,
+    )
     if shared is not None:
         total = total + shared
     return bf(total) if dtype == jnp.bfloat16 else total

@@ -36,7 +36,7 @@ class Rounding:
             the end.
         bf16_probs: `e_u` rounded to BF16 for the value product, but not in the denominator.
         expert_nvfp4: Inputs of routed experts through the NVFP4 recipe with a global scale per
-            token (W4A4), instead of `act_fp8`. Not part of the official state.
+            token, or with static ones (W4A4), instead of `act_fp8`. Not part of the official state.
         linear_nvfp4: The same for the inputs of the FP8 linears. Not part of the official state.
         bf16_products: Operands of every product enter as BF16, sums stay FP32: for training on
             tensor cores. Exact where both operands are representable in BF16 anyway, which `bf16`

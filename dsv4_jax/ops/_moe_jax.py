@@ -27,6 +27,8 @@ def moe_jax(
     w2: Mapping[str, Array],
     w3: Mapping[str, Array],
     shared: Array | None,
+    up_act_scale: Array | None = None,
+    down_act_scale: Array | None = None,
     *,
     linear: LinearFormat,
     limit: float,
@@ -67,21 +69,27 @@ def moe_jax(
     )
     pair_slot = jnp.full(pairs, slots, jnp.int32).at[order].set(slot_sorted.astype(jnp.int32))
 
-    quantized = _activation(x, linear)
-    value = jnp.concatenate([quantized[0], jnp.zeros_like(quantized[0][:1])])
-    token_scale = jnp.concatenate([quantized[1], jnp.ones_like(quantized[1][:1])])
+    # Under static scales a token is rounded for each of its experts, else once.
+    value, token_scale = (x, None) if up_act_scale is not None else _activation(x, linear)
+    value = jnp.concatenate([value, jnp.zeros_like(value[:1])])
+    if token_scale is not None:
+        token_scale = jnp.concatenate([token_scale, jnp.ones_like(token_scale[:1])])
     pair_weight = jnp.concatenate([expert_weight.reshape(-1), jnp.zeros(1, jnp.float32)])
 
     def run_tile(i: Array, out: Array) -> Array:
         expert = tile_expert[i]
         pair = lax.dynamic_slice_in_dim(slot_pair, i * ROW_TILE, ROW_TILE)
         token = pair // k  # the sentinel pair lands on the appended zero row
-        rows, scale = value[token], token_scale[token][:, None]
+        if token_scale is None:
+            rows, scale = _activation(value[token], linear, _of(up_act_scale, expert))
+        else:
+            rows, scale = value[token], token_scale[token]
+        scale = scale[:, None]
         gate = round_to(_product(rows, gate_w, expert, linear) * scale, x.dtype)
         up = round_to(_product(rows, up_w, expert, linear) * scale, x.dtype)
         h = clamped_swiglu(gate, up, limit)
         h = round_to(pair_weight[pair][:, None] * h, x.dtype)
-        h_value, h_scale = _activation(h, linear)
+        h_value, h_scale = _activation(h, linear, _of(down_act_scale, expert))
         y = _product(h_value, down_w, expert, linear) * h_scale[:, None]
         return lax.dynamic_update_slice_in_dim(out, round_to(y, x.dtype), i * ROW_TILE, axis=0)
 
@@ -96,12 +104,18 @@ def moe_jax(
     return round_to(total, dtype)
 
 
-def _activation(x: Array, linear: LinearFormat) -> tuple[Array, Array]:
+def _of(scales: Array | None, expert: Array) -> Array | None:
+    return None if scales is None else scales[expert]
+
+
+def _activation(
+    x: Array, linear: LinearFormat, act_scale: Array | None = None
+) -> tuple[Array, Array]:
     """Operand of the product and its FP32 scale per row."""
     ones = jnp.ones(x.shape[:1], jnp.float32)
     if linear == "float32":
         return x.astype(jnp.float32), ones
-    q = quantized_act(x, act_format(linear))
+    q = quantized_act(x, act_format(linear), act_scale)
     return q.value, ones if q.global_scale is None else q.global_scale
 
 

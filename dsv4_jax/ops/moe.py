@@ -54,6 +54,8 @@ def moe(
     w2: Mapping[str, Array],
     w3: Mapping[str, Array],
     shared: Float[Array, "t d"] | None = None,
+    up_act_scale: Float32[Array, "e"] | None = None,
+    down_act_scale: Float32[Array, "e"] | None = None,
     *,
     linear: LinearFormat,
     limit: float,
@@ -80,6 +82,10 @@ def moe(
         w1, w2, w3: leaves of the stacked weights ``[e, i, d]``, ``[e, d, i]``, ``[e, i, d]``:
             ``weight`` and its scales.
         shared: what is added last, in ``x``'s dtype.
+        up_act_scale: with ``nvfp4_w4a4``, the checkpoint's static scales of what enters ``w1`` and
+            ``w3`` of an expert, clamped to 2^-100..2^100: ``x`` is rounded for each pick with the
+            scale of its expert. ``max|x| / (6 * 448)`` of each token when ``None``.
+        down_act_scale: the same of what enters ``w2``; given with ``up_act_scale`` or not at all.
         limit: of the gate from above, of the other factor from both sides.
         first_expert: id of the first expert of the stack; ids outside ``first_expert ..
             first_expert + e - 1`` add nothing.
@@ -95,8 +101,9 @@ def moe(
     Raises:
         TypeError: a dtype is not accepted.
         ValueError: shapes disagree, there is no expert or no pick, ``linear`` is not a format or
-            not that of the leaves, ``first_expert`` is not an id, ``regime`` is another one, or
-            ``power_of_two`` is said of another format.
+            not that of the leaves, ``first_expert`` is not an id, ``regime`` is another one,
+            ``power_of_two`` or static scales are given for another format, or one of these without
+            the other.
     """
     check_choice("moe", "linear", linear, LINEAR_FORMATS)
     dtype = jnp.dtype(dtype)
@@ -136,6 +143,7 @@ def moe(
         check_operand("moe", "shared", shared, "t d", (x.dtype,))
         if shared.shape != x.shape:
             raise ValueError(f"moe: shared must be {list(x.shape)}, got {list(shared.shape)}")
+    act_scales = _check_act_scales(up_act_scale, down_act_scale, linear, experts)
     if linear not in KERNEL_FORMATS or x.dtype != jnp.bfloat16:
         return moe_jax(
             x,
@@ -146,6 +154,8 @@ def moe(
             w2,
             w3,
             shared,
+            up_act_scale,
+            down_act_scale,
             linear=linear,
             limit=limit,
             first_expert=first_expert,
@@ -164,6 +174,7 @@ def moe(
         valid.astype(jnp.uint8),
         *(w[leaf] for w in (w1, w3, w2) for leaf in ("weight", *SCALE_LEAVES[form])),
         *(() if shared is None else (shared,)),
+        *act_scales,
         form=_WEIGHT_FORM[form],
         act=ACTS[act_format(linear)],
         regime=np.int32(REGIMES[regime]),
@@ -181,6 +192,30 @@ def _scratch_bytes(t: int, k: int, experts: int, dim: int, inter: int) -> int:
     slots = pairs + 63 * min(experts, pairs)
     padded = -(-dim // 128) * 128 + -(-inter // 128) * 128
     return slots * (2 * (padded + dim + inter) + 32) + 4 * pairs + 4096
+
+
+def _check_act_scales(
+    up: Array | None, down: Array | None, linear: LinearFormat, experts: int
+) -> tuple[Array, ...]:
+    """Both scales, or none."""
+    given = {"up_act_scale": up, "down_act_scale": down}
+    missing = [name for name, scale in given.items() if scale is None]
+    if len(missing) == len(given):
+        return ()
+    if missing:
+        raise ValueError(
+            f"moe: up_act_scale and down_act_scale must be given together, got no {missing[0]}"
+        )
+    if linear != "nvfp4_w4a4":
+        raise ValueError(
+            f"moe: up_act_scale must be None unless linear is 'nvfp4_w4a4', got linear {linear!r}"
+        )
+    scales = {name: scale for name, scale in given.items() if scale is not None}
+    for name, scale in scales.items():
+        check_operand("moe", name, scale, "e", FLOAT32)
+        if scale.shape != (experts,):
+            raise ValueError(f"moe: {name} must be {[experts]}, got {list(scale.shape)}")
+    return tuple(scales.values())
 
 
 def _check_leaves(name: str, leaves: Mapping[str, Array], form: WeightFormat) -> None:

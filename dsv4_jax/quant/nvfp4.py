@@ -27,6 +27,7 @@ __all__ = [
     "power_of_two_scales",
     "quantize",
     "scales_are_powers_of_two",
+    "static_global_scale",
     "token_global_scale",
 ]
 
@@ -35,6 +36,7 @@ E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 _MIN_BLOCK_SCALE = 2.0**-9
 _MIN_GLOBAL_SCALE = 2.0**-100
+_MAX_GLOBAL_SCALE = 2.0**100
 _FLOAT32_MAX = 3.4028235e38
 
 
@@ -59,6 +61,11 @@ def _global_scale(amax: Array) -> Array:
 def token_global_scale(x: Float32[Array, "*lead n"]) -> Float32[Array, "*lead"]:
     """Dynamic global scale of each row on its own, so that no row depends on its neighbours."""
     return _global_scale(jnp.max(jnp.abs(x), axis=-1))
+
+
+def static_global_scale(scale: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """A checkpoint's scale of activations as codes use it: where every step is a normal number."""
+    return jnp.clip(scale, _MIN_GLOBAL_SCALE, _MAX_GLOBAL_SCALE)
 
 
 def tensor_global_scale(*tensors: Float32[Array, "..."]) -> Float32[Array, ""]:

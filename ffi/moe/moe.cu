@@ -73,24 +73,25 @@ __device__ __forceinline__ int ExpertOf(const MoeParams& params, int pair) {
   return ours ? static_cast<int>(expert) : -1;
 }
 
-// A row into its column, or parts of it, by a team. `largest`: of the whole row's magnitudes
-// (NVFP4); the row's FP32 scale is returned.
+// A row into its column, or parts of it, by a team. `global`: the row's FP32 scale, 1 unless NVFP4.
 template <int kLanes>
-__device__ __forceinline__ float LayOut(const Args& args, const uint16_t* row, int64_t k,
-                                        int64_t padded, bool fp8_mma, int width, int column,
-                                        char* tile, uint32_t largest, int part, int parts) {
+__device__ __forceinline__ void LayOut(const Args& args, const uint16_t* row, int64_t k,
+                                       int64_t padded, bool fp8_mma, int width, int column,
+                                       char* tile, float global, int part, int parts) {
   // Both 4-bit forms take x in the same order.
   constexpr WeightForm kForm = WeightForm::kNvfp4;
   if (fp8_mma) {
     StoreFp8Row<kForm, kLanes>(row, false, k, padded, width, column,
                                reinterpret_cast<uint8_t*>(tile), part, parts);
-    return 1.0f;
+    return;
   }
-  const bool nvfp4 = args.params.act == ActForm::kNvfp4;
-  const float global = nvfp4 ? TokenGlobalScale(__uint_as_float(largest)) : 1.0f;
   StoreRow<kForm, kLanes>(row, false, k, padded, args.params.act, global, width, column,
                           reinterpret_cast<uint16_t*>(tile), part, parts);
-  return global;
+}
+
+// Whether rows have NVFP4 scales of their own.
+__device__ __forceinline__ bool OwnScales(const MoeParams& params) {
+  return params.act == ActForm::kNvfp4 && params.up_act_scale == nullptr;
 }
 
 __device__ __forceinline__ const uint16_t* RowOfPair(const MoeParams& params, int pair) {
@@ -103,18 +104,26 @@ __device__ __forceinline__ SlotPlace PlaceOf(const Work& work, int slot) {
   return slot < work.counts[1] ? work.places[slot] : SlotPlace{0, 0};
 }
 
-// A pair's x, or parts of it, into its slot.
+// A pair's x, or parts of it, into its slot. `largest`: of the whole row's magnitudes, if it has a
+// scale of its own. A static scale of h is written down here, where the expert is known.
 template <int kLanes>
-__device__ __forceinline__ void FillSlot(const Args& args, int pair, int slot, SlotPlace place,
-                                         uint32_t largest, int part, int parts) {
+__device__ __forceinline__ void FillSlot(const Args& args, int expert, int pair, int slot,
+                                         SlotPlace place, uint32_t largest, int part, int parts) {
   const MoeParams& params = args.params;
   const Work& work = args.work;
+  const bool fixed = params.up_act_scale != nullptr;
+  float global = 1.0f;
+  if (fixed) {
+    global = StaticGlobalScale(__ldg(params.up_act_scale + expert));
+  } else if (params.act == ActForm::kNvfp4) {
+    global = TokenGlobalScale(__uint_as_float(largest));
+  }
   char* const to = work.x + place.tile_first * ColumnBytes(args.fp8_mma[0], args.padded_d);
-  const float global = LayOut<kLanes>(args, RowOfPair(params, pair), place.width > 0 ? params.d : 0,
-                                      args.padded_d, args.fp8_mma[0], place.width,
-                                      slot - place.tile_first, to, largest, part, parts);
+  LayOut<kLanes>(args, RowOfPair(params, pair), place.width > 0 ? params.d : 0, args.padded_d,
+                 args.fp8_mma[0], place.width, slot - place.tile_first, to, global, part, parts);
   if (part == 0 && threadIdx.x % kLanes == 0 && place.width > 0) {
     work.x_scale[slot] = global;
+    if (fixed) work.h_scale[slot] = StaticGlobalScale(__ldg(params.down_act_scale + expert));
     work.weight[slot] = params.expert_weight[pair];
   }
 }
@@ -208,8 +217,8 @@ __global__ void __launch_bounds__(kThreads, 2) SortFewKernel(const __grid_consta
   // Rows side by side; of few, each by several warps.
   constexpr int kWarps = kThreads / 32;
   const int parts = mine >= kWarps ? 1 : kWarps / mine;
-  const bool nvfp4 = params.act == ActForm::kNvfp4;
-  if (nvfp4) {
+  const bool own = OwnScales(params);
+  if (own) {
     for (int i = thread; i < mine; i += kThreads) row_max[i] = 0;
     __syncthreads();
     for (int task = warp; task < mine * parts; task += kWarps) {
@@ -223,8 +232,8 @@ __global__ void __launch_bounds__(kThreads, 2) SortFewKernel(const __grid_consta
     const int i = task / parts, tile = i / args.max_width;
     const SlotPlace place = {bases.slots + tile * args.max_width,
                              tile < tiles - 1 ? args.max_width : last_width};
-    FillSlot<32>(args, listed[i], bases.slots + i, place, nvfp4 ? row_max[i] : 0, task % parts,
-                 parts);
+    FillSlot<32>(args, expert, listed[i], bases.slots + i, place, own ? row_max[i] : 0,
+                 task % parts, parts);
   }
 }
 
@@ -320,11 +329,12 @@ __global__ void __launch_bounds__(kThreads) GatherKernel(const __grid_constant__
   const SlotPlace place = PlaceOf(args.work, slot);
   if (!__any_sync(0xFFFFFFFFu, place.width > 0)) return;
   const int pair = place.width > 0 ? args.work.slot_pair[slot] : 0;
+  const int expert = place.width > 0 ? ExpertOf(args.params, pair) : 0;
   uint32_t largest = 0;
-  if (args.params.act == ActForm::kNvfp4) {
+  if (OwnScales(args.params)) {
     largest = RowMagnitude<kTeam>(RowOfPair(args.params, pair), false, args.params.d);
   }
-  FillSlot<kTeam>(args, pair, slot, place, largest, 0, 1);
+  FillSlot<kTeam>(args, expert, pair, slot, place, largest, 0, 1);
 }
 
 // h [slots, inter] into tiles: a slot per team, or, of few, per thread block.
@@ -342,22 +352,24 @@ __global__ void __launch_bounds__(kThreads) LayOutKernel(const __grid_constant__
   const int part = kFew ? warp : 0, parts = kFew ? kWarps : 1;
   const int64_t inter = place.width > 0 ? args.params.inter : 0;
   const uint16_t* row = work.h + slot * args.params.inter;
-  uint32_t largest = 0;
-  if (args.params.act == ActForm::kNvfp4) {
-    largest = RowMagnitude<kLanes>(row, false, inter, part, parts);
+  float global = 1.0f;
+  if (OwnScales(args.params)) {
+    uint32_t largest = RowMagnitude<kLanes>(row, false, inter, part, parts);
     if (kFew) {
       if (threadIdx.x % 32 == 0) warp_max[warp] = largest;
       __syncthreads();
 #pragma unroll
       for (int i = 0; i < kWarps; ++i) largest = max(largest, warp_max[i]);
     }
+    global = TokenGlobalScale(__uint_as_float(largest));
+    if (part == 0 && threadIdx.x % kLanes == 0 && place.width > 0) work.h_scale[slot] = global;
+  } else if (args.params.act == ActForm::kNvfp4 && place.width > 0) {
+    global = work.h_scale[slot];  // static, by FillSlot
   }
   char* const to =
       work.h_tiles + place.tile_first * ColumnBytes(args.fp8_mma[1], args.padded_inter);
-  const float global =
-      LayOut<kLanes>(args, row, inter, args.padded_inter, args.fp8_mma[1], place.width,
-                     slot - place.tile_first, to, largest, part, parts);
-  if (part == 0 && threadIdx.x % kLanes == 0 && place.width > 0) work.h_scale[slot] = global;
+  LayOut<kLanes>(args, row, inter, args.padded_inter, args.fp8_mma[1], place.width,
+                 slot - place.tile_first, to, global, part, parts);
 }
 
 // Eight channels of the result, or as many as are left.

@@ -20,6 +20,7 @@ struct ExpertWeights {
 // For every token and pick i with expert e in first_expert .. first_expert + experts:
 //   gate, up = bf(w1_e act(x)), bf(w3_e act(x));  h = bf(weight_i * silu(min(gate, limit)) *
 //   clip(up, -limit, limit));  y_i = bf(w2_e act(h))
+// where act may use static scales of the expert.
 // y = sum of y_i in the order of the picks, in FP32, + shared; rounded if y is BF16. Picks outside
 // the range, and tokens that are not valid, add nothing.
 struct MoeParams {
@@ -28,10 +29,13 @@ struct MoeParams {
   const float* expert_weight;  // [t, k]
   const uint8_t* valid;        // [t] 0 or 1
   const uint16_t* shared;      // [t, d] BF16, or nullptr
-  ExpertWeights w1, w3;        // rows = inter, inputs = d
-  ExpertWeights w2;            // rows = d, inputs = inter
-  void* y;                     // [t, d] FP32 or BF16
-  void* scratch;               // CUDA: at least MoeScratchBytes
+  // Static global scales of NVFP4 activations: of what enters w1 and w3, and w2. Both or neither.
+  const float* up_act_scale;    // [e], or nullptr: of each token's largest
+  const float* down_act_scale;  // [e], or nullptr
+  ExpertWeights w1, w3;         // rows = inter, inputs = d
+  ExpertWeights w2;             // rows = d, inputs = inter
+  void* y;                      // [t, d] FP32 or BF16
+  void* scratch;                // CUDA: at least MoeScratchBytes
   int64_t t, k, experts, d, inter;
   int64_t first_expert;
   float limit;

@@ -67,10 +67,12 @@ class Chunk {
     }
     slots_ = next[p_.experts];
     weight_.resize(slots_);
+    expert_.resize(slots_);
     for (int64_t pair = 0; pair < pairs; ++pair) {
       if (const int64_t e = expert(pair); e >= 0) {
         slot_[pair] = next[e]++;
         weight_[slot_[pair]] = p_.expert_weight[first_ * p_.k + pair];
+        expert_[slot_[pair]] = e;
       }
     }
     x_.resize(slots_ * p_.d);
@@ -80,7 +82,7 @@ class Chunk {
     y_.resize(slots_ * p_.d);
   }
 
-  // Every token once, then to the slots of its other picks.
+  // Every token once, then to the slots of its other picks, unless their experts have scales.
   void RoundX(int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
       int64_t done = -1;
@@ -88,9 +90,9 @@ class Chunk {
         const int64_t slot = slot_[token * p_.k + i];
         if (slot < 0) continue;
         float* x = &x_[slot * p_.d];
-        if (done < 0) {
+        if (done < 0 || p_.up_act_scale != nullptr) {
           LoadActivations(p_.x + (first_ + token) * p_.d, false, p_.d, x);
-          x_scale_[slot] = RoundActivations(p_.act, x, p_.d, nullptr, x);
+          x_scale_[slot] = RoundActivations(p_.act, x, p_.d, ActScale(p_.up_act_scale, slot), x);
           done = slot;
         } else {
           std::memcpy(x, &x_[done * p_.d], p_.d * sizeof(float));
@@ -127,7 +129,7 @@ class Chunk {
   void RoundH(int64_t begin, int64_t end) {
     for (int64_t slot = begin; slot < end; ++slot) {
       float* h = &h_[slot * p_.inter];
-      h_scale_[slot] = RoundActivations(p_.act, h, p_.inter, nullptr, h);
+      h_scale_[slot] = RoundActivations(p_.act, h, p_.inter, ActScale(p_.down_act_scale, slot), h);
     }
   }
 
@@ -182,6 +184,10 @@ class Chunk {
     return w.global_scale != nullptr ? w.global_scale[expert] : 1.0f;
   }
 
+  const float* ActScale(const float* scales, int64_t slot) const {
+    return scales != nullptr ? scales + expert_[slot] : nullptr;
+  }
+
   // `count` rows of an expert's weight [rows, inputs].
   void Decode(const ExpertWeights& w, int64_t expert, int64_t rows, int64_t inputs, int64_t first,
               int64_t count, float* out) const {
@@ -194,7 +200,8 @@ class Chunk {
   const MoeParams& p_;
   int64_t first_, slots_;
   std::vector<Run> runs_;
-  std::vector<int64_t> slot_;  // of every pair, -1 for one that adds nothing
+  std::vector<int64_t> slot_;    // of every pair, -1 for one that adds nothing
+  std::vector<int64_t> expert_;  // of every slot
   std::vector<float> weight_, x_scale_, h_scale_;
   std::vector<float> x_, h_;  // [slots, d], [slots, inter]
   std::vector<uint16_t> y_;   // [slots, d] BF16

@@ -1,6 +1,7 @@
 // Handlers of dsv4.moe. Operands: x, expert_idx, expert_weight, valid, the leaves of w1, of w3 and
-// of w2 (weight, scale and, for NVFP4, global_scale), then `shared` with the attribute has_shared;
-// results: y and scratch.
+// of w2 (weight, scale and, for NVFP4, global_scale), then `shared` with the attribute has_shared,
+// then static scales of the activations, if any: up_act_scale, down_act_scale; results: y and
+// scratch.
 #include <cstdint>
 #include <string>
 
@@ -53,6 +54,17 @@ ffi::Error FillWeights(const std::string& name, WeightForm form, const ffi::Rema
   return ffi::Error::Success();
 }
 
+// Scales of the experts' activations, at `at`.
+ffi::Error FillActScale(const std::string& name, const ffi::RemainingArgs& rest, int64_t at,
+                        int64_t e, const float*& scale) {
+  auto found = rest.get<ffi::AnyBuffer>(at);
+  if (!found) return InvalidArgument(kOp, name + " must be a buffer");
+  DSV4_RETURN_IF_ERROR(CheckDtype(kOp, name, found->element_type(), {ffi::DataType::F32}));
+  DSV4_RETURN_IF_ERROR(CheckShape(kOp, name, found->dimensions(), {e}));
+  scale = static_cast<const float*>(found->untyped_data());
+  return ffi::Error::Success();
+}
+
 ffi::Error CheckAttributes(const Attributes& a) {
   DSV4_RETURN_IF_ERROR(CheckAbi(kOp, a.abi));
   const auto form = static_cast<WeightForm>(a.form);
@@ -96,11 +108,15 @@ ffi::Error Fill(const Attributes& a, const ffi::AnyBuffer& x, const ffi::AnyBuff
   DSV4_RETURN_IF_ERROR(CheckDtype(kOp, "scratch", scratch->element_type(), {ffi::DataType::U8}));
   const int64_t leaves = form == WeightForm::kMxfp4 ? 2 : 3;
   const int64_t expected = 3 * leaves + a.has_shared;
-  if (static_cast<int64_t>(rest.size()) != expected) {
-    return InvalidArgument(kOp, "must have " + std::to_string(expected) +
-                                    " operands behind valid (leaves of w1, w3, w2" +
-                                    (a.has_shared ? ", shared" : "") + "), got " +
-                                    std::to_string(rest.size()));
+  const auto given = static_cast<int64_t>(rest.size());
+  const bool scalable = static_cast<ActForm>(a.act) == ActForm::kNvfp4;
+  const bool scaled = scalable && given == expected + 2;
+  if (given != expected && !scaled) {
+    return InvalidArgument(
+        kOp, "must have " + std::to_string(expected) +
+                 " operands behind valid (leaves of w1, w3, w2" + (a.has_shared ? ", shared" : "") +
+                 ")" + (scalable ? ", or two more (up_act_scale, down_act_scale)" : "") + ", got " +
+                 std::to_string(given));
   }
   const Dims dims = x.dimensions(), idx_dims = expert_idx.dimensions();
   if (dims.size() != 2) return InvalidArgument(kOp, "x must be [t, d], got " + ToString(dims));
@@ -144,6 +160,12 @@ ffi::Error Fill(const Attributes& a, const ffi::AnyBuffer& x, const ffi::AnyBuff
     DSV4_RETURN_IF_ERROR(CheckDtype(kOp, "shared", shared->element_type(), {ffi::DataType::BF16}));
     DSV4_RETURN_IF_ERROR(CheckShape(kOp, "shared", shared->dimensions(), {t, d}));
     params.shared = static_cast<const uint16_t*>(shared->untyped_data());
+  }
+  params.up_act_scale = params.down_act_scale = nullptr;
+  if (scaled) {
+    DSV4_RETURN_IF_ERROR(FillActScale("up_act_scale", rest, expected, e, params.up_act_scale));
+    DSV4_RETURN_IF_ERROR(
+        FillActScale("down_act_scale", rest, expected + 1, e, params.down_act_scale));
   }
   const Dims scratch_dims = scratch->dimensions();
   const int64_t bytes = MoeScratchBytes(t, k, e, d, inter);
@@ -211,7 +233,7 @@ auto CudaBinding() {
       .Arg<ffi::AnyBuffer>()   // expert_idx [t, k]
       .Arg<ffi::AnyBuffer>()   // expert_weight [t, k]
       .Arg<ffi::AnyBuffer>()   // valid [t]
-      .RemainingArgs()         // leaves of w1, w3, w2; shared [t, d]
+      .RemainingArgs()         // leaves of w1, w3, w2; shared [t, d]; up_, down_act_scale [e]
       .Ret<ffi::AnyBuffer>()   // y [t, d]
       .Ret<ffi::AnyBuffer>();  // scratch
 }
@@ -231,7 +253,7 @@ XLA_FFI_DEFINE_HANDLER(kCpu, CpuImpl,
                            .Arg<ffi::AnyBuffer>()    // expert_idx [t, k]
                            .Arg<ffi::AnyBuffer>()    // expert_weight [t, k]
                            .Arg<ffi::AnyBuffer>()    // valid [t]
-                           .RemainingArgs()          // leaves of w1, w3, w2; shared [t, d]
+                           .RemainingArgs()          // as for CUDA
                            .Ret<ffi::AnyBuffer>()    // y [t, d]
                            .Ret<ffi::AnyBuffer>());  // scratch
 XLA_FFI_DEFINE_HANDLER(kCuda, CudaImpl, CudaBinding(), {ffi::Traits::kCmdBufferCompatible});

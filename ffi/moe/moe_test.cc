@@ -103,9 +103,15 @@ struct Problem {
         idx(t * k),
         weight(t * k),
         valid(t),
+        up_act_scale(experts),
+        down_act_scale(experts),
         w1(kind.form, experts, inter, d, 1),
         w2(kind.form, experts, d, inter, 2),
         w3(kind.form, experts, inter, d, 3) {
+    for (int64_t e = 0; e < experts; ++e) {
+      up_act_scale[e] = 0.0011f * static_cast<float>(1 + e % 7);
+      down_act_scale[e] = 0.0023f / static_cast<float>(1 + e % 5);
+    }
     std::mt19937 random(5);
     std::normal_distribution<float> normal;
     for (int64_t i = 0; i < t * d; ++i) x[i] = FloatToBf16(normal(random));
@@ -127,6 +133,8 @@ struct Problem {
     params.expert_weight = weight.data();
     params.valid = valid.data();
     params.shared = has_shared ? shared.data() : nullptr;
+    params.up_act_scale = has_act_scales ? up_act_scale.data() : nullptr;
+    params.down_act_scale = has_act_scales ? down_act_scale.data() : nullptr;
     params.w1 = w1.Weights();
     params.w2 = w2.Weights();
     params.w3 = w3.Weights();
@@ -156,6 +164,7 @@ struct Problem {
       EXPECT_EQ(stack->weight.Intact() && stack->scale.Intact() && stack->global_scale.Intact(),
                 true);
     }
+    EXPECT_EQ(up_act_scale.Intact() && down_act_scale.Intact(), true);
     EXPECT_EQ(x.Intact() && shared.Intact() && idx.Intact() && weight.Intact() && valid.Intact(),
               true);
     std::vector<uint32_t> bits(t * d);
@@ -181,6 +190,11 @@ struct Problem {
     copy(weight, part.weight, k);
     copy(valid, part.valid, 1);
     part.has_shared = has_shared;
+    part.has_act_scales = has_act_scales;
+    for (int64_t e = 0; e < experts; ++e) {
+      part.up_act_scale[e] = up_act_scale[e];
+      part.down_act_scale[e] = down_act_scale[e];
+    }
     part.y_bf16 = y_bf16;
     part.first_expert = first_expert;
     return part;
@@ -190,11 +204,12 @@ struct Problem {
   int64_t t, k, experts, d, inter;
   int64_t first_expert = 0;
   float limit = 10;
-  bool has_shared = false, y_bf16 = false;
+  bool has_shared = false, has_act_scales = false, y_bf16 = false;
   Guarded<uint16_t> x, shared;
   Guarded<int32_t> idx;
   Guarded<float> weight;
   Guarded<uint8_t> valid;
+  Guarded<float> up_act_scale, down_act_scale;
   Stack w1, w2, w3;
 };
 
@@ -202,11 +217,13 @@ float Rounded(double x) { return Bf16ToFloat(FloatToBf16(static_cast<float>(x)))
 
 // scale * W[expert] . act(x), the sums in double.
 std::vector<double> Product(const Problem& problem, const Stack& stack, int64_t expert,
-                            int64_t rows, const std::vector<float>& x) {
+                            int64_t rows, const std::vector<float>& x,
+                            const Guarded<float>& act_scale) {
   const auto inputs = static_cast<int64_t>(x.size());
   std::vector<float> act(PaddedInputs(inputs)), row(PaddedInputs(inputs));
   const float token_scale =
-      RoundActivations(problem.kind.act, x.data(), inputs, nullptr, act.data());
+      RoundActivations(problem.kind.act, x.data(), inputs,
+                       problem.has_act_scales ? act_scale.data() + expert : nullptr, act.data());
   const double scale = stack.is_nvfp4 ? stack.global_scale[expert] : 1.0;
   std::vector<double> y(rows);
   for (int64_t r = 0; r < rows; ++r) {
@@ -229,15 +246,18 @@ void ExpectDefinition(const Problem& problem) {
     for (int64_t i = 0; i < problem.k; ++i) {
       const int64_t e = problem.idx[token * problem.k + i] - problem.first_expert;
       if (problem.valid[token] == 0 || e < 0 || e >= problem.experts) continue;
-      const std::vector<double> gate = Product(problem, problem.w1, e, problem.inter, x);
-      const std::vector<double> up = Product(problem, problem.w3, e, problem.inter, x);
+      const std::vector<double> gate =
+          Product(problem, problem.w1, e, problem.inter, x, problem.up_act_scale);
+      const std::vector<double> up =
+          Product(problem, problem.w3, e, problem.inter, x, problem.up_act_scale);
       std::vector<float> h(problem.inter);
       for (int64_t c = 0; c < problem.inter; ++c) {
         const double g = std::min<double>(Rounded(gate[c]), problem.limit);
         const double u = std::clamp<double>(Rounded(up[c]), -problem.limit, problem.limit);
         h[c] = Rounded(problem.weight[token * problem.k + i] * (g / (1 + std::exp(-g)) * u));
       }
-      const std::vector<double> y = Product(problem, problem.w2, e, problem.d, h);
+      const std::vector<double> y =
+          Product(problem, problem.w2, e, problem.d, h, problem.down_act_scale);
       for (int64_t c = 0; c < problem.d; ++c) total[c] += Rounded(y[c]);
     }
     for (int64_t c = 0; c < problem.d; ++c) {
@@ -294,6 +314,47 @@ TEST(SharedAndRounding) {
       const float sum = FloatFromBits(routed[i]) + Bf16ToFloat(problem.shared[i]);
       EXPECT_EQ(both[i], FloatBits(sum), kind.name, i);
       EXPECT_EQ(rounded[i], FloatToBf16(sum), kind.name, i);
+    }
+  }
+}
+
+// An expert's scales are those of the tokens that go to it, whatever else these go to.
+TEST(StaticScales) {
+  const Kind kind = kKinds[2];
+  Problem problem(kind, 40, 3, 5, 96, 64);
+  const std::vector<uint32_t> own = problem.Run();
+  problem.has_act_scales = true;
+  ExpectDefinition(problem);
+  const std::vector<uint32_t> whole = problem.Run();
+  for (int64_t token = 0; token < 40; ++token) {
+    const auto at = static_cast<std::ptrdiff_t>(token * 96);
+    EXPECT_EQ(std::equal(own.begin() + at, own.begin() + at + 96, whole.begin() + at), false);
+    const std::vector<uint32_t> want(whole.begin() + at, whole.begin() + at + 96);
+    EXPECT_EQ(problem.Part(token, token + 1).Run(), want, token);
+  }
+  EXPECT_EQ(problem.Run(problem.Params(), Threads, 0x5A), whole, "threads");
+  for (float scale : {0.0f, -1.0f, 1e-45f}) {  // as kMinGlobalScale
+    problem.up_act_scale[3] = problem.down_act_scale[1] = 0x1p-100f;
+    const std::vector<uint32_t> clamped = problem.Run();
+    problem.up_act_scale[3] = problem.down_act_scale[1] = scale;
+    EXPECT_EQ(problem.Run(), clamped, scale);
+  }
+}
+
+TEST(NanUnderStaticScales) {
+  Problem problem(kKinds[2], 21, 3, 5, 96, 64);
+  problem.has_act_scales = true;
+  for (int64_t i = 0; i < 96; ++i) problem.x[7 * 96 + i] = 0;
+  const std::vector<uint32_t> clean = problem.Run();
+  for (int64_t i = 0; i < 96; ++i) EXPECT_EQ(clean[7 * 96 + i], 0u, i);
+  problem.x[4 * 96 + 17] = FloatToBf16(kNan);
+  problem.weight[9 * 3 + 1] = kNan;
+  const std::vector<uint32_t> got = problem.Run();
+  for (int64_t i = 0; i < 21 * 96; ++i) {
+    if (i / 96 == 4 || i / 96 == 9) {
+      EXPECT_EQ(std::isnan(FloatFromBits(got[i])), true, i);
+    } else {
+      EXPECT_EQ(got[i], clean[i], i);
     }
   }
 }

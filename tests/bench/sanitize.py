@@ -248,6 +248,10 @@ def _moe() -> Iterator[Any]:
                         w3,
                     )
                     settings = {"linear": form, "limit": 10.0}
+                    if form == "nvfp4_w4a4":
+                        scale = jnp.linspace(1e-3, 1e-2, experts, dtype=jnp.float32)
+                        static = {"up_act_scale": scale, "down_act_scale": scale[::-1]}
+                        yield moe(*operands, **settings, **static)
                     if form == "nvfp4_w4a8":
                         yield moe(*operands, **settings, power_of_two=True)
                     elif t == 40:

@@ -1398,6 +1398,36 @@ SHAPES: list[tuple[str, str, Mutation, str]] = [
         r"w3 global_scale must be \[2\], got \[1\]",
     ),
     ("moe", "nvfp4-act", nvfp4(attributes(act=np.int32(3))), "act must be 0 .* got 3"),
+    (
+        "moe",
+        "one-act_scale",
+        nvfp4(more((s("2", F32),))),
+        r"must have 10 operands .*, or two more \(up_act_scale, down_act_scale\), got 11",
+    ),
+    (
+        "moe",
+        "three-act_scales",
+        nvfp4(more((s("2", F32),) * 3)),
+        r"must have 10 operands .*, or two more .*, got 13",
+    ),
+    (
+        "moe",
+        "act_scales-of-another-act",
+        nvfp4(all_of(more((s("2", F32),) * 2), attributes(act=np.int32(1)))),
+        r"must have 10 operands behind valid \(leaves of w1, w3, w2, shared\), got 12",
+    ),
+    (
+        "moe",
+        "up_act_scale-shape",
+        nvfp4(more((s("1", F32), s("2", F32)))),
+        r"up_act_scale must be \[2\], got \[1\]",
+    ),
+    (
+        "moe",
+        "down_act_scale-dtype",
+        nvfp4(more((s("2", F32), s("2")))),
+        "down_act_scale must be float32, got bfloat16",
+    ),
 ]
 
 

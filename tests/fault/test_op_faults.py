@@ -225,6 +225,9 @@ def _moe(
     dtype: Any = F32,
     regime: Any = None,
     power_of_two: bool = False,
+    up_act_scale: Any = None,
+    down_act_scale: Any = None,
+    nvfp4: bool = False,
     **leaves: Any,
 ) -> Any:
     def stack(name: str, n: int, k: int) -> dict[str, Any]:
@@ -232,6 +235,9 @@ def _moe(
             "weight": leaves.get(f"{name}_weight", s(f"4 {n} {k}", E2M1)),
             "scale": leaves.get(f"{name}_scale", s(f"4 {n} {k // 32}", UE8M0)),
         }
+        if nvfp4:
+            stack.pop("scale")
+            stack |= {"block_scale": s(f"4 {n} {k // 16}", E4M3), "global_scale": s("4", F32)}
         return {leaf: x for leaf, x in stack.items() if f"{name}_{leaf}" != drop}
 
     w = stack("w1", 64, 96), stack("w2", 96, 64), stack("w3", 64, 96)
@@ -243,7 +249,8 @@ def _moe(
         "power_of_two": power_of_two,
     }
     op = lambda *a: moe(*a, limit=10.0, **settings)  # noqa: E731
-    return jax.eval_shape(op, x, expert_idx, expert_weight, valid, *w, shared)
+    scales = up_act_scale, down_act_scale
+    return jax.eval_shape(op, x, expert_idx, expert_weight, valid, *w, shared, *scales)
 
 
 def _compressor(
@@ -361,6 +368,8 @@ def _cache_write(
 
 MOE_SHAPES = {"w1": "64 96", "w2": "96 64", "w3": "64 96"}
 MOE_SCALES = {"w1": "64 3", "w2": "96 2", "w3": "64 3"}
+MOE_STATIC: dict[str, Any] = {"up_act_scale": s("4", F32), "down_act_scale": s("4", F32)}
+W4A4: dict[str, Any] = {"linear": "nvfp4_w4a4", "nvfp4": True, **MOE_STATIC}
 CALLS: list[Callable[..., Any]] = [
     _rmsnorm,
     _rmsnorm_nvfp4,
@@ -446,6 +455,8 @@ RANK: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_moe, "expert_idx", {"expert_idx": s("5", I32)}),
     (_moe, "w1 weight", {"w1_weight": s("64 96", E2M1)}),
     (_moe, "valid", {"valid": s("5 1", jnp.bool_)}),
+    (_moe, "up_act_scale", W4A4 | {"up_act_scale": s("", F32)}),
+    (_moe, "down_act_scale", W4A4 | {"down_act_scale": s("4 1", F32)}),
     (_moe, "shared", {"shared": s("1 5 96")}),
     (_compressor, "kv", {"kv": s("9 192", F32)}),
     (_compressor, "ape", {"ape": s("192", F32)}),
@@ -628,6 +639,15 @@ AXIS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_moe, "linear must be one of .*got 'mxfp4'", {"linear": "mxfp4"}),
     (_moe, "w1 must have the leaves .*block_scale", {"linear": "nvfp4_w4a4"}),
     (_moe, "w2 must have the leaves .*scale", {"drop": "w2_scale"}),
+    (_moe, r"given together, got no up_act_scale", W4A4 | {"up_act_scale": None}),
+    (_moe, r"given together, got no down_act_scale", W4A4 | {"down_act_scale": None}),
+    (_moe, r"up_act_scale must be \[4\], got \[3\]", W4A4 | {"up_act_scale": s("3", F32)}),
+    (_moe, r"down_act_scale must be \[4\], got \[1\]", W4A4 | {"down_act_scale": s("1", F32)}),
+    (
+        _moe,
+        "up_act_scale must be None unless linear is 'nvfp4_w4a4', got linear 'mxfp4_w4a8'",
+        MOE_STATIC,
+    ),
     (
         _moe,
         r"w1, w3 must be \[e, i, d\] and w2 \[e, d, i\], got \[4, 64, 96\], \[4, 32, 96\]",
@@ -895,6 +915,8 @@ DTYPE: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_moe, "valid must be bool, got int32", {"valid": s("5", I32)}),
     (_moe, "shared must be bfloat16, got float32", {"shared": s("5 96", F32)}),
     (_moe, "dtype must be .*got float16", {"dtype": F16}),
+    (_moe, "up_act_scale must be float32, got bfloat16", W4A4 | {"up_act_scale": s("4")}),
+    (_moe, "down_act_scale must be float32, got bfloat16", W4A4 | {"down_act_scale": s("4")}),
     (_moe, "w1 weight must be float4_e2m1fn, got uint8", {"w1_weight": s("4 64 48", U8)}),
     (_moe, "w2 scale must be float8_e8m0fnu, got uint8", {"w2_scale": s("4 96 2", U8)}),
     (_compressor, "gate must be float32, got bfloat16", {"gate": s("2 9 192")}),

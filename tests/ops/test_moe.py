@@ -15,6 +15,7 @@ from dsv4_jax.ops.moe import KERNEL_FORMATS, moe
 from dsv4_jax.quant import bits, fp8, mxfp4, nvfp4
 from dsv4_jax.typing import E4M3
 from reference import formats
+from reference.linear import global_scale
 from reference.moe import moe as reference_moe
 from tests.support.numerics import assert_same_bits, f64, rel_l2
 from tests.support.op_cases import expert_leaves, normal
@@ -65,18 +66,18 @@ q8 = jax.jit(lambda x: formats.q8(x, 128))
 
 
 @jax.jit
-def nvfp4_parts(x: Any) -> Any:
-    s2 = formats.nvfp4_token_scale(x)
+def nvfp4_parts(x: Any, act_scale: Any = None) -> Any:
+    s2 = global_scale(x, act_scale)
     return *formats.nvfp4_quantize(x, s2), s2
 
 
-def activation(x: np.ndarray, linear: str) -> np.ndarray:
+def activation(x: np.ndarray, linear: str, act_scale: Any = None) -> np.ndarray:
     with jax.default_device(jax.devices("cpu")[0]):  # quotients are inexact on a GPU
         x32 = jnp.asarray(x.astype(np.float32))
         if linear.endswith("a8"):
             return f64(q8(x32))
         if linear.endswith("a4"):
-            value, scale, s2 = map(f64, nvfp4_parts(x32))
+            value, scale, s2 = map(f64, nvfp4_parts(x32, act_scale))
             return value * np.repeat(scale, 16, axis=-1) * s2
         return x
 
@@ -90,21 +91,26 @@ def exact(
     linear: str,
     rnd: Callable[[np.ndarray], np.ndarray] = bf,
     late: bool = False,
+    act_scales: tuple[Any, Any] | None = None,
 ) -> np.ndarray:
     """model.md 5.2 pick by pick, products in FP64.
 
-    ``rnd`` and ``late`` (the routing weight behind ``w2``) make wrong variants of it.
+    ``act_scales``: static ones of ``w1`` and ``w3``, and of ``w2``, by expert. ``rnd`` and ``late``
+    (the routing weight behind ``w2``) make wrong variants of it.
     """
     form, rnd = linear.split("_")[0], (lambda y: y) if linear == "float32" else rnd
     w1, w2, w3 = (wide(w, form) for w in leaves)
     total = np.zeros(x.shape)
+    up_scale, down_scale = act_scales or ([None] * len(w1),) * 2
     a = activation(f64(x), linear)
     for pick, e in np.ndindex(np.shape(idx)[1], len(w1)):
         ours = (np.asarray(idx)[:, pick] == e) & np.asarray(valid, bool)
+        if act_scales:
+            a = activation(f64(x), linear, up_scale[e])
         share = np.where(ours, f64(weight)[:, pick], 0)[:, None]
         gate, up = np.minimum(rnd(a @ w1[e].T), LIMIT), np.clip(rnd(a @ w3[e].T), -LIMIT, LIMIT)
         h = rnd((ours[:, None] if late else share) * gate / (1 + np.exp(-gate)) * up)
-        total += (share if late else 1) * rnd(activation(h, linear) @ w2[e].T)
+        total += (share if late else 1) * rnd(activation(h, linear, down_scale[e]) @ w2[e].T)
     return total
 
 
@@ -236,6 +242,113 @@ def test_against_reference(linear: str) -> None:
     operands += [*dense, shared.astype(jnp.float32)]
     want = reference_moe(*operands, limit=LIMIT, linear=linear, first_expert=1)
     assert rel_l2(got, want) < (FLOAT32_REL if linear == "float32" else ROUNDED_REL)
+
+
+# Of an expert's tokens: smaller than their own, which saturates, to ten times as large.
+UP_SCALE = np.asarray([4e-3, 3e-4, 1e-3, 2e-2, 2e-3], np.float32)
+DOWN_SCALE = np.asarray([1e-3, 2e-2, 3e-3, 1e-4, 6e-3], np.float32)
+STATIC = {"up_act_scale": jnp.asarray(UP_SCALE), "down_act_scale": jnp.asarray(DOWN_SCALE)}
+
+
+@pytest.fixture(scope="module")
+def w4a4() -> Experts:
+    return Experts("nvfp4_w4a4")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_static_scales(w4a4: Experts, dtype: str) -> None:
+    """A token is rounded for each pick under the scale of its expert; FP32 ``x`` in `jax.numpy`."""
+    (idx, weight), valid = picks(21), np.arange(21) % 7 != 3
+    x = w4a4.x(21).at[5].set(0).astype(dtype)
+    rnd: Any = bf if dtype == "bfloat16" else lambda y: y
+    got = w4a4(x, idx, weight, valid, **STATIC)
+    operands = x, idx, weight, valid, w4a4.leaves, "nvfp4_w4a4", rnd
+    assert rel_l2(got, exact(*operands, act_scales=(UP_SCALE, DOWN_SCALE))) < ROUNDED_REL
+    assert_same_bits(got[~valid | (np.arange(21) == 5)], np.zeros((4, DIM), np.float32))
+    # Wrong variants: no static scales, those of another expert, the one scale in the other's place.
+    for scales in (
+        None,
+        (np.roll(UP_SCALE, 1), DOWN_SCALE),
+        (UP_SCALE, np.roll(DOWN_SCALE, 1)),
+        (DOWN_SCALE, UP_SCALE),
+    ):
+        assert rel_l2(got, exact(*operands, act_scales=scales)) > 10 * ROUNDED_REL
+
+
+def test_static_scales_against_jax_and_reference(w4a4: Experts) -> None:
+    """With all other arguments."""
+    idx, weight = picks(21)
+    x, valid, shared = w4a4.x(21), jnp.arange(21) % 7 != 3, w4a4.x(21)[::-1]
+    operands: list[Any] = [x, jnp.asarray(idx), jnp.asarray(weight), valid]
+    settings: Any = {"linear": "nvfp4_w4a4", "limit": LIMIT, "first_expert": 1}
+    got = moe(*operands, *w4a4.leaves, shared, **STATIC, **settings)
+    plain = jax.jit(functools.partial(moe_jax, **settings, dtype=jnp.float32))
+    assert rel_l2(got, plain(*operands, *w4a4.leaves, shared, **STATIC)) < ROUNDED_REL
+    dense = [jnp.asarray(wide(w, "nvfp4"), jnp.float32) for w in w4a4.leaves]
+    operands[0] = x.astype(jnp.float32)
+    operands += [*dense, shared.astype(jnp.float32)]
+    want = reference_moe(*operands, **STATIC, **settings)
+    assert rel_l2(got, want) < ROUNDED_REL
+
+
+def test_static_scales_bit_by_bit() -> None:
+    """Sums of one block are exact in any order: what is left are exps beside a rounding point."""
+    experts, (idx, weight) = Experts("nvfp4_w4a4", 16, 16), picks(200)
+    operands: list[Any] = [experts.x(200), jnp.asarray(idx), jnp.asarray(weight)]
+    operands += [jnp.ones(200, bool), *experts.leaves, None, *STATIC.values()]
+    settings: Any = {"linear": "nvfp4_w4a4", "limit": LIMIT}
+    plain = jax.jit(functools.partial(moe_jax, **settings, first_expert=0, dtype=jnp.float32))
+    got, want = np.asarray(moe(*operands, **settings)), np.asarray(plain(*operands))
+    apart = np.mean(got != want)
+    print(f"{apart:.2%} apart")
+    assert apart < 0.02
+
+
+@pytest.mark.parametrize("t", [21, 900])
+def test_static_scales_batch_invariance(w4a4: Experts, t: int) -> None:
+    """A token alone, and among few and many picks of a GPU's kernels, in one regime."""
+    (idx, weight), x = picks(t), w4a4.x(t)
+    whole = w4a4(x, idx, weight, regime="decode", **STATIC)
+    for at in (slice(0, 1), slice(t - 8, t)):
+        part = w4a4(x[at], idx[at], weight[at], regime="decode", **STATIC)
+        assert_same_bits(part, whole[at])
+
+
+def test_static_scales_in_two_places(w4a4: Experts) -> None:
+    """Every device has the scales of its experts."""
+    (idx, weight), x = picks(20), w4a4.x(20)
+    idx[::2], idx[1::2] = [0, 1, 1], [2, 3, 4]
+    whole = w4a4(x, idx, weight, **STATIC)
+    low = {name: scale[:2] for name, scale in STATIC.items()}
+    high = {name: scale[2:] for name, scale in STATIC.items()}
+    first = w4a4.part(0, 2)(x, idx, weight, **low)
+    rest = w4a4.part(2, EXPERTS)(x, idx, weight, first_expert=2, **high)
+    assert_same_bits(first + rest, whole)
+
+
+def test_static_scales_are_clamped(w4a4: Experts) -> None:
+    """A14: 2^-100..2^100."""
+    (idx, weight), x = picks(21), w4a4.x(21)
+
+    def run(up: list[float], down: list[float]) -> np.ndarray:
+        scales = {"up_act_scale": jnp.float32(up), "down_act_scale": jnp.float32(down)}
+        return w4a4(x, idx, weight, **scales)
+
+    got = run([0.0, -1.0, 1e-45, np.inf, 1e-3], [-np.inf, 1e-3, 1e38, 1e-3, 0.0])
+    low, high = 2.0**-100, 2.0**100
+    assert_same_bits(got, run([low, low, low, high, 1e-3], [low, 1e-3, high, 1e-3, low]))
+
+
+def test_nan_under_static_scales(w4a4: Experts) -> None:
+    """NaN reaches its token through the block's scale, and no other."""
+    (idx, weight), x = picks(21), w4a4.x(21)
+    clean = w4a4(x, idx, weight, **STATIC)
+    late = weight.copy()
+    late[9, 1] = np.nan
+    got = w4a4(x.at[4, 17].set(jnp.nan), idx, late, **STATIC)
+    bad = np.isin(np.arange(21), (4, 9))
+    assert np.isnan(got[bad]).all()
+    assert_same_bits(got[~bad], clean[~bad])
 
 
 @pytest.mark.parametrize("linear", ["float32", *KERNEL_FORMATS])
