@@ -16,6 +16,9 @@ word               weight                                   activation
 ``nvfp4_w4a16``    E2M1, E4M3 per 16 inputs, FP32 global    BF16
 =================  =======================================  ====================================
 
+Routed experts in ``nvfp4_w4a4`` take a static scale per expert instead of one per token where the
+checkpoint has them.
+
 Sources: model.md sections 4.5, 4.6 and 9 (formats), 3.6 (``wo_a`` keeps BF16 activations).
 """
 
@@ -23,6 +26,7 @@ import dataclasses
 from typing import Final, Literal, cast, get_args
 
 __all__ = [
+    "ACT_SCALES",
     "LINEAR_FORMATS",
     "PRESETS",
     "SCALE_LEAVES",
@@ -59,6 +63,10 @@ SCALE_LEAVES: Final[dict[WeightFormat, tuple[str, ...]]] = {
     "nvfp4": ("block_scale", "global_scale"),
 }
 """What a linear has beside its ``weight``, in the order in which ops take it."""
+ACT_SCALES: Final = {"w1": "up_act_scale", "w2": "down_act_scale"}
+"""Weight of the routed experts -> leaf with the static scales of its activations, if there are any.
+
+It lies beside the weights; ``w3`` shares that of ``w1``."""
 _CHOICES: Final[dict[str, tuple[str | bool | None, ...]]] = {
     "experts_power_of_two": (None, True, False),
     "kv": ("fp8", "bfloat16", "float32"),

@@ -128,6 +128,12 @@ def moe_branch(
         jnp.stack([p[f"ffn.experts.{e}.{w}.weight"] for e in range(config["n_routed_experts"])])
         for w in ("w1", "w2", "w3")
     )
+    # Of w1 and w3, which read the same, the larger scale.
+    scales = {
+        w: jnp.stack([p[f"ffn.experts.{e}.{w}.input_scale"] for e in range(len(w1))])
+        for w in ("w1", "w2", "w3")
+        if f"ffn.experts.0.{w}.input_scale" in p
+    }
     s1, s2, s3 = (p[f"ffn.shared_experts.{w}.weight"] for w in ("w1", "w2", "w3"))
     limit = config["swiglu_limit"]
     return moe.moe(
@@ -139,6 +145,8 @@ def moe_branch(
         w2,
         w3,
         moe.shared_expert(x, s1, s2, s3, limit, rounding),
+        jnp.maximum(scales["w1"], scales["w3"]) if scales else None,
+        scales.get("w2"),
         limit=limit,
         dtype=jnp.bfloat16 if rounding.bf16 else jnp.float32,
         rounding=rounding,

@@ -53,10 +53,12 @@ def from_checkpoint(
 
     Names and dtypes of the tensors tell the number formats: FP8 and MXFP4 of the release, NVFP4 as
     Model-Optimizer, compressed-tensors or ``dsv4 convert`` write it, FP8 throughout (``-Base``,
-    scales in E8M0, FP32 or BF16), BF16 and FP32. Static activation scales are not used.
+    scales in E8M0, FP32 or BF16), BF16 and FP32. Routed experts in ``nvfp4_w4a4`` use static
+    activation scales, other linears do not.
 
     Prints to stderr which preset was chosen when ``precision`` is ``None``, what conversions did to
-    the weights, and ``experts_power_of_two`` of the model's precision where it was found out.
+    the weights, which static activation scales are used and which are not, and
+    ``experts_power_of_two`` of the model's precision where it was found out.
 
     Args:
         path: directory with ``config.json`` and safetensors, in any spelling that `formats` knows.

@@ -1,7 +1,7 @@
 """What a converted checkpoint looks like to others: names, dtypes and config.
 
 Official names. NVFP4 as Model-Optimizer writes it, without ``input_scale``: activation scales are
-then per token (model.md 7.3, 9.2).
+then per token (model.md 7.3, 9.2). Those of a source are dropped, with a line.
 """
 
 import copy

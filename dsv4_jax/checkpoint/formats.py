@@ -56,12 +56,14 @@ class Naming:
     Attributes:
         convention: ``MODEL_OPTIMIZER``, ``COMPRESSED_TENSORS``, or ``None`` without NVFP4.
         witness: a tensor that shows it.
-        static_scales: the activation scales in the files, which are not among the leaves.
+        static_scales: the activation scales in the files.
+        other_scales: those of them that are not of routed experts: they are not among the leaves.
     """
 
     convention: str | None
     witness: str
     static_scales: tuple[str, ...]
+    other_scales: tuple[str, ...] = ()
 
     @property
     def reciprocal(self) -> bool:
@@ -97,11 +99,12 @@ def _module_leaves(
         return kept, None
     rename = {"weight_packed": "weight", "weight_scale": "block_scale"}
     rename |= {"weight_scale_2": "global_scale", "weight_global_scale": "global_scale"}
-    rename |= {"input_scale": "input_scale", "input_global_scale": "input_scale"}
+    rename |= {"input_scale": "act_scale", "input_global_scale": "act_scale"}
     kept = {rename.get(leaf, leaf): tensor for leaf, tensor in found.items()}
     return kept, COMPRESSED_TENSORS if compressed else MODEL_OPTIMIZER
 
 
+_EXPERT: Final = re.compile(r"(?:layers|mtp)\.\d+\.ffn\.experts\.\d+\.w[123]")
 _AMBIGUOUS: Final = "ambiguous number format, a linear must follow one convention"
 _NONE: Final = TensorInfo("", "", "", (), 0, 0)
 
@@ -112,7 +115,8 @@ def own_leaves(
     """Tensors by official names with our leaves, whatever convention the files follow.
 
     A linear ``X`` has ``X.weight``, and ``X.scale`` (FP8, MXFP4) or ``X.block_scale`` and
-    ``X.global_scale`` (NVFP4) beside it. Static activation scales are counted and left out.
+    ``X.global_scale`` (NVFP4) beside it. A routed expert has ``X.act_scale`` too where the files
+    have static activation scales; those of other linears are counted and left out.
 
     Args:
         tensors: official name (the leaf as the file has it) -> tensor.
@@ -132,21 +136,25 @@ def own_leaves(
     problems = Problems(source)
     witnesses: dict[str, str] = {}
     static: list[str] = []
+    other: list[str] = []
     for module, found in modules.items():
         kept, convention = _module_leaves(module, found, problems)
         if convention is not None:
             marks = _MODEL_OPTIMIZER_LEAVES | _COMPRESSED_LEAVES
             first = min(found, key=lambda leaf: leaf not in marks)
             witnesses.setdefault(convention, shown(found[first].raw))
-            if "input_scale" in kept:
-                static.append(kept.pop("input_scale").raw)
+            if "act_scale" in kept:
+                static.append(kept["act_scale"].raw)
+                if not _EXPERT.fullmatch(module):
+                    other.append(kept.pop("act_scale").raw)
         out.update({f"{module}.{leaf}": tensor for leaf, tensor in kept.items()})
     if len(witnesses) > 1:
         both = " and ".join(f"{raw} ({whose})" for whose, raw in sorted(witnesses.items()))
         problems.add("ambiguous number format, both conventions", both)
     problems.raise_any()
     convention = next(iter(witnesses), None)
-    return out, Naming(convention, witnesses.get(convention or "", ""), tuple(static))
+    witness = witnesses.get(convention or "", "")
+    return out, Naming(convention, witness, tuple(static), tuple(other))
 
 
 def check_config(data: Mapping[str, Any], naming: Naming, source: str) -> None:

@@ -18,13 +18,20 @@ from dsv4_jax.checkpoint.convert import EXACT, EXACT_ROUTES, Report, byte_type, 
 from dsv4_jax.checkpoint.errors import CheckpointError
 from dsv4_jax.checkpoint.formats import check_config, weight_only
 from dsv4_jax.checkpoint.manifest import check_converted
-from dsv4_jax.checkpoint.names import MTP, Parameter, leaves, set_path, target_format
+from dsv4_jax.checkpoint.names import (
+    MTP,
+    Parameter,
+    leaves,
+    set_path,
+    target_format,
+    uses_act_scales,
+)
 from dsv4_jax.checkpoint.place import Placer, write_slice
 from dsv4_jax.checkpoint.read import Reader, TensorInfo, read_config
 from dsv4_jax.checkpoint.scan import SLAB_BYTES, BadValueError
 from dsv4_jax.checkpoint.validate import Resolved, resolve
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.precision import Precision
+from dsv4_jax.precision import ACT_SCALES, Precision
 from dsv4_jax.quant import nvfp4
 from dsv4_jax.typing import Array, Params
 
@@ -52,6 +59,8 @@ class _Loader:
         self._config = config
         self._precision = precision
         self._report = report
+        self._act_scales = resolved.act_scales
+        self._apart: list[str] = []  # experts whose w1 and w3 have different activation scales
         self._power_of_two: bool | None = None  # so far; None: no scale seen that matters
 
     def _linear(self, parameter: Parameter, name: str) -> dict[str, TensorInfo]:
@@ -97,6 +106,17 @@ class _Loader:
                 if parameter.experts and leaf == "block_scale":
                     self._look_at_scales(parameter, array)
                 set_path(tree, path, array)
+        if some.rule in self._act_scales and uses_act_scales(some.rule, self._precision):
+            self._load_act_scales(job, tree)
+
+    def _load_act_scales(self, job: dict[str, Parameter], tree: Params) -> None:
+        """``w1`` and ``w3`` read the same token, rounded once: under the larger of their scales."""
+        for key, leaf in ACT_SCALES.items():
+            together = [p for k, p in job.items() if k == key or (key, k) == ("w1", "w3")]
+            stacks = [[self._tensors[f"{n}.act_scale"] for n in p.names()] for p in together]
+            array, apart = self._placer.act_scales(stacks, self._reciprocal)
+            set_path(tree, (*job[key].path[:-1], leaf), array)
+            self._apart += [job[key].names()[e].rpartition(".")[0] for e in apart]
 
     def _leaf(self, leaf: str, tensor: TensorInfo, form: str) -> Array:
         """One leaf of a single tensor; ``form``: its format if it stays as it is."""
@@ -128,6 +148,11 @@ class _Loader:
 
     def settle(self) -> Precision:
         """The precision asked for, with what was found of the experts' scales; reports it."""
+        if self._apart:
+            self._report.notes.append(
+                f"static activation scales of w1 and w3 differ in {len(self._apart)} experts "
+                f"({self._apart[0]} ...): the larger one is used for both"
+            )
         if self._power_of_two is None:
             return self._precision
         if self._power_of_two:
@@ -260,26 +285,34 @@ def leftovers(
     resolved: Resolved,
     data: Mapping[str, Any],
     precision: Precision,
-    drafter: str = "skipped",
+    converted: bool = False,
 ) -> list[str]:
-    """A line for each thing in the files that is not used and that somebody may look for.
+    """A line for each thing in the files that is not used, or not as somebody may think.
 
     Args:
         resolved: the source.
         data: its ``config.json``.
         precision: what it becomes.
-        drafter: what was done to one of several stages.
+        converted: in files, not in a tree.
     """
     out: list[str] = []
+    drafter = "copied" if converted else "skipped"
     modules = sorted({int(match[1]) for t in resolved.drafter if (match := MTP.match(t.raw))})
     if modules not in ([], [0]):
         listed = ", ".join(f"mtp.{i}" for i in modules)
         out.append(f"{drafter} {len(resolved.drafter)} tensors of a newer drafter ({listed})")
-    static = resolved.naming.static_scales
-    if static:
+    used, unused = resolved.static_scales(None if converted else precision)
+    if used:
+        out.append(f"{len(used)} static activation scales of routed experts are used")
+    if unused and converted:
         out.append(
-            f"{len(static)} static activation scales ({static[0]} ...) are not used: activations "
-            "in NVFP4 are scaled per token"
+            f"dropped {len(unused)} static activation scales ({unused[0]} ...): activations in "
+            "NVFP4 are scaled per token"
+        )
+    elif unused:
+        out.append(
+            f"{len(unused)} static activation scales ({unused[0]} ...) are not used: only routed "
+            "experts in nvfp4_w4a4 take them, other linears scale NVFP4 activations per token"
         )
     rules = {p.rule for p in resolved.parameters if resolved.stored[p.name] == "nvfp4"}
     formats = {rule: getattr(precision, rule) for rule in sorted(rules)}
@@ -397,13 +430,24 @@ def load_params_from(
     for parameter in resolved.parameters:
         leaves(parameter, precision)  # widths against formats, before anything is placed
     plan = memory.Plan(
-        config, precision, mtp, batch_size=batch_size, max_len=max_len, stored=resolved.stored
+        config,
+        precision,
+        mtp,
+        batch_size=batch_size,
+        max_len=max_len,
+        stored=resolved.stored,
+        act_scales=resolved.act_scales,
     )
     have = memory.check([plan], source=source)
     found = Report() if report is None else report
     scan = resolved.scan(reader, config.n_routed_experts, verify=verify)
     tree: Params = {}
-    total = sum(tensor.nbytes for tensor in resolved.tensors.values())
+    used = set(resolved.static_scales(precision)[0])
+    total = sum(
+        tensor.nbytes
+        for name, tensor in resolved.tensors.items()
+        if not name.endswith(".act_scale") or tensor.raw in used
+    )
     bad_value: str | None = None
     no_memory: memory.OutOfMemory | None = None
     with _bar(progress, total) as advance:

@@ -93,6 +93,7 @@ class Plan:
         layer_copies: how often each layer's part of the cache is held; empty: once.
         stored: parameter name -> format in the files, as ``Resolved.stored``; empty: the same as
             in the tree.
+        act_scales: which experts have static activation scales, as ``Resolved.act_scales``.
     """
 
     config: ModelConfig
@@ -102,6 +103,7 @@ class Plan:
     max_len: int | None = None
     layer_copies: tuple[int, ...] = ()
     stored: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    act_scales: frozenset[str] = frozenset()
 
     def cache_bytes(self) -> int:
         """Bytes of the cache.
@@ -123,7 +125,9 @@ class Plan:
         """Weights, cache and staging."""
         wanted = parameters(self.config, self.mtp)
         return Need(
-            weights=tree_bytes(expected_tree(self.config, self.precision, self.mtp)),
+            weights=tree_bytes(
+                expected_tree(self.config, self.precision, self.mtp, self.act_scales)
+            ),
             cache=self.cache_bytes(),
             staging=max(self._staging(parameter) for parameter in wanted),
         )

@@ -6,14 +6,14 @@ that transformers writes to the official names (model.md sections 7.1 and 7.2).
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dsv4_jax.config import LayerKind, ModelConfig
-from dsv4_jax.precision import LINEAR_FORMATS, Precision, weight_format
+from dsv4_jax.precision import ACT_SCALES, LINEAR_FORMATS, Precision, weight_format
 from dsv4_jax.typing import E2M1, E4M3, UE8M0
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "set_path",
     "target_format",
     "tree_bytes",
+    "uses_act_scales",
 ]
 
 FUSED: Final = re.compile(r"(layers\.\d+\.ffn\.experts)\.(gate_up_proj|down_proj)")
@@ -276,6 +277,11 @@ def leaves(parameter: Parameter, precision: Precision) -> dict[tuple[str, ...], 
     return {(*parameter.path, leaf): value for leaf, value in found.items()}
 
 
+def uses_act_scales(rule: str, precision: Precision) -> bool:
+    """Whether a linear takes the static scales of its activations, where the files have some."""
+    return rule in ("experts", "mtp_experts") and getattr(precision, rule) == "nvfp4_w4a4"
+
+
 def set_path(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     """Stores ``value`` under the nested keys ``path``."""
     for key in path[:-1]:
@@ -283,12 +289,22 @@ def set_path(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     tree[path[-1]] = value
 
 
-def expected_tree(config: ModelConfig, precision: Precision, mtp: bool) -> dict[str, Any]:
-    """The params tree as nested ``jax.ShapeDtypeStruct``; equals ``jax.eval_shape(model.init)``."""
+def expected_tree(
+    config: ModelConfig, precision: Precision, mtp: bool, act_scales: Collection[str] = ()
+) -> dict[str, Any]:
+    """The params tree as nested ``jax.ShapeDtypeStruct``; equals ``jax.eval_shape(model.init)``.
+
+    But for the static activation scales of experts in ``act_scales`` (`Resolved.act_scales`).
+    """
     tree: dict[str, Any] = {}
     for parameter in parameters(config, mtp):
         for path, struct in leaves(parameter, precision).items():
             set_path(tree, path, struct)
+        *parent, key = parameter.path
+        if key in ACT_SCALES and parameter.rule in act_scales:
+            if uses_act_scales(parameter.rule, precision):
+                struct = jax.ShapeDtypeStruct((parameter.experts,), jnp.float32)
+                set_path(tree, (*parent, ACT_SCALES[key]), struct)
     return tree
 
 

@@ -141,9 +141,21 @@ class Placer:
     def global_scales(self, tensors: Sequence[TensorInfo], reciprocal: bool) -> Array:
         """`read_global_scales` on the device."""
         self._make_room(4 * len(tensors))
+        return self._put(self._scalars(tensors, reciprocal))
+
+    def act_scales(
+        self, stacks: Sequence[Sequence[TensorInfo]], reciprocal: bool
+    ) -> tuple[Array, np.ndarray]:
+        """Of weights that read the same the largest scale of each expert, and where they differ."""
+        self._make_room(4 * len(stacks[0]))
+        hosts = np.stack([self._scalars(stack, reciprocal) for stack in stacks])
+        most = hosts.max(axis=0)
+        return self._put(most), np.flatnonzero((hosts != most).any(axis=0))
+
+    def _scalars(self, tensors: Sequence[TensorInfo], reciprocal: bool) -> np.ndarray:
         host = read_global_scales(self._reader, self._scan, tensors, reciprocal)
         self._advance(host.nbytes)
-        return self._put(host)
+        return host
 
     def hash_table(self, tensor: TensorInfo) -> Array:
         """``tid2eid`` as int32."""

@@ -1,8 +1,8 @@
 """One checkpoint into another number format, shard by shard (`dsv4 convert`).
 
 Loading the result gives the bits that loading the source in the same precision gives: what is exact
-is done on bytes, everything else by the jitted conversions of `convert`, slab by slab. The memory
-needed does not depend on the size of the checkpoint.
+is done on bytes, everything else by the jitted conversions of `convert`, slab by slab. Static
+activation scales are dropped. The memory needed does not depend on the size of the checkpoint.
 """
 
 import contextlib
@@ -379,7 +379,7 @@ def rewrite(
                 raise CheckpointError(f"{source}: was changed while it was converted")
             _finish(companions, target, files, manifest)
     report, kept = Sums.together(manifest.shards)
-    report.notes += notes + leftovers(resolved, data, precision, drafter="copied")
+    report.notes += notes + leftovers(resolved, data, precision, converted=True)
     return Rewritten(
         report=report,
         kept=kept,

@@ -7,8 +7,9 @@ What a scale may be (model.md 4.5, 7.1, 9):
 - ``F8_E4M3``, block scales of NVFP4: positive and finite. Hardware reads them without a sign, so -0
   is refused too. +0 is legal over a block whose 16 codes are all zero, where a lossless cast from
   MXFP4 may leave it; over other codes it has lost their values.
-- ``F32`` and ``BF16``, of tensors and blocks: positive and finite; of a ``global_scale`` that is
-  stored as its reciprocal (compressed-tensors) both. Static scales of activations are not used.
+- ``F32`` and ``BF16``, of tensors and blocks: positive and finite; of a global scale that is
+  stored as its reciprocal (compressed-tensors) both. So are static scales of the experts'
+  activations, where they are used.
 """
 
 import re
@@ -42,7 +43,7 @@ HOST_DTYPE: Final[dict[str, Any]] = {
 
 _FLOATS: Final = ("F32", "BF16", "F16")
 # The dot tells the scales of linears from `hc_attn_scale`, a parameter.
-_SCALE: Final = re.compile(r"(.*)\.(block_|global_)?scale")
+_SCALE: Final = re.compile(r"(.*)\.(block_|global_|act_)?scale")
 _CODES: Final = np.uint64(0x7777_7777_7777_7777)
 _SINKS: Final = ("attn_sink", "sinks")
 
@@ -101,7 +102,7 @@ class Scan:
             match = _SCALE.fullmatch(name)
             if match:
                 self._weights[tensor] = tensors.get(f"{match[1]}.weight")
-                if reciprocal and match[2] == "global_":
+                if reciprocal and match[2] in ("global_", "act_"):
                     self._reciprocals.add(tensor)
 
     def check(self, tensor: TensorInfo, host: np.ndarray, skip: int = 0) -> None:

@@ -59,6 +59,9 @@ class Survey:
         vocabulary: number of tokens of ``tokenizer.json``; ``None`` without a readable one.
         generation: ``generation_config.json``.
         stored: parameter -> format, as ``Resolved.stored``; empty for a broken checkpoint.
+        act_scales: as ``Resolved.act_scales``.
+        static_scales: how many static activation scales the files have that ``precision`` uses, and
+            that it does not use.
         problems: why it cannot be loaded, or not be used with text.
         notes: what is unusual and no problem.
     """
@@ -73,6 +76,8 @@ class Survey:
     vocabulary: int | None = None
     generation: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     stored: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
+    act_scales: frozenset[str] = frozenset()
+    static_scales: tuple[int, int] = (0, 0)
     problems: list[str] = dataclasses.field(default_factory=list[str])
     notes: list[str] = dataclasses.field(default_factory=list[str])
 
@@ -180,7 +185,9 @@ def _check_tensors(
     )
     if resolved is None:
         return
-    out.stored = resolved.stored
+    out.stored, out.act_scales = resolved.stored, resolved.act_scales
+    used, unused = resolved.static_scales(out.precision)
+    out.static_scales = len(used), len(unused)
     out.attempt(lambda: check_config(data, resolved.naming, out.path))
     if verify:
         scan = resolved.scan(reader, config.n_routed_experts, verify=True)

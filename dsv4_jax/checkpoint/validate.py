@@ -14,10 +14,18 @@ from dsv4_jax.checkpoint.formats import (
     Naming,
     own_leaves,
 )
-from dsv4_jax.checkpoint.names import FUSED, MTP, Parameter, official_name, parameters
+from dsv4_jax.checkpoint.names import (
+    FUSED,
+    MTP,
+    Parameter,
+    official_name,
+    parameters,
+    uses_act_scales,
+)
 from dsv4_jax.checkpoint.read import DTYPE_BITS, Reader, TensorInfo
 from dsv4_jax.checkpoint.scan import Scan
 from dsv4_jax.config import ModelConfig
+from dsv4_jax.precision import Precision
 
 __all__ = ["Resolved", "resolve", "split_fused"]
 
@@ -44,6 +52,8 @@ class Resolved:
             (scales in FP32 or BF16), ``mxfp4``, ``nvfp4`` or ``int64``: how the file stores it.
         naming: whose names the NVFP4 tensors have, and whether global scales are reciprocals.
         drafter: tensors of MTP modules that are not loaded.
+        act_scales: which routed experts have static activation scales (``X.act_scale``): none,
+            ``experts``, ``mtp_experts`` or both.
     """
 
     parameters: list[Parameter]
@@ -51,6 +61,21 @@ class Resolved:
     stored: dict[str, str]
     naming: Naming
     drafter: list[TensorInfo]
+    act_scales: frozenset[str]
+
+    def static_scales(self, precision: Precision | None) -> tuple[list[str], list[str]]:
+        """Names of the static activation scales that are used in ``precision``, and of the rest.
+
+        ``None``: none is used.
+        """
+        used: list[str] = []
+        unused: list[str] = []
+        for name, tensor in self.tensors.items():
+            if name.endswith(".act_scale"):
+                rule = "mtp_experts" if name.startswith("mtp.") else "experts"
+                takes = precision is not None and uses_act_scales(rule, precision)
+                (used if takes else unused).append(tensor.raw)
+        return used, unused + list(self.naming.other_scales)
 
     def scan(self, reader: Reader, experts: int, *, verify: bool = False) -> Scan:
         """What looks at its values; see `Scan`."""
@@ -210,25 +235,35 @@ def _check_scales(
     tensors: Mapping[str, TensorInfo],
     hidden: Collection[str],
     problems: Problems,
+    act_scale: str = "",
 ) -> list[str]:
-    """Checks the scales that a weight of this dtype has; returns their names."""
+    """Checks the scales that a weight of this dtype has; returns their names.
+
+    ``act_scale``: the name of another expert's static activation scale, if there is any.
+    """
     rows, cols = logical
     tiles = (-(-rows // 128), -(-cols // 128))
-    expected: dict[str, tuple[str, tuple[int, ...]]] = {
+    by_dtype: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
         "F8_E4M3": {"scale": (scale_dtype, tiles)},
         "I8": {"scale": ("F8_E8M0", (rows, cols // 32))},
         "U8": {"block_scale": ("F8_E4M3", (rows, cols // 16)), "global_scale": ("F32", ())},
-    }.get(weight[0], {})
+    }
+    expected = by_dtype.get(weight[0], {})
+    if act_scale and weight[0] == "U8":
+        expected["act_scale"] = ("F32", ())
     for leaf, (dtype, shape) in expected.items():
-        rule = f"{name}.{leaf} must be {_describe(dtype, shape)} for {name}.weight"
+        # Of a leaf that may be absent altogether the name that it has in the files.
+        spelt = act_scale.rpartition(".")[2] if leaf == "act_scale" else leaf
+        rule = f"{name}.{spelt} must be {_describe(dtype, shape)} for {name}.weight"
         rule += f" {_describe(*weight)}"
         scale = tensors.get(f"{name}.{leaf}")
         if scale is None:
-            if f"{name}.{leaf}" not in hidden:
-                problems.add("scale", f"{rule}, found none")
+            if f"{name}.{spelt}" not in hidden:
+                other = f" ({shown(act_scale)} is there)" if leaf == "act_scale" else ""
+                problems.add("scale", f"{rule}, found none{other}")
         elif scale.dtype != dtype or scale.shape not in (shape, shape or (1,)):
             found = _describe(scale.dtype, scale.shape)
-            raw = "" if scale.raw == f"{name}.{leaf}" else f"{shown(scale.raw)} "
+            raw = "" if scale.raw == f"{name}.{spelt}" else f"{shown(scale.raw)} "
             problems.add("scale", f"{rule}, found {raw}{found} in {scale.file}")
     return [f"{name}.{leaf}" for leaf in expected]
 
@@ -321,6 +356,13 @@ def resolve(
     missing: list[str] = []
     stored: dict[str, str] = {}
     hidden = _hidden(unread, config)
+    act_scales = {
+        parameter.rule: table[f"{name}.act_scale"].raw
+        for parameter in wanted
+        if parameter.experts
+        for name in parameter.names()
+        if f"{name}.act_scale" in table
+    }
 
     for parameter in wanted:
         accepted = _formats(parameter, quantised, naming)
@@ -354,7 +396,14 @@ def resolve(
             if parameter.is_linear:
                 weight = (dtype, shape)
                 names = _check_scales(
-                    name, weight, parameter.shape, scale_dtype, table, hidden, problems
+                    name,
+                    weight,
+                    parameter.shape,
+                    scale_dtype,
+                    table,
+                    hidden,
+                    problems,
+                    act_scales.get(parameter.rule, ""),
                 )
                 expected.update(names)
 
@@ -368,4 +417,4 @@ def resolve(
         problems.add("unexpected", text)
     problems.raise_any()
     found = {name: table[name] for name in table if name in expected}
-    return Resolved(wanted, found, stored, naming, drafter)
+    return Resolved(wanted, found, stored, naming, drafter, frozenset(act_scales))

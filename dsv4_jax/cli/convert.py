@@ -41,8 +41,9 @@ def command(
 ) -> None:
     """Write a checkpoint in another number format, shard by shard.
 
-    Loading the result gives the bits that loading SRC with that precision gives. Stopped and called
-    again it goes on where it was; called on a whole result it compares the hashes of all shards.
+    Loading the result gives the bits that loading SRC with that precision gives, but for static
+    activation scales, which are dropped. Stopped and called again it goes on where it was; called
+    on a whole result it compares the hashes of all shards.
     Experts go from MXFP4 to NVFP4 without loss; the report says what does not.
     """
     console = Console(stderr=True)

@@ -50,7 +50,15 @@ def _memory(
 ) -> list[_Row]:
     rows: list[_Row] = []
     for (name, precision), batch_size, max_len in itertools.product(precisions.items(), *sizes):
-        plan = Plan(config, precision, mtp, batch_size, max_len, stored=found.stored)
+        plan = Plan(
+            config,
+            precision,
+            mtp,
+            batch_size,
+            max_len,
+            stored=found.stored,
+            act_scales=found.act_scales,
+        )
         rows.append(_Row(name, batch_size, max_len, plan.need()))
     return rows
 
@@ -84,6 +92,11 @@ def _settings(found: Survey, mtp: bool) -> Table:
         table.add_row("MTP modules", str(config.num_nextn_predict_layers))
     stored = preset_name(found.precision) if found.precision is not None else "none that fits"
     table.add_row("precision", f"{stored}: {found.holds}" if found.holds else stored)
+    used, unused = found.static_scales
+    if used or unused:
+        parts = [f"{used} of routed experts, used"] if used else []
+        parts += [f"{unused} not used"] if unused else []
+        table.add_row("static scales", "of activations: " + ", ".join(parts))
     tokens = "none" if found.vocabulary is None else f"{found.vocabulary:,} tokens"
     table.add_row("tokenizer", tokens)
     # Names and values out of files: nothing that a terminal would obey.
@@ -140,6 +153,8 @@ def _report(found: Survey, rows: list[_Row], mtp: bool) -> dict[str, Any]:
         report["parameters"] = {"total": total, "active": active}
         report["layers"] = _layer_counts(config)
     report["precision"] = None if found.precision is None else preset_name(found.precision)
+    used, unused = found.static_scales
+    report["static_activation_scales"] = {"used": used, "unused": unused}
     report["tensors"] = [dataclasses.asdict(group) for group in found.kinds]
     report["shards"] = found.shards
     report["tokens"] = found.vocabulary

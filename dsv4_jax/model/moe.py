@@ -9,7 +9,7 @@ from dsv4_jax.model.linear import Linear, linear_leaves, linears
 from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.router import router
 from dsv4_jax.ops.swiglu import swiglu
-from dsv4_jax.precision import LinearFormat, Precision, Regime
+from dsv4_jax.precision import ACT_SCALES, LinearFormat, Precision, Regime
 from dsv4_jax.quant.fp8 import Fp8
 from dsv4_jax.typing import Array, Bool, Float, Float32, Int32
 
@@ -17,7 +17,11 @@ __all__ = ["MoE"]
 
 
 class Experts(nn.Module):
-    """Stacked routed experts ``w1``, ``w3 [e, i, d]`` and ``w2 [e, d, i]``."""
+    """Stacked routed experts ``w1``, ``w3 [e, i, d]`` and ``w2 [e, d, i]``.
+
+    A checkpoint's static scales of NVFP4 activations are the parameters ``up_act_scale`` and
+    ``down_act_scale [e]`` of `moe`; without them every token has its own.
+    """
 
     config: ModelConfig
     form: LinearFormat
@@ -31,6 +35,10 @@ class Experts(nn.Module):
         self.w1 = Leaves(up, self.form)
         self.w2 = Leaves(down, self.form)
         self.w3 = Leaves(up, self.form)
+        scaled = self.form == "nvfp4_w4a4"
+        self.act_scales = tuple(
+            self.get_variable("params", name) if scaled else None for name in ACT_SCALES.values()
+        )
 
     def __call__(
         self,
@@ -49,6 +57,7 @@ class Experts(nn.Module):
             self.w2(),
             self.w3(),
             shared,
+            *self.act_scales,
             linear=self.form,
             limit=self.config.swiglu_limit,
             dtype=x.dtype,

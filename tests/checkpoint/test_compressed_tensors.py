@@ -29,7 +29,15 @@ def test_loads_as_it_is(tmp_path: Path, static: bool, capsys: pytest.CaptureFixt
     model, params = from_checkpoint(path)
     err = capsys.readouterr().err
     assert f"{path} holds FP8 linears and NVFP4 experts (compressed-tensors)" in err
-    assert ("static activation scales" in err) == static
+    assert ("60 static activation scales of routed experts are used" in err) == static
+    scales = published.take_act_scales(params)
+    assert len(scales) == 10 * static
+    for (layer, leaf), found in scales.items():
+        w = {"up_act_scale": "w1", "down_act_scale": "w2"}[leaf]
+        names = [f"{layer.replace('_', '.')}.ffn.experts.{e}.{w}" for e in range(4)]
+        held = [tensors[f"{name}.input_global_scale"].array(np.float32)[0] for name in names]
+        assert np.array_equal(found, np.float32(1) / np.asarray(held, np.float32))
+        np.testing.assert_allclose(found, [published.act_scale(n) for n in names], rtol=1e-6)
     (line,) = [line for line in err.splitlines() if "-> fp8" in line]
     assert line.startswith("dsv4: fp8_float32 -> fp8: exact (") and "attn.indexer.wq_b" in line
     assert model.precision.experts == ("nvfp4_w4a4" if static else "nvfp4_w4a16")

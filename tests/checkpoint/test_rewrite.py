@@ -96,6 +96,11 @@ def test_converting_and_loading_is_loading_and_requantising(
     want = load_params(first, config, PRESETS[preset], mtp=mtp, report=report)
     done = rewrite.rewrite(first, tmp_path / "result", preset)
     model, found = from_checkpoint(tmp_path / "result", mtp=mtp)
+    # But for static activation scales, which the result has none of; a line says so.
+    dropped = published.take_act_scales(want)
+    notes = [note for note in done.report.notes if "static activation scales" in note]
+    assert len(notes) == bool(dropped) == (source == "compressed-tensors")
+    assert all(note.startswith("dropped 60 static activation scales (layers.0.") for note in notes)
     assert same_tree(found, want)
     assert model.precision == PRESETS[preset] and model.config == config
     assert f'dsv4: precision "{preset}": ' in capsys.readouterr().err

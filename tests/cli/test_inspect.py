@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -251,9 +252,27 @@ def test_hostile_text(tmp_path: Path) -> None:
 
 
 def test_static_scales_stand_with_their_weight(tmp_path: Path) -> None:
-    result = _inspect(tiny.write(tmp_path, *published.modelopt()))
+    path = tiny.write(tmp_path, *published.modelopt())
+    result = _inspect(path)
     assert "ffn.experts.w1 " in result.stdout
     assert "input_scale" not in result.stdout
+    assert re.search(r"static scales +.* 60 of routed experts, used", result.stdout)
+    found = _json(path, "--max-len", 64)
+    assert found["static_activation_scales"] == {"used": 60, "unused": 0}
+    plan = Plan(ModelConfig.from_hf(published.modelopt()[0]), PRESETS["nvfp4_experts"])
+    assert found["memory"][0]["weights"] == plan.need().weights + 5 * 2 * 4 * 4
+    assert "static scales" not in _inspect(tiny.OFFICIAL).stdout
+
+
+def test_bad_static_scales_when_asked(tmp_path: Path) -> None:
+    config, tensors = published.modelopt()
+    name = "layers.1.ffn.experts.2.w2.input_scale"
+    tensors[name] = tiny.raw("F32", np.asarray(-1, np.float32))
+    path = tiny.write(tmp_path, config, tensors)
+    assert _inspect(path).exit_code == 0
+    result = _inspect(path, "--verify")
+    assert result.exit_code == 2
+    assert f"{name}: scales must be positive and finite, got -1.0" in result.stderr
 
 
 def test_json_and_table_name_the_same_precision(tmp_path: Path) -> None:

@@ -228,6 +228,10 @@ class TestTensors:
             ("weight_scale", ("F32", (128, 8)), "found layers.2.ffn.experts.3.w2.weight_scale F32"),
             ("weight_scale_2", None, "global_scale must be F32 []"),
             ("weight_scale_2", ("F32", (2,)), "weight_scale_2 F32 [2]"),
+            ("input_scale", None, f"{EXPERT}.input_scale must be F32 []"),
+            ("input_scale", None, "found none (layers.4.ffn.experts.3.w3.input_scale is there)"),
+            ("input_scale", ("BF16", ()), "found BF16 [] in"),
+            ("input_scale", ("F32", (2,)), "found F32 [2] in"),
         ],
     )
     def test_C16_nvfp4_scales(
@@ -239,9 +243,22 @@ class TestTensors:
             del tensors[name]
         else:
             dtype, shape = wrong
-            item = np.uint8 if dtype == "F8_E4M3" else np.float32
+            item = {"F8_E4M3": np.uint8, "BF16": np.uint16}.get(dtype, np.float32)
             tensors[name] = tiny.raw(dtype, np.ones(shape, item))
         _fails(tiny.write(tmp_path, config, tensors), "scale (1)", f"{EXPERT}.weight U8", rule)
+
+    def test_C16_static_scales_of_some_experts(self, tmp_path: Path) -> None:
+        """Of one layer: names of those that are missing, up to 20."""
+        config, tensors = published.compressed_tensors()
+        names = [n for n in tensors if n.endswith(".input_global_scale")]
+        kept = [n for n in names if n.startswith("layers.2.")]
+        tensors = {n: t for n, t in tensors.items() if n not in names or n in kept}
+        path = tiny.write(tmp_path, config, tensors)
+        missing = (
+            f"scale ({len(names) - len(kept)})",
+            "layers.0.ffn.experts.0.w1.input_global_scale",
+        )
+        _fails(path, *missing, f"{kept[-1]} is there", "... and 28 more")
 
     @pytest.mark.parametrize(
         ("source", "extra", "both"),
@@ -317,6 +334,13 @@ class TestTensors:
         ("modelopt", "weight_scale_2", 0.0, "got 0.0"),
         ("modelopt", "weight_scale_2", -1.0, "got -1.0"),
         ("modelopt", "weight_scale_2", np.nan, "got nan"),
+        ("modelopt", "input_scale", 0.0, "got 0.0"),
+        ("modelopt", "input_scale", -1.0, "got -1.0"),
+        ("modelopt", "input_scale", np.inf, "got inf"),
+        ("modelopt", "input_scale", np.nan, "got nan"),
+        ("compressed", "input_global_scale", 0.0, "got 0.0"),
+        ("compressed", "input_global_scale", np.nan, "got nan"),
+        ("compressed", "input_global_scale", 1e-39, "so must their reciprocals"),
         ("compressed", "weight_global_scale", 0.0, "got 0.0"),
         ("compressed", "weight_global_scale", np.inf, "got inf"),
         ("compressed", "weight_global_scale", 1e-39, "so must their reciprocals"),

@@ -33,6 +33,23 @@ def exact_nvfp4(weight: Raw, scale: Raw, top: int) -> dict[str, Raw]:
     }
 
 
+def act_scale(module: str) -> np.float32:
+    """A static activation scale of an expert's linear, the same for ``w1`` and ``w3``."""
+    expert, weight = module.split(".")[-2:]
+    return np.float32((2e-4 if weight == "w2" else 1e-3) * (1 + int(expert)))
+
+
+def take_act_scales(params: Any) -> dict[tuple[str, str], Any]:
+    """Takes the static activation scales out of a params tree: (layer, leaf) -> scales."""
+    return {
+        (layer, leaf): found["ffn"]["experts"].pop(leaf)
+        for layer, found in params.items()
+        if layer.startswith("layers_")
+        for leaf in ("up_act_scale", "down_act_scale")
+        if leaf in found["ffn"]["experts"]
+    }
+
+
 def modelopt(static: bool = True) -> tuple[dict[str, Any], dict[str, Raw]]:
     """As Model-Optimizer writes it: the same values as the official one, bit by bit."""
     config, tensors = tiny.official()
@@ -45,7 +62,7 @@ def modelopt(static: bool = True) -> tuple[dict[str, Any], dict[str, Raw]]:
             del out[f"{expert}.{w}.scale"]
             found = exact_nvfp4(tensors[f"{expert}.{w}.weight"], scale[w], top[w])
             if static:
-                found["input_scale"] = raw("F32", np.asarray(0.0078125 + 0.001, np.float32))
+                found["input_scale"] = raw("F32", np.asarray(act_scale(f"{expert}.{w}")))
             out.update({f"{expert}.{w}.{leaf}": tensor for leaf, tensor in found.items()})
     config = copy.deepcopy(config)
     config["quantization_config"] |= {
@@ -93,7 +110,8 @@ def compressed_tensors(static: bool = True) -> tuple[dict[str, Any], dict[str, R
             elif leaf == "input_scale":
                 if not static:
                     continue
-                new, tensor = "input_global_scale", raw("F32", np.asarray([113.0], np.float32))
+                new = "input_global_scale"
+                tensor = raw("F32", (1 / tensor.array(np.float32)).reshape(1))
             out[f"{module}.{new}"] = tensor
         elif ".shared_experts." in name:
             if leaf == "weight":
