@@ -100,6 +100,8 @@ struct RawArgs {
   const float* act_scale;
   int64_t inputs, scale_columns;
   int cluster_log, slots;
+  Picks picks;         // each a tile; their first part is a pair with the next one's weights
+  bool weights_first;  // they may be read before what the kernel ahead writes
 
   __device__ __forceinline__ const Output& OutputOf(const Unit& unit) const {
     return parts[unit.weight].out;
@@ -108,11 +110,15 @@ struct RawArgs {
   __device__ __forceinline__ const uint8_t* Fp8ScaleOf(const Unit& unit) const {
     return parts[unit.weight].fp8_scale;
   }
-  __device__ __forceinline__ const CUtensorMap* WeightOf(const Unit& unit, int) const {
-    return &parts[unit.weight].weight;
+  __device__ __forceinline__ const Part& PartOf(const Unit& unit, int half) const {
+    const bool pair = parts[0].out.store == Store::kSwiglu;
+    return parts[half > 0 && pair ? 1 : unit.weight];
   }
-  __device__ __forceinline__ const CUtensorMap* WeightScaleOf(const Unit& unit, int) const {
-    return &parts[unit.weight].scale;
+  __device__ __forceinline__ const CUtensorMap* WeightOf(const Unit& unit, int half) const {
+    return &PartOf(unit, half).weight;
+  }
+  __device__ __forceinline__ const CUtensorMap* WeightScaleOf(const Unit& unit, int half) const {
+    return &PartOf(unit, half).scale;
   }
   __device__ __forceinline__ float ScaleOf(const Unit& unit, const Scales& scales, int half,
                                            int column) const {

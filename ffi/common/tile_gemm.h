@@ -30,6 +30,25 @@ inline __host__ __device__ int TileWidth(int count) {
                        : (count + 15) / 16 * 16;
 }
 
+// Picks of tokens by the router, each a tile of its own: of so few tokens that experts hardly meet.
+struct Picks {
+  const int32_t* expert;  // [tokens * of_token], or nullptr: tiles are others
+  const uint8_t* valid;   // [tokens]
+  int64_t first_expert, experts;
+  int32_t of_token;
+  bool share_x;  // all of a token
+};
+
+#ifdef __CUDACC__
+// The pick's expert among ours, or -1.
+__device__ __forceinline__ int ExpertOf(const Picks& picks, uint32_t pick) {
+  const int64_t expert = int64_t{__ldg(picks.expert + pick)} - picks.first_expert;
+  const uint32_t token = pick / static_cast<uint32_t>(picks.of_token);
+  const bool ours = __ldg(picks.valid + token) != 0 && expert >= 0 && expert < picks.experts;
+  return ours ? static_cast<int>(expert) : -1;
+}
+#endif
+
 enum class Store : int32_t {
   kTokens,  // y[token, group * rows + row]; tiles are (tokens, group) in that order
   kSlots,   // y[column, row], BF16
@@ -47,11 +66,14 @@ struct TileGemm {
   int64_t padded_inputs;  // of x: a multiple of 128
   const void* x;          // tiles of columns in MMA order: BF16, or E4M3 and scales
   bool fp8_mma;       // by E4M3 on both sides: kFp8, kMxfp4, kNvfp4 of powers of two; Hopper only
-  const void* raw_x;  // kTokens, kRawWidth: BF16 [tokens, groups, inputs] in place of `x`, which
-                      // the kernel then lays out itself, or nullptr
+  const void* raw_x;  // kRawWidth, kTokens: BF16 [tokens, groups, inputs] in place of `x`, which
+                      // the kernel then lays out itself, or nullptr. Of picks: [tokens or picks,
+                      // inputs]
   const uint8_t* raw_scale;    // kFp8, where raw_x is E4M3: UE8M0 [tokens, groups, inputs / 128]
   ActForm act;                 // of raw_x
   const float* act_scale;      // of raw_x, kNvfp4: [1]
+  Picks picks;                 // of raw_x: tiles in place of `tiles`
+  bool weights_first;          // of raw_x: the kernel just ahead does not write the weights
   const float* column_scale;   // [columns] or nullptr
   const float* column_weight;  // kSwiglu: [columns]
   float limit;

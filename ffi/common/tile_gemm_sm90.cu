@@ -110,7 +110,15 @@ __global__ void __launch_bounds__(kRawThreads, 3)
     ++unit.weight;
   }
   unit.block -= args.parts[unit.weight].first_block;
-  FindTile(args.OutputOf(unit), nullptr, nullptr, unit.index, unit.tile);
+  // The kernel ahead is any, and may have written what is read here, weights and picks included.
+  if (!args.weights_first) WaitForPrevious();
+  if (args.picks.expert != nullptr) {
+    const int expert = ExpertOf(args.picks, unit.index);
+    if (expert < 0) return;
+    unit.tile = {expert, static_cast<int32_t>(unit.index), kRawWidth, 1};
+  } else {
+    FindTile(args.OutputOf(unit), nullptr, nullptr, unit.index, unit.tile);
+  }
   if (kForm == WeightForm::kNvfp4 && args.act == ActForm::kNvfp4) unit.x_scale = x_scale;
   char* const shared = raw + (1024 - (SharedAddress(raw) & 1023)) % 1024;  // the swizzle's pattern
   if (kFp8Mma && threadIdx.x < kTables) tables[threadIdx.x] = Magnitudes(threadIdx.x);
@@ -127,8 +135,6 @@ __global__ void __launch_bounds__(kRawThreads, 3)
   Feed<kForm, kFp8Mma, false, RawArgs> feed(args, unit, shared, SharedAddress(barriers));
   // Those who round need few registers, except for NVFP4.
   constexpr bool kTrade = kForm != WeightForm::kNvfp4;
-  // The kernel ahead is any, and may have written what is read here, weights included.
-  WaitForPrevious();
   if (threadIdx.x >= 128) {
     if constexpr (kTrade) asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
     const int warp = static_cast<int>(threadIdx.x) / 32 - 5;
@@ -229,6 +235,8 @@ cudaError_t LaunchRaw(const TileGemm* gemms, int count, cudaStream_t stream) {
     if (gemms[0].raw_scale != nullptr) return LaunchRaw<kForm, kFp8Mma, true>(gemms, count, stream);
   }
   const TileGemm& gemm = gemms[0];
+  const bool pair = gemm.store == Store::kSwiglu;
+  const int64_t block_rows = Layout::kRows * (pair ? 1 : 2);
   RawArgs args = {};
   int64_t blocks = 0;
   args.n_parts = count;
@@ -242,12 +250,19 @@ cudaError_t LaunchRaw(const TileGemm* gemms, int count, cudaStream_t stream) {
                            one.groups * one.rows, one.inputs, Layout::kRows)) {
       return cudaErrorInvalidValue;
     }
-    blocks += (one.rows + 2 * Layout::kRows - 1) / (2 * Layout::kRows);
+    blocks += (one.rows + block_rows - 1) / block_rows;
+  }
+  if (pair &&
+      !MapWeights<kForm>(args.parts[1].weight, args.parts[1].scale, gemm.weight[1], gemm.scale[1],
+                         gemm.groups * gemm.rows, gemm.inputs, Layout::kRows)) {
+    return cudaErrorInvalidValue;
   }
   args.x = gemm.raw_x;
   args.x_scale = gemm.raw_scale;
   args.act = gemm.act;
   args.act_scale = gemm.act_scale;
+  args.picks = gemm.picks;
+  args.weights_first = gemm.weights_first;
   args.inputs = gemm.inputs;
   args.scale_columns = (gemm.inputs + 127) / 128;
   const int cluster = TileGemmSplit(gemm);

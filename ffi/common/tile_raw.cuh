@@ -54,7 +54,11 @@ __device__ __forceinline__ void LayOutRaw(const RawArgs& args,
   constexpr int kElement = kCoded ? 1 : 2;
   const int64_t groups = args.OutputOf(unit).groups;
   const int64_t row_bytes = args.inputs * kElement, stride = groups * row_bytes;
-  const char* const x = static_cast<const char*>(args.x) + tile.group * row_bytes;
+  // Which x: of the tokens' group, or of a pick.
+  const int64_t row = args.picks.expert == nullptr ? tile.group
+                      : args.picks.share_x         ? unit.index / args.picks.of_token
+                                                   : unit.index;
+  const char* const x = static_cast<const char*>(args.x) + row * row_bytes;
   const char* const from = x + lane / kLanes * stride + in * kElement;
   WaitForPrevious();
 

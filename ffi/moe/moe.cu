@@ -1,5 +1,5 @@
 // Routed experts in five launches: sort and lay out x, w1 and w3 with the SwiGLU, lay out h, w2,
-// sum.
+// sum. Of a few picks three: each is a tile, whose x and h the products lay out themselves.
 //
 // Pairs of (token, pick) are sorted by expert into slots; an expert's run is cut into tiles for the
 // tile kernel (common/tile_gemm_sm90.cu). Every thread block of the first launch counts the experts
@@ -51,6 +51,8 @@ struct Args {
   int64_t padded_d, padded_inter;
   int min_width, max_width;
   bool fp8_mma[2];  // of the two products
+  bool raw;         // a pair is a slot, without tables
+  Picks picks;
 };
 
 __device__ __forceinline__ int Width(const Args& args, int count) {
@@ -63,14 +65,6 @@ __device__ __forceinline__ int Slots(const Args& args, int count) {
   if (count == 0) return 0;
   const int full = (count - 1) / args.max_width * args.max_width;
   return full + Width(args, count - full);
-}
-
-// The pair's expert among ours, or -1.
-__device__ __forceinline__ int ExpertOf(const MoeParams& params, int pair) {
-  const int64_t expert = int64_t{__ldg(params.expert_idx + pair)} - params.first_expert;
-  const uint32_t token = static_cast<uint32_t>(pair) / static_cast<uint32_t>(params.k);
-  const bool ours = __ldg(params.valid + token) != 0 && expert >= 0 && expert < params.experts;
-  return ours ? static_cast<int>(expert) : -1;
 }
 
 // A row into its column, or parts of it, by a team. `global`: the row's FP32 scale, 1 unless NVFP4.
@@ -177,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, 2) SortFewKernel(const __grid_consta
   int before = 0;  // our pairs so far
   for (int at = 0; at < pairs; at += kThreads) {
     const int pair = at + thread;
-    const int e = pair < pairs ? ExpertOf(params, pair) : -1;
+    const int e = pair < pairs ? ExpertOf(args.picks, pair) : -1;
     if (e >= 0) atomicAdd(&count[e], 1);
     if (expert == 0 && e < 0 && pair < pairs) work.pair_slot[pair] = -1;
     const unsigned votes = __ballot_sync(0xFFFFFFFFu, e == expert);
@@ -255,7 +249,7 @@ __global__ void __launch_bounds__(kRankThreads) RankKernel(const __grid_constant
 #pragma unroll
     for (int i = 0; i < kRankBatch; ++i) {
       const int pair = first + i * kRankThreads;
-      expert[i] = pair < pairs ? ExpertOf(args.params, pair) : -1;
+      expert[i] = pair < pairs ? ExpertOf(args.picks, pair) : -1;
     }
 #pragma unroll
     for (int i = 0; i < kRankBatch; ++i) {
@@ -306,7 +300,7 @@ __global__ void __launch_bounds__(kRankThreads) RankKernel(const __grid_constant
     for (int i = c + lane; i < full + last_width; i += 32) work.places[slot_base[e] + i] = {0, 0};
   }
   for (int pair = begin + thread; pair < end; pair += kRankThreads) {
-    const int e = ExpertOf(args.params, pair);
+    const int e = ExpertOf(args.picks, pair);
     int slot = -1;
     if (e >= 0) {
       const int at = atomicAdd(&rank[e], 1);
@@ -329,7 +323,7 @@ __global__ void __launch_bounds__(kThreads) GatherKernel(const __grid_constant__
   const SlotPlace place = PlaceOf(args.work, slot);
   if (!__any_sync(0xFFFFFFFFu, place.width > 0)) return;
   const int pair = place.width > 0 ? args.work.slot_pair[slot] : 0;
-  const int expert = place.width > 0 ? ExpertOf(args.params, pair) : 0;
+  const int expert = place.width > 0 ? ExpertOf(args.picks, pair) : 0;
   uint32_t largest = 0;
   if (OwnScales(args.params)) {
     largest = RowMagnitude<kTeam>(RowOfPair(args.params, pair), false, args.params.d);
@@ -409,6 +403,12 @@ __device__ __forceinline__ void AddTo(float (&sum)[kChunk], const float (&v)[kCh
 // models have are on their way together.
 constexpr int kPicks = 8;
 
+// The pair's slot, or -1.
+__device__ __forceinline__ int SlotOf(const Args& args, int pair) {
+  if (!args.raw) return __ldg(args.work.pair_slot + pair);
+  return ExpertOf(args.picks, pair) < 0 ? -1 : pair;
+}
+
 __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant__ Args args) {
   const MoeParams& params = args.params;
   WaitForPrevious();
@@ -425,7 +425,7 @@ __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant_
 #pragma unroll
     for (int i = 0; i < kPicks; ++i) {
       const int slot =
-          first + i < params.k ? __ldg(args.work.pair_slot + token * params.k + first + i) : -1;
+          first + i < params.k ? SlotOf(args, static_cast<int>(token * params.k + first + i)) : -1;
       from[i] = reinterpret_cast<const char*>(args.work.y + slot * params.d + at);
       count[i] = slot < 0 ? 0 : left;
     }
@@ -481,6 +481,12 @@ cudaError_t MoeCuda(const MoeParams& params, cudaStream_t stream) {
   Args args = {};
   args.params = params;
   args.work = Carve(params, MoeMaxSlots(pairs, params.experts));
+  args.picks = {params.expert_idx,
+                params.valid,
+                params.first_expert,
+                params.experts,
+                static_cast<int32_t>(params.k),
+                true};
   args.padded_d = Padded(params.d);
   args.padded_inter = Padded(params.inter);
   // Few tokens an expert: narrow tiles, and the memory is what counts.
@@ -531,6 +537,38 @@ cudaError_t MoeCuda(const MoeParams& params, cudaStream_t stream) {
   gemm.fp8_mma = args.fp8_mma[0] = fp8 && HopperTakes(gemm);
   down.fp8_mma = args.fp8_mma[1] = fp8 && HopperTakes(down);
 
+  const auto combine = [&] {
+    const int64_t chunks = (params.d + kChunk - 1) / kChunk;
+    const dim3 grid(static_cast<unsigned>(params.t),
+                    static_cast<unsigned>((chunks + kThreads - 1) / kThreads));
+    return LaunchDependent(CombineKernel, grid, kThreads, 0, stream, args);
+  };
+#ifdef DSV4_SM90
+  constexpr int kRawPairs = 12;  // that are tiles of their own: two tokens of most models
+  // NVFP4 activations cost so much to round that every thread block should not do it again.
+  args.raw = few && pairs <= kRawPairs && params.act != ActForm::kNvfp4 && HopperTakes(gemm) &&
+             HopperTakes(down) && reinterpret_cast<uintptr_t>(params.x) % 16 == 0;
+  if (args.raw) {
+    for (TileGemm* one : {&gemm, &down}) {
+      one->width = kRawWidth;
+      one->max_tiles = pairs;
+      one->tiles = nullptr;
+      one->picks = args.picks;
+      one->act = params.act;
+      one->column_weight = params.expert_weight;
+    }
+    gemm.raw_x = params.x;
+    down.raw_x = args.work.h;
+    down.picks.share_x = false;
+    down.weights_first = true;
+    for (const TileGemm* one : {&gemm, &down}) {
+      const cudaError_t error = RawGemmSm90(one, 1, stream);
+      if (error != cudaSuccess) return error;
+    }
+    return combine();
+  }
+#endif
+
   const int64_t slots = MoeMaxSlots(pairs, params.experts);
   if (pairs <= kFewPairs) {
     SortFewKernel<<<static_cast<unsigned>(params.experts), kThreads, 0, stream>>>(args);
@@ -554,11 +592,7 @@ cudaError_t MoeCuda(const MoeParams& params, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   error = RunTileGemm(down, stream);
   if (error != cudaSuccess) return error;
-
-  const int64_t chunks = (params.d + kChunk - 1) / kChunk;
-  const dim3 grid(static_cast<unsigned>(params.t),
-                  static_cast<unsigned>((chunks + kThreads - 1) / kThreads));
-  return LaunchDependent(CombineKernel, grid, kThreads, 0, stream, args);
+  return combine();
 }
 
 }  // namespace dsv4
