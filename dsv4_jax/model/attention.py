@@ -86,7 +86,7 @@ class Attention(nn.Module):
         n_visible, weight, topk_idx = None, None, None
         if self.kind is not LayerKind.SWA:
             cache, weight = self._compress(x, cache, step, frequencies)
-            n_visible = step.n_closed(self.kind.value)
+            n_visible = step.closed[self.kind.value]
         if cache.index is not None:
             topk_idx = self.indexer(qr, weight, cache.index, step, frequencies)
 

@@ -59,7 +59,7 @@ class Indexer(nn.Module):
             index_query_finish(query, step.positions, frequencies, form=self.precision.index_keys),
             weight.reshape(b, t, heads),
             index,
-            step.n_closed(LayerKind.CSA.value),
+            step.closed[LayerKind.CSA.value],
             topk=self.config.index_topk,
             rounding=self.precision.index_scores,
         )
