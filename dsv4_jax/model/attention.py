@@ -24,6 +24,7 @@ from dsv4_jax.ops.rope import rope_frequencies
 from dsv4_jax.precision import Precision
 from dsv4_jax.quant import fp8
 from dsv4_jax.quant.fp8 import Fp8
+from dsv4_jax.quant.kv import IndexRows
 from dsv4_jax.typing import Array, Float
 
 __all__ = ["Attention"]
@@ -65,7 +66,8 @@ class Attention(nn.Module):
 
         low, kv = linears(x, (self.wq_a, self.wkv), x_fp8)
         qr = self._queries(self.wq_a(x, low))
-        q = self.wq_b(qr).reshape(b, t, c.num_attention_heads, c.head_dim)
+        q, index_q = self._heads(qr, cache.index)
+        q = q.reshape(b, t, c.num_attention_heads, c.head_dim)
         q = query_finish(q, step.positions, frequencies, c.rms_norm_eps, rounding=p.q_norm)
 
         # A decode step's keys go to the ring at once: no query of it sees what they replace.
@@ -87,8 +89,8 @@ class Attention(nn.Module):
         if self.kind is not LayerKind.SWA:
             cache, weight = self._compress(x, cache, step, frequencies)
             n_visible = step.closed[self.kind.value]
-        if cache.index is not None:
-            topk_idx = self.indexer(qr, weight, cache.index, step, frequencies)
+        if cache.index is not None and index_q is not None and weight is not None:
+            topk_idx = self.indexer(index_q, weight, cache.index, step, frequencies)
 
         o = attention(
             q,
@@ -122,6 +124,20 @@ class Attention(nn.Module):
         whole = rmsnorm_fp8_takes(rank) and rank % fp8.ACT_BLOCK == 0
         bf16 = low.dtype == self.q_norm.weight.dtype == jnp.bfloat16
         return self.q_norm(low, quantised=forms == {"fp8_w8a8"} and whole and bf16)
+
+    def _heads(
+        self, qr: Float[Array, "n rank"] | Fp8, index: IndexRows | None
+    ) -> tuple[Float[Array, "n _"], Float[Array, "n _"] | None]:
+        """All heads' queries and the indexer's: one call for both if it selects.
+
+        If it does not, nothing reads its own, and a call of their own is eliminated.
+        """
+        if index is None:
+            return self.wq_b(qr), None
+        if not self.indexer.selects(index):
+            return self.wq_b(qr), self.indexer.wq_b(qr)
+        q, index_q = linears(qr, (self.wq_b, self.indexer.wq_b))
+        return self.wq_b(qr, q), self.indexer.wq_b(qr, index_q)
 
     def _compress(
         self, x: Float[Array, "n dim"], cache: LayerCache, step: Step, frequencies: np.ndarray

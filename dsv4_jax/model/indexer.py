@@ -12,7 +12,6 @@ from dsv4_jax.ops._round import round_to
 from dsv4_jax.ops.index_query_finish import index_query_finish
 from dsv4_jax.ops.index_topk import index_topk
 from dsv4_jax.precision import Precision
-from dsv4_jax.quant.fp8 import Fp8
 from dsv4_jax.quant.kv import IndexRows
 from dsv4_jax.typing import Array, Float, Int32
 
@@ -38,21 +37,19 @@ class Indexer(nn.Module):
 
     def __call__(
         self,
-        qr: Float[Array, "n rank"] | Fp8,
-        weight: Float[Array, "n heads"] | None,
+        query: Float[Array, "n channels"],
+        weight: Float[Array, "n heads"],
         index: IndexRows,
         step: Step,
         frequencies: np.ndarray,
-    ) -> Int32[Array, "b t k"] | None:
-        """Selected entries per query; ``None``: every visible one.
+    ) -> Int32[Array, "b t k"]:
+        """Selected entries per query, where it `selects`.
 
-        ``weight``: the product with ``weights_proj``, ``None`` unless `selects`.
+        ``query``, ``weight``: the products with ``wq_b`` and ``weights_proj``.
         """
         b, t = step.tokens.shape
         heads, dim = self.config.index_n_heads, self.config.index_head_dim
-        query = self.wq_b(qr).reshape(b, t, heads, dim)
-        if weight is None:
-            return None
+        query = query.reshape(b, t, heads, dim)
         size = jnp.float32(dim**-0.5 * heads**-0.5)
         weight = round_to(weight.astype(jnp.float32) * size, weight.dtype)
         return index_topk(

@@ -69,7 +69,8 @@ DENSE: dict[LayerKind | None, Counter[str]] = {
 }
 # wq_a, wq_b, wkv, wo_a, wo_b and three of the shared expert; CSA layers have the indexer's wq_b.
 LINEARS = {None: 0, SWA: 8, HCA: 8, CSA: 9}
-TOGETHER = {"fp8_linear": 2}  # wq_a and wkv, w1 and w3 of the shared expert
+# wq_a and wkv, w1 and w3 of the shared expert; both wq_b.
+TOGETHER = {"fp8_linear": {SWA: 2, HCA: 2, CSA: 3}}
 SELECTIONS: dict[LayerKind | None, Counter[str]] = {
     None: Counter(),
     SWA: Counter(),
@@ -84,7 +85,7 @@ def _calls(linear: str) -> dict[LayerKind | None, Counter[str]]:
         + EVERY
         + DENSE[kind]
         + SELECTIONS[kind]
-        + Counter({linear: count - TOGETHER.get(linear, 0)})
+        + Counter({linear: count - TOGETHER.get(linear, {}).get(kind, 0)})
         if kind
         else DENSE[kind] + Counter(mhc=1)
         for kind, count in LINEARS.items()
@@ -493,14 +494,13 @@ def test_aliases_of_every_call(preset: str) -> None:
 
 
 def test_inputs_arrive_in_fp8() -> None:
-    """``wq_a`` with ``wkv``, ``wq_b``, ``w1`` with ``w3`` of the shared expert, the indexer's."""
+    """``wq_a`` with ``wkv``, ``wq_b`` with the indexer's, ``w1`` with ``w3`` of the shared one."""
     arrived = {layer: [0, 0] for layer in range(LAYERS)}
     for call in decode("official").calls():
         if call.op == "fp8_linear" and call.layer is not None:
             arrived[call.layer]["f8E4M3FN" in str(call.operation.operands[0].type)] += 1
     # The others, ``wo_a``, ``wo_b`` and ``w2``, follow ops with results in BF16.
-    kinds = [flash("official").config.layer_kind(i) for i in range(LAYERS)]
-    assert arrived == {i: [3, 4 if kind is CSA else 3] for i, kind in enumerate(kinds)}
+    assert arrived == {layer: [3, 3] for layer in range(LAYERS)}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
