@@ -206,7 +206,10 @@ def _router() -> Iterator[Any]:
         given[::3, 0] = 2**31 - 1
         given[1::3, 0] = -1
         yield router(x.at[0, 0].set(jnp.nan), weight, bias, None, k=k, scale=2.5)
-        yield router(x, weight, None, jnp.asarray(given, jnp.int32), k=k, scale=2.5)
+        given = jnp.asarray(given, jnp.int32)
+        yield router(x, weight, None, given, k=k, scale=2.5)
+        tokens = jnp.asarray(rng.integers(-2, t + 2, t), jnp.int32)
+        yield router(x, weight, None, given, k=k, scale=2.5, tokens=tokens)
 
 
 def _moe_weights(form: str, shape: tuple[int, int, int]) -> dict[str, Any]:

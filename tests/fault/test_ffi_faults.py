@@ -133,6 +133,8 @@ def attributes(**changed: Any) -> Mutation:
 
 
 ABI = np.int32(library.ABI)
+GIVEN = all_of(attributes(given=np.int32(1)), operand(1, "3 6", I32))
+"""Ids in the place of the router's bias."""
 
 
 def moe_call(form: int, act: int, *scales: Callable[[int, int], Spec]) -> RawCall:
@@ -1239,7 +1241,37 @@ SHAPES: list[tuple[str, str, Mutation, str]] = [
         "expert_weight must be float32, got bfloat16",
     ),
     ("router", "operands-too-few", first(operands=1), LAYER),
-    ("router", "operands-too-many", more((s("3 6", I32),)), LAYER),
+    ("router", "tokens-with-bias", more((s("3", I32),)), "must have 2 operands, or 3 .*got 3"),
+    (
+        "router",
+        "operands-too-many",
+        all_of(GIVEN, more((s("3", I32), s("3", I32)))),
+        "must have 2 operands, or 3 with tokens of given ids, got 4",
+    ),
+    (
+        "router",
+        "table-empty",
+        all_of(GIVEN, operand(1, "0 6", I32), more((s("3", I32),))),
+        r"given ids must be \[v, k\] with v 1..2\^31 for tokens, got \[0, 6\]",
+    ),
+    (
+        "router",
+        "table-shape",
+        all_of(GIVEN, operand(1, "9 5", I32), more((s("3", I32),))),
+        r"given ids must be \[9, 6\], got \[9, 5\]",
+    ),
+    (
+        "router",
+        "tokens-dtype",
+        all_of(GIVEN, more((s("3", F32),))),
+        "tokens must be int32, got float32",
+    ),
+    (
+        "router",
+        "tokens-shape",
+        all_of(GIVEN, more((s("4", I32),))),
+        r"tokens must be \[3\], got \[4\]",
+    ),
     ("router", "results-too-few", first(results=1), LAYER),
     ("moe", "x-rank", operand(0, "1 3 64"), r"x must be \[t, d\], got \[1, 3, 64\]"),
     ("moe", "x-dtype", operand(0, "3 64", F32), "x must be bfloat16, got float32"),

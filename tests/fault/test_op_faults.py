@@ -149,9 +149,10 @@ def _router(
     bias: Any = s("32", F32),
     expert_idx: Any = None,
     k: int = 6,
+    tokens: Any = None,
 ) -> Any:
-    op = lambda *a: router(*a, k=k, scale=1.0)  # noqa: E731
-    return jax.eval_shape(op, x, weight, bias, expert_idx)
+    op = lambda *a: router(*a[:4], k=k, scale=1.0, tokens=a[4])  # noqa: E731
+    return jax.eval_shape(op, x, weight, bias, expert_idx, tokens)
 
 
 def _dense_linear(x: Any = s("5 96"), weight: Any = s("40 96"), **settings: Any) -> Any:
@@ -556,6 +557,22 @@ AXIS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
         {"weight": s("64 96"), "bias": s("64", F32), "k": 33},
     ),
     (_router, "k must be 1..32 .*got 0", {"k": 0}),
+    (
+        _router,
+        r"expert_idx must be \[9, 6\], got \[9, 5\]",
+        {"bias": None, "expert_idx": s("9 5", I32), "tokens": s("5", I32)},
+    ),
+    (
+        _router,
+        r"expert_idx must be \[1, 6\], got \[0, 6\]",
+        {"bias": None, "expert_idx": s("0 6", I32), "tokens": s("5", I32)},
+    ),
+    (
+        _router,
+        r"tokens must be \[5\], got \[4\]",
+        {"bias": None, "expert_idx": s("9 6", I32), "tokens": s("4", I32)},
+    ),
+    (_router, "tokens must come with expert_idx", {"tokens": s("5", I32)}),
     (_router, "exactly one of bias and expert_idx", {"bias": None}),
     (_router, "exactly one of bias and expert_idx", {"expert_idx": s("5 6", I32)}),
     (_dense_linear, r"agree on the last axis.* got x \[5, 96\] and", {"weight": s("40 95")}),
@@ -854,6 +871,11 @@ DTYPE: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
         _router,
         "expert_idx must be int32 or int64, got float32",
         {"bias": None, "expert_idx": s("5 6", F32)},
+    ),
+    (
+        _router,
+        "tokens must be int32 or int64, got float32",
+        {"bias": None, "expert_idx": s("9 6", I32), "tokens": s("5", F32)},
     ),
     (_dense_linear, "weight must be .*got float8_e4m3fn", {"weight": s("40 96", E4M3)}),
     (_dense_linear, "x must be .*got float16", {"x": s("5 96", F16)}),

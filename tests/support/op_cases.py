@@ -229,6 +229,19 @@ def _router(hashed: bool) -> OpCase:
     return OpCase(lambda x, idx: router(x, weight, None, idx, **settings), (x, idx))
 
 
+def _router_table() -> OpCase:
+    """Ids by token id, some outside of the table."""
+    rng = np.random.default_rng(3)
+    weight = normal(1, 32, 96, scale=0.1, dtype=jnp.bfloat16)
+    table = jnp.asarray([rng.permutation(32)[:6] for _ in range(9)], jnp.int32)
+    tokens = jnp.asarray(rng.integers(-2, 12, MAX_ROWS), jnp.int32)
+
+    def fn(x: jax.Array, tokens: jax.Array) -> Any:
+        return router(x, weight, None, table, k=6, scale=1.5, tokens=tokens)
+
+    return OpCase(fn, (normal(0, MAX_ROWS, 96, dtype=jnp.bfloat16), tokens))
+
+
 def _dense_linear(stored: Any, groups: int = 0, **settings: Any) -> OpCase:
     weight = normal(1, 40, 96, dtype=stored)
     x = _linear_x(96, groups, stored)
@@ -445,6 +458,7 @@ CASES: dict[str, Callable[[], OpCase]] = {
         "hadamard": _hadamard,
         "router-score": lambda: _router(False),
         "router-hash": lambda: _router(True),
+        "router-table": _router_table,
         "dense_linear-bfloat16": lambda: _dense_linear(jnp.bfloat16),
         "dense_linear-float32": lambda: _dense_linear(jnp.float32),
         "dense_linear-groups": lambda: _dense_linear(jnp.bfloat16, 2, dtype=jnp.bfloat16),
