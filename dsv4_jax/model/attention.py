@@ -17,7 +17,7 @@ from dsv4_jax.ops.attention import attention
 from dsv4_jax.ops.cache_write import cache_write
 from dsv4_jax.ops.compressor import CompressorJob, compressor
 from dsv4_jax.ops.dense_linear import dense_linears
-from dsv4_jax.ops.key_finish import key_finish, ring_takes_first
+from dsv4_jax.ops.key_finish import QueryNorm, key_finish, ring_takes_first
 from dsv4_jax.ops.query_finish import query_finish
 from dsv4_jax.ops.rmsnorm_fp8 import rmsnorm_fp8_takes
 from dsv4_jax.ops.rope import rope_frequencies
@@ -65,15 +65,12 @@ class Attention(nn.Module):
         frequencies = rope_frequencies(c, self.kind)
 
         low, kv = linears(x, (self.wq_a, self.wkv), x_fp8)
-        qr = self._queries(self.wq_a(x, low))
-        q, index_q = self._heads(qr, cache.index)
-        q = q.reshape(b, t, c.num_attention_heads, c.head_dim)
-        q = query_finish(q, step.positions, frequencies, c.rms_norm_eps, rounding=p.q_norm)
-
+        low = self.wq_a(x, low)
+        norm = QueryNorm(low, self.q_norm.weight) if self._norms_to_fp8(low) else None
         # A decode step's keys go to the ring at once: no query of it sees what they replace.
         slots = cache.window.nope.shape[1]
         first = ring_takes_first(t, slots, c.sliding_window)
-        rows, window = key_finish(
+        rows, window, qr = key_finish(
             self.wkv(x, kv).reshape(b, t, c.head_dim),
             self.kv_norm.weight,
             step.start,
@@ -82,9 +79,16 @@ class Attention(nn.Module):
             form=p.kv,
             ring=cache.window if first else None,
             count=step.taken if first else None,
+            query=norm,
         )
         if window is not None:
             cache = dataclasses.replace(cache, window=window)
+
+        qr = self.q_norm(low, norm is not None, qr)
+        q, index_q = self._heads(qr, cache.index)
+        q = q.reshape(b, t, c.num_attention_heads, c.head_dim)
+        q = query_finish(q, step.positions, frequencies, c.rms_norm_eps, rounding=p.q_norm)
+
         n_visible, weight, topk_idx = None, None, None
         if self.kind is not LayerKind.SWA:
             cache, weight = self._compress(x, cache, step, frequencies)
@@ -115,15 +119,15 @@ class Attention(nn.Module):
         u = self.wo_a(grouped).reshape(b * t, -1)
         return self.wo_b(u), cache
 
-    def _queries(self, low: Float[Array, "n rank"]) -> Float[Array, "n rank"] | Fp8:
-        """Normed, for ``wq_b`` and the indexer's: FP8 at once if that is what all of them read."""
+    def _norms_to_fp8(self, low: Float[Array, "n rank"]) -> bool:
+        """Whether FP8 is what ``wq_b`` and the indexer's read: the norm goes with the keys then."""
         forms = {self.precision.wq_b}
         if self.kind is LayerKind.CSA:
             forms.add(self.precision.indexer_wq_b)
         rank = low.shape[-1]
         whole = rmsnorm_fp8_takes(rank) and rank % fp8.ACT_BLOCK == 0
         bf16 = low.dtype == self.q_norm.weight.dtype == jnp.bfloat16
-        return self.q_norm(low, quantised=forms == {"fp8_w8a8"} and whole and bf16)
+        return forms == {"fp8_w8a8"} and whole and bf16
 
     def _heads(
         self, qr: Float[Array, "n rank"] | Fp8, index: IndexRows | None

@@ -154,7 +154,7 @@ class Weight(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """`rmsnorm` with its own weight, or `rmsnorm_fp8`."""
+    """`rmsnorm` with its own weight, or `rmsnorm_fp8`; ``y`` is that if it is there already."""
 
     features: int
     dtype: str
@@ -170,12 +170,14 @@ class RMSNorm(nn.Module):
 
     @overload
     def __call__(
-        self, x: Float[Array, "*lead d"], quantised: bool
+        self, x: Float[Array, "*lead d"], quantised: bool, y: Fp8 | None = None
     ) -> Float[Array, "*lead d"] | Fp8: ...
 
     def __call__(
-        self, x: Float[Array, "*lead d"], quantised: bool = False
+        self, x: Float[Array, "*lead d"], quantised: bool = False, y: Fp8 | None = None
     ) -> Float[Array, "*lead d"] | Fp8:
+        if y is not None:
+            return y
         if quantised:
             return rmsnorm_fp8(x, self.weight, self.eps)
         return rmsnorm(x, self.weight, self.eps)

@@ -133,6 +133,9 @@ def attributes(**changed: Any) -> Mutation:
 
 
 ABI = np.int32(library.ABI)
+QUERY = (s("5 144"), s("144"))
+QUERY_RESULTS = (s("5 144", E4M3), s("5 2", UE8M0))
+"""A second job of key_finish."""
 GIVEN = all_of(attributes(given=np.int32(1)), operand(1, "3 6", I32))
 """Ids in the place of the router's bias."""
 
@@ -486,6 +489,32 @@ SHAPES: list[tuple[str, str, Mutation, str]] = [
     ("key_finish", "results-too-few", first(results=5), "must have 4 operands .*got 8 and 5"),
     ("key_finish", "rows-alone", first(operands=4), "must have 4 operands .*got 4 and 6"),
     ("key_finish", "operands-too-few", first(operands=3), LAYER),
+    (
+        "key_finish",
+        "query-without-weight",
+        more((s("5 144"),), QUERY_RESULTS),
+        "must have 4 operands .*2 and 2 more with a query, got 9 and 8",
+    ),
+    (
+        "key_finish",
+        "query-without-results",
+        more(QUERY),
+        "must have 4 operands .*2 and 2 more with a query, got 10 and 6",
+    ),
+    *(
+        ("key_finish", f"query-{name}", all_of(more(QUERY, QUERY_RESULTS), mutation), message)
+        for name, mutation, message in (
+            ("x-rank", operand(8, "1 5 144"), r"query x must be \[n, r\], got \[1, 5, 144\]"),
+            ("x-dtype", operand(8, "5 144", F32), "query x must be bfloat16, got float32"),
+            ("x-channels", operand(8, "5 136"), r"query x must have a multiple of 16 .*\[5, 136\]"),
+            ("weight-shape", operand(9, "143"), r"query weight must be \[144\], got \[143\]"),
+            ("weight-dtype", operand(9, "144", F32), "query weight must be bfloat16, got"),
+            ("code-shape", result(6, "4 144", E4M3), r"query code must be \[5, 144\], got"),
+            ("code-dtype", result(6, "5 144", U8), "query code must be float8_e4m3fn, got uint8"),
+            ("scale-shape", result(7, "5 1", UE8M0), r"query scale must be \[5, 2\], got"),
+            ("scale-dtype", result(7, "5 2", U8), "query scale must be float8_e8m0fnu, got"),
+        )
+    ),
     ("index_query_finish", "x-rank", operand(0, "12 64"), r"x must be \[t, h, d\], got"),
     (
         "index_query_finish",

@@ -22,7 +22,7 @@ from dsv4_jax.ops.hadamard import hadamard
 from dsv4_jax.ops.head_norm import head_norm
 from dsv4_jax.ops.index_query_finish import index_query_finish
 from dsv4_jax.ops.index_topk import index_topk
-from dsv4_jax.ops.key_finish import key_finish
+from dsv4_jax.ops.key_finish import QueryNorm, key_finish
 from dsv4_jax.ops.mhc import Read, Write, mhc
 from dsv4_jax.ops.mhc_head import mhc_head
 from dsv4_jax.ops.mhc_post import mhc_post
@@ -354,11 +354,13 @@ def _key_finish(
     form: Any = "fp8",
     count: Any = s("2", I32),
     ring: bool = True,
+    query: Any = None,
     **parts: Any,
 ) -> Any:
     store = _store("2 8", parts, "ring") if ring else None
-    op = lambda *a, **ring: key_finish(*a, EPS, form=form, **ring)  # noqa: E731
-    return jax.eval_shape(op, kv, weight, start, frequencies, ring=store, count=count)
+    rest = {"ring": store, "count": count, "query": query and QueryNorm(*query)}
+    op = lambda *a, **rest: key_finish(*a, EPS, form=form, **rest)  # noqa: E731
+    return jax.eval_shape(op, kv, weight, start, frequencies, **rest)
 
 
 def _cache_write(
@@ -823,6 +825,12 @@ AXIS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_key_finish, r"ring nope must be \[2, 8, 64\], got", {"ring_nope": s("2 8 63", E4M3)}),
     (_key_finish, r"ring nope must be \[2, 8, 64\], got", {"ring_nope": s("3 8 64", E4M3)}),
     (_key_finish, r"ring rope must be \[2, 8, 32\], got", {"ring_rope": s("2 7 32")}),
+    (_key_finish, r"query weight must be \[144\], got \[143\]", {"query": (s("5 144"), s("143"))}),
+    (
+        _key_finish,
+        r"query x must have a multiple of 16 channels, 16..16384, got \[5, 136\]",
+        {"query": (s("5 136"), s("136"))},
+    ),
     (_key_finish, "ring and count must come together", {"ring": False}),
     (_key_finish, "ring and count must come together", {"count": None}),
     (
@@ -988,6 +996,7 @@ DTYPE: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_query_finish, "q must be bfloat16 or float32, got float16", {"q": s("2 3 4 96", F16)}),
     (_query_finish, "positions must be .*got float32", {"positions": s("2 3", F32)}),
     (_query_finish, "frequencies must be float32, got bfloat16", {"frequencies": s("16")}),
+    (_key_finish, "query x must be bfloat16, got float32", {"query": (s("5 144", F32), s("144"))}),
     (_key_finish, "kv must be bfloat16 or float32, got float16", {"kv": s("2 3 96", F16)}),
     (_key_finish, "weight must be bfloat16 or float32, got float16", {"weight": s("96", F16)}),
     (_key_finish, "start must be int32 or int64, got float32", {"start": s("2", F32)}),

@@ -94,9 +94,6 @@ def _calls(linear: str) -> dict[LayerKind | None, Counter[str]]:
 
 CALLS = {"official": _calls("fp8_linear"), "nvfp4": _calls("nvfp4_linear")}
 """Foreign calls of one decode step by preset and kind of layer, ``None``: outside of layers."""
-for _kind in (SWA, HCA, CSA):
-    CALLS["official"][_kind]["rmsnorm_fp8"] = 1  # what wq_b reads
-
 ALIASES: dict[str, Callable[[int], dict[int, int]]] = {
     "attention": lambda n: {},
     "cache_write": lambda n: {i: 1 + i for i in range(n)},
@@ -106,8 +103,9 @@ ALIASES: dict[str, Callable[[int], dict[int, int]]] = {
     "fp8_linear": lambda n: {},
     "index_query_finish": lambda n: {},
     "index_topk": lambda n: {},
-    # Behind x, weight, start, frequencies and count; a chunk longer than a draft has no ring.
-    "key_finish": lambda n: {i: i + 2 for i in range(3, n)},
+    # Behind x, weight, start, frequencies and count; a chunk longer than a draft has no ring. What
+    # wq_b reads may be behind it.
+    "key_finish": lambda n: {i: i + 2 for i in range(3, 6 if n >= 6 else 3)},
     "mhc": lambda n: {0: 0},
     "mhc without write": lambda n: {},
     "moe": lambda n: {},

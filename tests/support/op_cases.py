@@ -22,7 +22,7 @@ from dsv4_jax.ops.hadamard import hadamard
 from dsv4_jax.ops.head_norm import head_norm
 from dsv4_jax.ops.index_query_finish import index_query_finish
 from dsv4_jax.ops.index_topk import index_topk
-from dsv4_jax.ops.key_finish import key_finish
+from dsv4_jax.ops.key_finish import QueryNorm, key_finish
 from dsv4_jax.ops.mhc import Read, Write, mhc
 from dsv4_jax.ops.mhc_head import mhc_head
 from dsv4_jax.ops.mhc_post import mhc_post
@@ -130,6 +130,21 @@ def _index_query_finish(form: Any, dtype: Any = jnp.bfloat16) -> OpCase:
 def _positions() -> jax.Array:
     rng = np.random.default_rng(1)
     return jnp.asarray(rng.integers(0, 1 << 20, (MAX_ROWS, 2)), jnp.int32)
+
+
+def _key_finish_query() -> OpCase:
+    """A key and low-rank queries of each token."""
+    frequencies = (10000.0 ** -(np.arange(16) / 16)).astype(np.float32)
+    weights = [(1 + normal(1, d, scale=0.2)).astype(jnp.bfloat16) for d in (96, 144)]
+    kv = normal(0, MAX_ROWS, 1, 96, dtype=jnp.bfloat16)
+    start = jnp.asarray(np.random.default_rng(2).integers(0, 1 << 20, MAX_ROWS), jnp.int32)
+
+    def fn(kv: jax.Array, start: jax.Array, x: jax.Array) -> Any:
+        query = QueryNorm(x, weights[1])
+        done = key_finish(kv, weights[0], start, frequencies, EPS, form="fp8", query=query)
+        return done.rows, done.query
+
+    return OpCase(fn, (kv, start, normal(3, MAX_ROWS, 144, dtype=jnp.bfloat16)))
 
 
 def _key_finish(ring: bool, form: Any = "fp8") -> OpCase:
@@ -445,6 +460,7 @@ CASES: dict[str, Callable[[], OpCase]] = {
         "query_finish-float32": lambda: _query_finish("float32", jnp.float32),
         "key_finish-rows": lambda: _key_finish(False),
         "key_finish-ring": lambda: _key_finish(True),
+        "key_finish-query": _key_finish_query,
         "key_finish-ring-float32": lambda: _key_finish(True, "float32"),
         "index_query_finish-mxfp4": lambda: _index_query_finish("mxfp4"),
         "index_query_finish-fp8": lambda: _index_query_finish("fp8"),
