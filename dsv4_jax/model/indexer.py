@@ -1,6 +1,5 @@
 """Lightning indexer module: which compressed entries a CSA layer attends to (model.md 3.5)."""
 
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -8,7 +7,6 @@ from dsv4_jax.config import LayerKind, ModelConfig
 from dsv4_jax.model.compressor import Compressor
 from dsv4_jax.model.linear import Linear, Weight
 from dsv4_jax.model.step import Step
-from dsv4_jax.ops._round import round_to
 from dsv4_jax.ops.index_query_finish import index_query_finish
 from dsv4_jax.ops.index_topk import index_topk
 from dsv4_jax.precision import Precision
@@ -50,8 +48,6 @@ class Indexer(nn.Module):
         b, t = step.tokens.shape
         heads, dim = self.config.index_n_heads, self.config.index_head_dim
         query = query.reshape(b, t, heads, dim)
-        size = jnp.float32(dim**-0.5 * heads**-0.5)
-        weight = round_to(weight.astype(jnp.float32) * size, weight.dtype)
         return index_topk(
             index_query_finish(query, step.positions, frequencies, form=self.precision.index_keys),
             weight.reshape(b, t, heads),
@@ -59,4 +55,5 @@ class Indexer(nn.Module):
             step.closed[LayerKind.CSA.value],
             topk=self.config.index_topk,
             rounding=self.precision.index_scores,
+            weight_scale=dim**-0.5 * heads**-0.5,
         )

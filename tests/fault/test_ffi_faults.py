@@ -290,7 +290,7 @@ TARGETS = {
                 *(s("2 10 64", E2M1), s("2 10 2", UE8M0), s("2 3", I32)),
             ),
             (s("2 3 5", I32), s("2 3 10", F32), s("336", U8)),  # scratch of exactly the size
-            {"abi": ABI},
+            {"abi": ABI, "weight_scale": np.float32(0.5)},
         ),
         compressor_call(True),
         RawCall(
@@ -735,8 +735,8 @@ SHAPES: list[tuple[str, str, Mutation, str]] = [
     (
         "index_topk",
         "weight-dtype",
-        operand(2, "2 3 4"),
-        "weight must be float32, got bfloat16",
+        operand(2, "2 3 4", U8),
+        "weight must be bfloat16 or float32, got uint8",
     ),
     (
         "index_topk",

@@ -918,7 +918,7 @@ def test_a_dequantised_index_is_found(monkeypatch: pytest.MonkeyPatch, what: str
 
     def wrong(q: Any, weight: Any, keys: Any, n_visible: Any, **settings: Any) -> Any:
         if what == "scores":
-            weight = weight.astype(jnp.float32)
+            weight = weight.astype(jnp.float32) * settings.pop("weight_scale")
             return index_topk_jax(q, weight, keys, n_visible, **settings)
         idx = call(q, weight, keys, n_visible, **settings)
         return idx + jnp.max(index_dequant(keys)).astype(jnp.int32)
