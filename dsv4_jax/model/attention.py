@@ -1,6 +1,7 @@
 """Attention module of all three layer kinds (model.md 3)."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ from dsv4_jax.ops.attention import attention
 from dsv4_jax.ops.cache_write import cache_write
 from dsv4_jax.ops.compressor import CompressorJob, compressor
 from dsv4_jax.ops.dense_linear import dense_linears
+from dsv4_jax.ops.index_query_finish import index_query_finish
 from dsv4_jax.ops.key_finish import QueryNorm, key_finish, ring_takes_first
 from dsv4_jax.ops.query_finish import query_finish
 from dsv4_jax.ops.rmsnorm_fp8 import rmsnorm_fp8_takes
@@ -85,16 +87,14 @@ class Attention(nn.Module):
             cache = dataclasses.replace(cache, window=window)
 
         qr = self.q_norm(low, norm is not None, qr)
-        q, index_q = self._heads(qr, cache.index)
-        q = q.reshape(b, t, c.num_attention_heads, c.head_dim)
-        q = query_finish(q, step.positions, frequencies, c.rms_norm_eps, rounding=p.q_norm)
+        q, index_q = self._queries(qr, cache.index, step, frequencies)
 
         n_visible, weight, topk_idx = None, None, None
         if self.kind is not LayerKind.SWA:
             cache, weight = self._compress(x, cache, step, frequencies)
             n_visible = step.closed[self.kind.value]
         if cache.index is not None and index_q is not None and weight is not None:
-            topk_idx = self.indexer(index_q, weight, cache.index, step, frequencies)
+            topk_idx = self.indexer(index_q, weight, cache.index, step)
 
         o = attention(
             q,
@@ -129,19 +129,34 @@ class Attention(nn.Module):
         bf16 = low.dtype == self.q_norm.weight.dtype == jnp.bfloat16
         return forms == {"fp8_w8a8"} and whole and bf16
 
-    def _heads(
-        self, qr: Float[Array, "n rank"] | Fp8, index: IndexRows | None
-    ) -> tuple[Float[Array, "n _"], Float[Array, "n _"] | None]:
-        """All heads' queries and the indexer's: one call for both if it selects.
+    def _queries(
+        self,
+        qr: Float[Array, "n rank"] | Fp8,
+        index: IndexRows | None,
+        step: Step,
+        frequencies: np.ndarray,
+    ) -> tuple[Float[Array, "b t h d"], IndexRows | None]:
+        """The heads' queries, and the indexer's if it selects: one call each for both.
 
         If it does not, nothing reads its own, and a call of their own is eliminated.
         """
-        if index is None:
-            return self.wq_b(qr), None
-        if not self.indexer.selects(index):
-            return self.wq_b(qr), self.indexer.wq_b(qr)
+        c, p = self.config, self.precision
+        shape = *step.tokens.shape, c.num_attention_heads, c.head_dim
+        settings: dict[str, Any] = {"eps": c.rms_norm_eps, "rounding": p.q_norm}
+        if index is None or not self.indexer.selects(index):
+            if index is not None:
+                self.indexer.wq_b(qr)
+            q = self.wq_b(qr).reshape(shape)
+            return query_finish(q, step.positions, frequencies, **settings), None
         q, index_q = linears(qr, (self.wq_b, self.indexer.wq_b))
-        return self.wq_b(qr, q), self.indexer.wq_b(qr, index_q)
+        settings["heads"] = self.wq_b(qr, q).reshape(shape)
+        index_q = self.indexer.wq_b(qr, index_q).reshape(
+            *step.tokens.shape, c.index_n_heads, c.index_head_dim
+        )
+        rows, q = index_query_finish(
+            index_q, step.positions, frequencies, form=p.index_keys, **settings
+        )
+        return q, rows
 
     def _compress(
         self, x: Float[Array, "n dim"], cache: LayerCache, step: Step, frequencies: np.ndarray

@@ -1,13 +1,11 @@
 """Lightning indexer module: which compressed entries a CSA layer attends to (model.md 3.5)."""
 
-import numpy as np
 from flax import linen as nn
 
 from dsv4_jax.config import LayerKind, ModelConfig
 from dsv4_jax.model.compressor import Compressor
 from dsv4_jax.model.linear import Linear, Weight
 from dsv4_jax.model.step import Step
-from dsv4_jax.ops.index_query_finish import index_query_finish
 from dsv4_jax.ops.index_topk import index_topk
 from dsv4_jax.precision import Precision
 from dsv4_jax.quant.kv import IndexRows
@@ -35,21 +33,19 @@ class Indexer(nn.Module):
 
     def __call__(
         self,
-        query: Float[Array, "n channels"],
+        query: IndexRows,
         weight: Float[Array, "n heads"],
         index: IndexRows,
         step: Step,
-        frequencies: np.ndarray,
     ) -> Int32[Array, "b t k"]:
         """Selected entries per query, where it `selects`.
 
-        ``query``, ``weight``: the products with ``wq_b`` and ``weights_proj``.
+        ``query``: the product with ``wq_b``, finished. ``weight``: that with ``weights_proj``.
         """
         b, t = step.tokens.shape
         heads, dim = self.config.index_n_heads, self.config.index_head_dim
-        query = query.reshape(b, t, heads, dim)
         return index_topk(
-            index_query_finish(query, step.positions, frequencies, form=self.precision.index_keys),
+            query,
             weight.reshape(b, t, heads),
             index,
             step.closed[LayerKind.CSA.value],

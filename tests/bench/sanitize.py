@@ -390,6 +390,9 @@ def _index_query_finish() -> Iterator[Any]:
         positions = jnp.asarray(rng.integers(-(2**31), 2**31, (1, t)), jnp.int32)
         frequencies = jnp.asarray(rng.random(rotary // 2), jnp.float32)
         yield index_query_finish(q, positions, frequencies, form="mxfp4")
+        for n, c in ((3, 512), (1, 72)):
+            heads = jnp.asarray(rng.standard_normal((1, t, n, c)), jnp.bfloat16)
+            yield index_query_finish(q, positions, frequencies, form="fp8", heads=heads)
         yield index_query_finish(q, positions, frequencies, form="fp8")
 
 

@@ -257,7 +257,12 @@ TARGETS = {
             "index_query_finish",
             (s("3 4 64"), s("3", I32), s("16", F32)),
             (s("3 4 64", E2M1), s("3 4 2", UE8M0)),
-            {"abi": ABI, "form": np.int32(1)},
+            {
+                "abi": ABI,
+                "form": np.int32(1),
+                "eps": np.float32(1e-6),
+                "bf16_steps": np.int32(1),
+            },
         ),
         RawCall(
             "router",
@@ -539,6 +544,30 @@ SHAPES: list[tuple[str, str, Mutation, str]] = [
     ("index_query_finish", "scale-dtype", result(1, "3 4 2", E4M3), "scale must be float8_e8m0fnu"),
     ("index_query_finish", "scale-shape", result(1, "3 4 1", UE8M0), r"scale must be \[3, 4, 2\]"),
     ("index_query_finish", "operands-too-few", first(operands=2), LAYER),
+    (
+        "index_query_finish",
+        "heads-without-result",
+        more((s("3 2 96"),)),
+        "must have 3 operands and 2 results, 1 and 1 more with heads, got 4 and 2",
+    ),
+    ("index_query_finish", "bf16_steps", attributes(bf16_steps=np.int32(2)), "bf16_steps must be"),
+    *(
+        (
+            "index_query_finish",
+            f"heads-{name}",
+            all_of(more((s("3 2 96"),), (s("3 2 96"),)), mutation),
+            message,
+        )
+        for name, mutation, message in (
+            ("rank", operand(3, "6 96"), r"heads x must be \[t, n, c\] .*got \[6, 96\]"),
+            ("tokens", operand(3, "4 2 96"), r"heads x must be \[3, 2, 96\], got \[4, 2, 96\]"),
+            ("channels", operand(3, "3 2 92"), "heads x must be .*multiple of 8, rotary 32..512"),
+            ("too-narrow", operand(3, "3 2 24"), "heads x must be .*multiple of 8, rotary 32..512"),
+            ("dtype", operand(3, "3 2 96", F32), "heads x must be bfloat16, got float32"),
+            ("result-shape", result(2, "3 2 95"), r"heads y must be \[3, 2, 96\], got"),
+            ("result-dtype", result(2, "3 2 96", F32), "heads y must be bfloat16, got float32"),
+        )
+    ),
     ("index_query_finish", "results-too-few", first(results=1), LAYER),
     ("attention", "q-rank", operand(0, "6 4 96"), r"q must be \[b, t, h, d\], got \[6, 4, 96\]"),
     ("attention", "q-dtype", operand(0, "2 3 4 96", F32), "q must be bfloat16, got float32"),

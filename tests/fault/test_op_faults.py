@@ -341,9 +341,12 @@ def _index_query_finish(
     positions: Any = s("2 3", I32),
     frequencies: Any = s("16", F32),
     form: Any = "mxfp4",
+    heads: Any = None,
+    rounding: Any = "float32",
 ) -> Any:
-    op = lambda *a: index_query_finish(*a, form=form)  # noqa: E731
-    return jax.eval_shape(op, q, positions, frequencies)
+    settings = {"form": form, "rounding": rounding}
+    op = lambda *a: index_query_finish(*a[:3], heads=a[3], **settings)  # noqa: E731
+    return jax.eval_shape(op, q, positions, frequencies, heads)
 
 
 def _key_finish(
@@ -840,6 +843,9 @@ AXIS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     ),
     (_key_finish, r"form must be one of .*got 'mxfp4'", {"form": "mxfp4"}),
     (_index_query_finish, "q must have at least 32 channels, got 16", {"q": s("2 3 4 16")}),
+    (_index_query_finish, "heads must have at least 32 channels", {"heads": s("2 3 4 16")}),
+    (_index_query_finish, r"positions must be \[2, 4\] for heads", {"heads": s("2 4 4 96")}),
+    (_index_query_finish, "rounding must be one of .*got 'exact'", {"rounding": "exact"}),
     (
         _index_query_finish,
         r"positions must be \[2, 3\] .*got \[2, 4\]",

@@ -60,7 +60,7 @@ WRITES: dict[LayerKind | None, Counter[str]] = {
     CSA: Counter(key_finish=1, compressor=1),  # the indexer's pool and state in the same call
 }
 # `mhc` reads for either branch, behind the write-back of the branch before.
-EVERY = Counter(mhc=2, query_finish=1, attention=1, router=1, moe=1)
+EVERY = Counter(mhc=2, attention=1, router=1, moe=1)
 DENSE: dict[LayerKind | None, Counter[str]] = {
     None: Counter(dense_linear=1),  # head
     SWA: Counter(dense_linear=1),  # router
@@ -71,11 +71,11 @@ DENSE: dict[LayerKind | None, Counter[str]] = {
 LINEARS = {None: 0, SWA: 8, HCA: 8, CSA: 9}
 # wq_a and wkv, w1 and w3 of the shared expert; both wq_b.
 TOGETHER = {"fp8_linear": {SWA: 2, HCA: 2, CSA: 3}}
-SELECTIONS: dict[LayerKind | None, Counter[str]] = {
+QUERIES: dict[LayerKind | None, Counter[str]] = {
     None: Counter(),
-    SWA: Counter(),
-    HCA: Counter(),
-    CSA: Counter(index_query_finish=1, index_topk=1),
+    SWA: Counter(query_finish=1),
+    HCA: Counter(query_finish=1),
+    CSA: Counter(index_query_finish=1, index_topk=1),  # the layer's own in the same call
 }
 
 
@@ -84,7 +84,7 @@ def _calls(linear: str) -> dict[LayerKind | None, Counter[str]]:
         kind: WRITES[kind]
         + EVERY
         + DENSE[kind]
-        + SELECTIONS[kind]
+        + QUERIES[kind]
         + Counter({linear: count - TOGETHER.get(linear, {}).get(kind, 0)})
         if kind
         else DENSE[kind] + Counter(mhc=1)

@@ -95,6 +95,51 @@ def test_index_queries_equal_the_cpu_handler(size: tuple[int, ...], form: Any) -
     assert_same_tree(host(run(q, positions)), on_cpu(run, q, positions))
 
 
+# (b, t, indexer heads, channels, rotary, heads, channels): in one launch with the indexer's, then
+# tokens, channels or heads for which there are two.
+BOTH = [
+    *((1, 1, 64, 128, 64, 64, 512), (1, 1, 64, 128, 64, 128, 512), (8, 4, 61, 128, 64, 67, 512)),
+    *((3, 1, 5, 128, 32, 3, 512), (1, 33, 64, 128, 64, 64, 512), (1, 700, 64, 128, 64, 64, 512)),
+    *((2, 3, 5, 64, 32, 5, 96), (2, 3, 5, 128, 0, 5, 264), (1, 2, 0, 128, 64, 3, 512)),
+    *((1, 2, 3, 128, 64, 0, 512), (1, 0, 64, 128, 64, 64, 512)),
+]
+
+
+@pytest.mark.parametrize("rounding", ["bfloat16", "float32"])
+@pytest.mark.parametrize("form", ["mxfp4", "fp8"])
+@pytest.mark.parametrize("size", BOTH, ids=str)
+def test_both_queries(size: tuple[int, ...], form: Any, rounding: Any) -> None:
+    """The bits of the two ops, and of the CPU handler."""
+    b, t, h, d, rotary, n, c = size
+    q, heads, positions = values(0, b, t, h, d), values(1, b, t, n, c), np.resize(WILD, (b, t))
+
+    def run(q: Any, heads: Any, p: Any) -> Any:
+        rest: dict[str, Any] = {"eps": EPS, "rounding": rounding}
+        both = index_query_finish(q, p, table(rotary), form=form, heads=heads, **rest)
+        alone = index_query_finish(q, p, table(rotary), form=form)
+        return both, (alone, query_finish(heads, p, table(rotary), **rest))
+
+    run = jax.jit(run)
+    both, apart = host(run(q, heads, positions))
+    assert_same_tree(both, apart)
+    assert_same_tree(both, on_cpu(run, q, heads, positions)[0])
+
+
+def test_both_queries_that_are_slices() -> None:
+    """A11, A12: of addresses that are not aligned."""
+    flat = jnp.asarray(values(0, 1, 3 * 4 * 512 + 8)[0])
+    positions = np.resize(WILD, (1, 3))
+
+    def run(flat: Any) -> Any:
+        shifted = flat[1 : 1 + 3 * 4 * 512]
+        settings: dict[str, Any] = {"form": "mxfp4", "eps": EPS, "rounding": "bfloat16"}
+        settings["heads"] = shifted.reshape(1, 3, 4, 512)
+        return index_query_finish(shifted.reshape(1, 3, 16, 128), positions, table(64), **settings)
+
+    run = jax.jit(run)
+    assert_same_tree(host(run(flat)), on_cpu(run, flat))
+
+
 # (b, t, slots, channels, rotary)
 KEYS = [
     *((1, 1, 128, 512, 64), (8, 1, 128, 512, 64), (128, 1, 131, 512, 64), (1, 128, 128, 512, 64)),

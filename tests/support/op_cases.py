@@ -121,9 +121,14 @@ def _query_finish(rounding: Any, dtype: Any = jnp.bfloat16) -> OpCase:
     )
 
 
-def _index_query_finish(form: Any, dtype: Any = jnp.bfloat16) -> OpCase:
+def _index_query_finish(form: Any, dtype: Any = jnp.bfloat16, heads: bool = False) -> OpCase:
     frequencies = (10000.0 ** -(np.arange(8) / 8)).astype(np.float32)
     x = normal(0, MAX_ROWS, 2, 3, 64, dtype=dtype)
+    if heads:
+        return OpCase(
+            lambda x, p, h: index_query_finish(x, p, frequencies, form=form, heads=h, eps=EPS),
+            (x, _positions(), normal(1, MAX_ROWS, 2, 2, 96, dtype=dtype)),
+        )
     return OpCase(lambda x, p: index_query_finish(x, p, frequencies, form=form), (x, _positions()))
 
 
@@ -463,6 +468,7 @@ CASES: dict[str, Callable[[], OpCase]] = {
         "key_finish-query": _key_finish_query,
         "key_finish-ring-float32": lambda: _key_finish(True, "float32"),
         "index_query_finish-mxfp4": lambda: _index_query_finish("mxfp4"),
+        "index_query_finish-heads": lambda: _index_query_finish("mxfp4", heads=True),
         "index_query_finish-fp8": lambda: _index_query_finish("fp8"),
         "index_query_finish-float32": lambda: _index_query_finish("float32", jnp.float32),
         "mhc_pre": _mhc_pre,
