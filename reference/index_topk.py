@@ -27,6 +27,7 @@ def index_topk(
     topk: int,
     rounding: Rounding = FP32,
     return_scores: bool = False,
+    weight_scale: float = 1.0,
 ) -> Any:
     """Ids of the `min(topk, n_visible)` best entries of each query, ascending, then -1.
 
@@ -40,7 +41,9 @@ def index_topk(
         topk: Picks; at most `s` are returned.
         rounding: Rounding points.
         return_scores: Also the scores `[b, t, s]`, -inf where an entry is not visible.
+        weight_scale: Of the weights; the product is rounded to their dtype.
     """
+    weight = (weight.astype(jnp.float32) * jnp.float32(weight_scale)).astype(weight.dtype)
     slots = keys.key.shape[1]
     scores = jax.vmap(lambda q, e, w: indexer(q, e, w, rounding))(
         stored_values(q), stored_values(keys), weight.astype(jnp.float32)

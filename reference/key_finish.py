@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from reference import attention, rmsnorm, rope
+from reference import attention, rmsnorm, rmsnorm_fp8, rope
 from reference.rounding import Rounding
 
 
@@ -17,23 +17,27 @@ def key_finish(
     form: str,
     ring: jax.Array | None = None,
     count: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
+    query: tuple[jax.Array, jax.Array] | None = None,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """`bf(rope(bf(RMSNorm(kv))))` of `kv [b, t, d]`, token `j` of row `i` at `start[i] + j`.
 
-    `form="fp8"`: the channels before the rotary ones through `q8`, blocks of 64.
+    `form="fp8"`: the channels before the rotary ones through `q8`, blocks of 64. `query`: low-rank
+    queries `[n, r]` and the weight `[r]` of `rmsnorm_fp8`.
 
     Returns:
         The values `[b, t, d]` that codes and scales stand for, and the ring `[b, s, d]` after the
-        first `count[i]` tokens of every row have gone to their slots `position % s`.
+        first `count[i]` tokens of every row have gone to their slots `position % s`; and the values
+        of the query's norm.
     """
     points = Rounding(bf16=True, kv_fp8=form == "fp8")
     positions = start[:, None] + jnp.arange(kv.shape[1])
     y = rmsnorm.rmsnorm(kv, weight, eps, points)
     y = rope.rope_tail(y, positions, frequencies, rounding=points)
     rows = jnp.stack([attention.key_quant(row, 2 * len(frequencies), points) for row in y])
+    normed = None if query is None else rmsnorm_fp8.rmsnorm_fp8(*query, eps)
     if ring is None or count is None:
-        return rows, ring
+        return rows, ring, normed
     for i in range(ring.shape[0]):
         for j in range(int(count[i])):
             ring = ring.at[i, (int(start[i]) + j) % ring.shape[1]].set(rows[i, j])
-    return rows, ring
+    return rows, ring, normed

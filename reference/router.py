@@ -15,6 +15,7 @@ def router(
     k: int,
     scale: float,
     regime: str | None = None,
+    tokens: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Experts of each token and their weights.
 
@@ -26,14 +27,18 @@ def router(
         x: `[t, dim]`.
         weight: `[e, dim]`.
         bias: `[e]`, or None in hash layers.
-        expert_idx: `tid2eid[tokens] [t, k]` in hash layers, else None.
+        expert_idx: `tid2eid[tokens] [t, k]` in hash layers, else None; with `tokens` the table
+            `tid2eid [v, k]` itself.
         k: Picks per token.
         scale: `routed_scaling_factor`.
         regime: Which kernel serves the product; here there is one.
+        tokens: `[t]`, ids outside the table held to its ends.
 
     Returns:
         `expert_idx [t, k]` and `expert_weight [t, k]`.
     """
+    if tokens is not None and expert_idx is not None:
+        expert_idx = expert_idx[jnp.clip(tokens, 0, expert_idx.shape[0] - 1)]
     score = jnp.sqrt(jax.nn.softplus(linear.product(x, weight)))
     if expert_idx is None:
         _, expert_idx = lax.top_k(score if bias is None else score + bias, k)

@@ -86,9 +86,7 @@ def _group(parameter: Parameter) -> str:
     if "compressor" in kind or kind == "attn.indexer.weights_proj":
         return "compressors"
     if kind.startswith("attn."):
-        return {"attn.attn_sink": "attention", "attn.indexer.wq_b": "indexer"}.get(
-            kind, "attention linears"
-        )
+        return "attention" if kind == "attn.attn_sink" else "attention linears"
     parts = {"ffn.gate": "router", "ffn.shared_experts": "shared expert", "ffn.experts": "experts"}
     return next(group for start, group in parts.items() if kind.startswith(start))
 

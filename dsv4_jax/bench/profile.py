@@ -189,7 +189,7 @@ def _group(modules: Sequence[str], op: str) -> str:
         return "rest"
     if "compressor" in modules or op in ("compressor", "dense_linears"):
         return "compressors"
-    if "indexer" in modules:
+    if "indexer" in modules and not op.endswith("_linear"):  # its wq_b goes with the layer's
         return "indexer"
     return "attention" if op == "attention" else "attention linears"
 

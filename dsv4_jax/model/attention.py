@@ -1,6 +1,7 @@
 """Attention module of all three layer kinds (model.md 3)."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,13 +18,15 @@ from dsv4_jax.ops.attention import attention
 from dsv4_jax.ops.cache_write import cache_write
 from dsv4_jax.ops.compressor import CompressorJob, compressor
 from dsv4_jax.ops.dense_linear import dense_linears
-from dsv4_jax.ops.key_finish import key_finish, ring_takes_first
+from dsv4_jax.ops.index_query_finish import index_query_finish
+from dsv4_jax.ops.key_finish import QueryNorm, key_finish, ring_takes_first
 from dsv4_jax.ops.query_finish import query_finish
 from dsv4_jax.ops.rmsnorm_fp8 import rmsnorm_fp8_takes
 from dsv4_jax.ops.rope import rope_frequencies
 from dsv4_jax.precision import Precision
 from dsv4_jax.quant import fp8
 from dsv4_jax.quant.fp8 import Fp8
+from dsv4_jax.quant.kv import IndexRows
 from dsv4_jax.typing import Array, Float
 
 __all__ = ["Attention"]
@@ -64,14 +67,12 @@ class Attention(nn.Module):
         frequencies = rope_frequencies(c, self.kind)
 
         low, kv = linears(x, (self.wq_a, self.wkv), x_fp8)
-        qr = self._queries(self.wq_a(x, low))
-        q = self.wq_b(qr).reshape(b, t, c.num_attention_heads, c.head_dim)
-        q = query_finish(q, step.positions, frequencies, c.rms_norm_eps, rounding=p.q_norm)
-
+        low = self.wq_a(x, low)
+        norm = QueryNorm(low, self.q_norm.weight) if self._norms_to_fp8(low) else None
         # A decode step's keys go to the ring at once: no query of it sees what they replace.
         slots = cache.window.nope.shape[1]
         first = ring_takes_first(t, slots, c.sliding_window)
-        rows, window = key_finish(
+        rows, window, qr = key_finish(
             self.wkv(x, kv).reshape(b, t, c.head_dim),
             self.kv_norm.weight,
             step.start,
@@ -80,15 +81,20 @@ class Attention(nn.Module):
             form=p.kv,
             ring=cache.window if first else None,
             count=step.taken if first else None,
+            query=norm,
         )
         if window is not None:
             cache = dataclasses.replace(cache, window=window)
+
+        qr = self.q_norm(low, norm is not None, qr)
+        q, index_q = self._queries(qr, cache.index, step, frequencies)
+
         n_visible, weight, topk_idx = None, None, None
         if self.kind is not LayerKind.SWA:
             cache, weight = self._compress(x, cache, step, frequencies)
-            n_visible = step.n_closed(self.kind.value)
-        if cache.index is not None:
-            topk_idx = self.indexer(qr, weight, cache.index, step, frequencies)
+            n_visible = step.closed[self.kind.value]
+        if cache.index is not None and index_q is not None and weight is not None:
+            topk_idx = self.indexer(index_q, weight, cache.index, step)
 
         o = attention(
             q,
@@ -113,15 +119,44 @@ class Attention(nn.Module):
         u = self.wo_a(grouped).reshape(b * t, -1)
         return self.wo_b(u), cache
 
-    def _queries(self, low: Float[Array, "n rank"]) -> Float[Array, "n rank"] | Fp8:
-        """Normed, for ``wq_b`` and the indexer's: FP8 at once if that is what all of them read."""
+    def _norms_to_fp8(self, low: Float[Array, "n rank"]) -> bool:
+        """Whether FP8 is what ``wq_b`` and the indexer's read: the norm goes with the keys then."""
         forms = {self.precision.wq_b}
         if self.kind is LayerKind.CSA:
             forms.add(self.precision.indexer_wq_b)
         rank = low.shape[-1]
         whole = rmsnorm_fp8_takes(rank) and rank % fp8.ACT_BLOCK == 0
         bf16 = low.dtype == self.q_norm.weight.dtype == jnp.bfloat16
-        return self.q_norm(low, quantised=forms == {"fp8_w8a8"} and whole and bf16)
+        return forms == {"fp8_w8a8"} and whole and bf16
+
+    def _queries(
+        self,
+        qr: Float[Array, "n rank"] | Fp8,
+        index: IndexRows | None,
+        step: Step,
+        frequencies: np.ndarray,
+    ) -> tuple[Float[Array, "b t h d"], IndexRows | None]:
+        """The heads' queries, and the indexer's if it selects: one call each for both.
+
+        If it does not, nothing reads its own, and a call of their own is eliminated.
+        """
+        c, p = self.config, self.precision
+        shape = *step.tokens.shape, c.num_attention_heads, c.head_dim
+        settings: dict[str, Any] = {"eps": c.rms_norm_eps, "rounding": p.q_norm}
+        if index is None or not self.indexer.selects(index):
+            if index is not None:
+                self.indexer.wq_b(qr)
+            q = self.wq_b(qr).reshape(shape)
+            return query_finish(q, step.positions, frequencies, **settings), None
+        q, index_q = linears(qr, (self.wq_b, self.indexer.wq_b))
+        settings["heads"] = self.wq_b(qr, q).reshape(shape)
+        index_q = self.indexer.wq_b(qr, index_q).reshape(
+            *step.tokens.shape, c.index_n_heads, c.index_head_dim
+        )
+        rows, q = index_query_finish(
+            index_q, step.positions, frequencies, form=p.index_keys, **settings
+        )
+        return q, rows
 
     def _compress(
         self, x: Float[Array, "n dim"], cache: LayerCache, step: Step, frequencies: np.ndarray

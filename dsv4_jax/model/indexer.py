@@ -1,18 +1,13 @@
 """Lightning indexer module: which compressed entries a CSA layer attends to (model.md 3.5)."""
 
-import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from dsv4_jax.config import LayerKind, ModelConfig
 from dsv4_jax.model.compressor import Compressor
 from dsv4_jax.model.linear import Linear, Weight
 from dsv4_jax.model.step import Step
-from dsv4_jax.ops._round import round_to
-from dsv4_jax.ops.index_query_finish import index_query_finish
 from dsv4_jax.ops.index_topk import index_topk
 from dsv4_jax.precision import Precision
-from dsv4_jax.quant.fp8 import Fp8
 from dsv4_jax.quant.kv import IndexRows
 from dsv4_jax.typing import Array, Float, Int32
 
@@ -38,28 +33,23 @@ class Indexer(nn.Module):
 
     def __call__(
         self,
-        qr: Float[Array, "n rank"] | Fp8,
-        weight: Float[Array, "n heads"] | None,
+        query: IndexRows,
+        weight: Float[Array, "n heads"],
         index: IndexRows,
         step: Step,
-        frequencies: np.ndarray,
-    ) -> Int32[Array, "b t k"] | None:
-        """Selected entries per query; ``None``: every visible one.
+    ) -> Int32[Array, "b t k"]:
+        """Selected entries per query, where it `selects`.
 
-        ``weight``: the product with ``weights_proj``, ``None`` unless `selects`.
+        ``query``: the product with ``wq_b``, finished. ``weight``: that with ``weights_proj``.
         """
         b, t = step.tokens.shape
         heads, dim = self.config.index_n_heads, self.config.index_head_dim
-        query = self.wq_b(qr).reshape(b, t, heads, dim)
-        if weight is None:
-            return None
-        size = jnp.float32(dim**-0.5 * heads**-0.5)
-        weight = round_to(weight.astype(jnp.float32) * size, weight.dtype)
         return index_topk(
-            index_query_finish(query, step.positions, frequencies, form=self.precision.index_keys),
+            query,
             weight.reshape(b, t, heads),
             index,
-            step.n_closed(LayerKind.CSA.value),
+            step.closed[LayerKind.CSA.value],
             topk=self.config.index_topk,
             rounding=self.precision.index_scores,
+            weight_scale=dim**-0.5 * heads**-0.5,
         )

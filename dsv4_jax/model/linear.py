@@ -115,23 +115,24 @@ class Linear(nn.Module):
 
 
 def linears(
-    x: Float[Array, "t *g k"], modules: Sequence[Linear], x_fp8: Fp8 | None = None
+    x: Float[Array, "t *g k"] | Fp8, modules: Sequence[Linear], x_fp8: Fp8 | None = None
 ) -> tuple[Float[Array, "t *g _"], ...]:
     """Every module's result, in one call of an op that takes several weights of their format.
 
-    ``x_fp8``: ``x`` quantised, read in its place by ``fp8_w8a8``.
+    ``x``: as of `Linear`. ``x_fp8``: ``x`` quantised, read in its place by ``fp8_w8a8``.
     """
 
     def read_by(form: LinearFormat) -> Array | Fp8:
         return x if x_fp8 is None or form != "fp8_w8a8" else x_fp8
 
     first = modules[0]
+    dtype = jnp.bfloat16 if isinstance(x, Fp8) else x.dtype
     stored = weight_format(first.form)
     alike = all((m.form, m.regime) == (first.form, first.regime) for m in modules)
     if not alike or stored in ("mxfp4", "nvfp4"):
-        return tuple(linear(read_by(m.form), m.leaves, m.form, x.dtype, m.regime) for m in modules)
+        return tuple(linear(read_by(m.form), m.leaves, m.form, dtype, m.regime) for m in modules)
     weights = [module.leaves["weight"] for module in modules]
-    settings: dict[str, Any] = {"dtype": x.dtype, "regime": first.regime}
+    settings: dict[str, Any] = {"dtype": dtype, "regime": first.regime}
     if stored == "fp8":
         scales = [module.leaves["scale"] for module in modules]
         settings["act"] = act_format(first.form)
@@ -153,7 +154,7 @@ class Weight(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """`rmsnorm` with its own weight, or `rmsnorm_fp8`."""
+    """`rmsnorm` with its own weight, or `rmsnorm_fp8`; ``y`` is that if it is there already."""
 
     features: int
     dtype: str
@@ -169,12 +170,14 @@ class RMSNorm(nn.Module):
 
     @overload
     def __call__(
-        self, x: Float[Array, "*lead d"], quantised: bool
+        self, x: Float[Array, "*lead d"], quantised: bool, y: Fp8 | None = None
     ) -> Float[Array, "*lead d"] | Fp8: ...
 
     def __call__(
-        self, x: Float[Array, "*lead d"], quantised: bool = False
+        self, x: Float[Array, "*lead d"], quantised: bool = False, y: Fp8 | None = None
     ) -> Float[Array, "*lead d"] | Fp8:
+        if y is not None:
+            return y
         if quantised:
             return rmsnorm_fp8(x, self.weight, self.eps)
         return rmsnorm(x, self.weight, self.eps)

@@ -127,9 +127,10 @@ class Gate(nn.Module):
             x,
             self.weight,
             None if self.hashed else self.bias,
-            jnp.take(self.tid2eid, tokens, axis=0, mode="clip") if self.hashed else None,
+            self.tid2eid if self.hashed else None,
             k=c.num_experts_per_tok,
             scale=c.routed_scaling_factor,
+            tokens=tokens if self.hashed else None,
             regime=self.regime,
         )
 

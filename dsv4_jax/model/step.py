@@ -5,9 +5,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from dsv4_jax.cache import Cache
+from dsv4_jax.config import LayerKind
 from dsv4_jax.typing import Array, Bool, Int32
 
-__all__ = ["Step", "make_step"]
+__all__ = ["Step", "make_step", "n_closed"]
 
 
 class Step(NamedTuple):
@@ -19,6 +20,7 @@ class Step(NamedTuple):
         taken: tokens each row really takes now.
         positions: ``start + 0 .. t - 1``.
         valid: which of the ``t`` are taken.
+        closed: `n_closed` by ratio; here, so that a step computes it once and not in a layer.
     """
 
     tokens: Int32[Array, "b t"]
@@ -26,15 +28,12 @@ class Step(NamedTuple):
     taken: Int32[Array, "b"]
     positions: Int32[Array, "b t"]
     valid: Bool[Array, "b t"]
+    closed: dict[int, Int32[Array, "b t"]]
 
     def ring_slots(self, ring: int) -> Int32[Array, "b t"]:
         """Ring row of every token that must survive, an out-of-range slot for the others."""
         keep = self.valid & (self.positions >= (self.start + self.taken)[:, None] - ring)
         return jnp.where(keep, self.positions % ring, ring)
-
-    def n_closed(self, ratio: int) -> Int32[Array, "b t"]:
-        """Windows closed up to and including each position; 0 for padding."""
-        return jnp.where(self.valid, (self.positions + 1) // ratio, 0)
 
     def closing(self, ratio: int) -> Int32[Array, "b w"]:
         """Windows that close in the chunk, behind them -1."""
@@ -44,6 +43,13 @@ class Step(NamedTuple):
         return jnp.where(window < end[:, None], window, -1)
 
 
+def n_closed(
+    positions: Int32[Array, "b t"], valid: Bool[Array, "b t"], ratio: int
+) -> Int32[Array, "b t"]:
+    """Windows closed up to and including each position; 0 for padding."""
+    return jnp.where(valid, (positions + 1) // ratio, 0)
+
+
 def make_step(
     tokens: Int32[Array, "b t"], start: Array, num_tokens: Array, max_len: int
 ) -> tuple[Step, Bool[Array, "b"]]:
@@ -51,12 +57,15 @@ def make_step(
     wanted = jnp.clip(num_tokens, 0, tokens.shape[1])
     taken = jnp.clip(wanted, 0, max_len - start)
     offset = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    positions, valid = start[:, None] + offset, offset < taken[:, None]
+    ratios = (LayerKind.CSA.value, LayerKind.HCA.value)
     step = Step(
         tokens=tokens,
         start=start,
         taken=taken,
-        positions=start[:, None] + offset,
-        valid=offset < taken[:, None],
+        positions=positions,
+        valid=valid,
+        closed={ratio: n_closed(positions, valid, ratio) for ratio in ratios},
     )
     return step, wanted > taken
 

@@ -5,11 +5,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dsv4_jax import library
 from dsv4_jax.ops._blocks import KEY_BLOCK
 from dsv4_jax.ops._check import FLOATS, INTEGERS, check_choice, check_operand
 from dsv4_jax.ops._index_topk_jax import index_scores_jax, index_topk_jax
+from dsv4_jax.ops._round import round_to
 from dsv4_jax.quant import mxfp4
 from dsv4_jax.quant.kv import IndexRows
 from dsv4_jax.typing import E2M1, E4M3, UE8M0, Array, Float, Float32, Int32
@@ -26,7 +28,7 @@ GROUP = 16
 _INT32 = jnp.iinfo(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("topk", "rounding", "return_scores"))
+@functools.partial(jax.jit, static_argnames=("topk", "rounding", "return_scores", "weight_scale"))
 def index_topk(
     q: IndexRows,
     weight: Float[Array, "b t h"],
@@ -36,13 +38,14 @@ def index_topk(
     topk: int,
     rounding: Literal["float32", "bfloat16"] = "float32",
     return_scores: bool = False,
+    weight_scale: float = 1.0,
 ) -> Int32[Array, "b t k"] | tuple[Int32[Array, "b t k"], Float32[Array, "b t s"]]:
     """Ids of the ``min(topk, n_visible)`` largest scores, ascending, then -1.
 
-    ``score_w = sum_h weight_h * relu(q_h . key_w)``, sums in FP32. The set is exact: equal scores
-    go to the lower id, -0 equals 0, NaN is below every number and -inf a number above it. The last
-    axis is ``min(topk, capacity)``. Entries that are not visible may hold anything. A query depends
-    on no other.
+    ``score_w = sum_h round(weight_h * weight_scale) * relu(q_h . key_w)``, rounded to ``weight``'s
+    dtype, sums in FP32. The set is exact: equal scores go to the lower id, -0 equals 0, NaN is
+    below every number and -inf a number above it. The last axis is ``min(topk, capacity)``. Entries
+    that are not visible may hold anything. A query depends on no other.
 
     Queries and keys in E2M1 or E4M3 with up to 1024 channels are one foreign call that reads both
     as they are stored and keeps no scores of all queries; other dtypes and ``bfloat16`` rounding
@@ -57,6 +60,7 @@ def index_topk(
         rounding: ``bfloat16`` rounds the product, each head's term and the sum as the official
             code does; for comparison with it only.
         return_scores: whether to return the scores too, -inf where an entry is not visible.
+        weight_scale: of all weights.
 
     Raises:
         TypeError: a dtype is not accepted.
@@ -84,7 +88,6 @@ def index_topk(
             f"{list(q.key.shape)}, got {list(weight.shape)} and {list(n_visible.shape)}"
         )
     k = min(topk, capacity)
-    weight = weight.astype(jnp.float32)
     if n_visible.dtype != jnp.int32:  # saturate instead of wrapping round
         n_visible = jnp.clip(n_visible, _INT32.min, _INT32.max).astype(jnp.int32)
     if q.scale is None or keys.scale is None or rounding == "bfloat16" or dim > MAX_WIDTH:
@@ -93,7 +96,8 @@ def index_topk(
                 f"index_topk: keys must hold a multiple of {KEY_BLOCK} entries where there is no "
                 f"kernel, got {capacity}"
             )
-        operands = q, weight, keys, n_visible
+        scaled = round_to(weight.astype(jnp.float32) * jnp.float32(weight_scale), weight.dtype)
+        operands = q, scaled.astype(jnp.float32), keys, n_visible
         idx = index_topk_jax(*operands, topk=k, rounding=rounding)
         if not return_scores:
             return idx
@@ -106,6 +110,7 @@ def index_topk(
             jax.ShapeDtypeStruct((_scratch_bytes(b * t, capacity),), jnp.uint8),
         ],
         *(q.key, q.scale, weight, keys.key, keys.scale, n_visible),
+        weight_scale=np.float32(weight_scale),
     )
     return (idx, scores) if return_scores else idx
 

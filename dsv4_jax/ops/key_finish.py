@@ -12,21 +12,35 @@ from dsv4_jax.ops._check import FLOAT32, FLOATS, INTEGERS, as_int32, check_choic
 from dsv4_jax.ops.cache_write import cache_write
 from dsv4_jax.ops.query_finish import CHUNK, MAX_ROTARY, MAX_WIDTH
 from dsv4_jax.ops.rmsnorm import rmsnorm
+from dsv4_jax.ops.rmsnorm_fp8 import CHANNELS, rmsnorm_fp8, rmsnorm_fp8_takes
+from dsv4_jax.ops.rmsnorm_nvfp4 import BFLOAT16, MAX_DIM
 from dsv4_jax.ops.rope import rope
 from dsv4_jax.quant import fp8
+from dsv4_jax.quant.fp8 import Fp8
 from dsv4_jax.quant.kv import KvRows, kv_quant
-from dsv4_jax.typing import E4M3, UE8M0, Array, Float, Float32, Int32
+from dsv4_jax.typing import E4M3, UE8M0, Array, BFloat16, Float, Float32, Int32
 
-__all__ = ["FinishedKeys", "key_finish", "ring_takes_first"]
+__all__ = ["FinishedKeys", "QueryNorm", "key_finish", "ring_takes_first"]
 
 FORMS = ("fp8", "bfloat16", "float32")
 
 
+class QueryNorm(NamedTuple):
+    """Low-rank queries and the weight of their norm: a second job beside the keys."""
+
+    x: BFloat16[Array, "n r"]
+    weight: BFloat16[Array, "r"]
+
+
 class FinishedKeys(NamedTuple):
-    """A chunk's keys ``[b, t, ...]`` as stored, and the ring ``[b, s, ...]`` after them."""
+    """A chunk's keys ``[b, t, ...]`` as stored, and the ring ``[b, s, ...]`` after them.
+
+    ``query``: the normed queries, codes ``[n, r]`` and scales ``[n, ceil(r / 128)]``.
+    """
 
     rows: KvRows
     ring: KvRows | None
+    query: Fp8 | None = None
 
 
 def ring_takes_first(t: int, slots: int, window: int) -> bool:
@@ -50,6 +64,7 @@ def key_finish(
     form: Literal["fp8", "bfloat16", "float32"],
     ring: KvRows | None = None,
     count: Int32[Array, "b"] | None = None,
+    query: QueryNorm | None = None,
 ) -> FinishedKeys:
     """``kv_quant(rope(rmsnorm(kv, weight), start + j))``, also into a ring in place.
 
@@ -62,22 +77,25 @@ def key_finish(
     BF16 keys in form ``fp8`` of up to 512 channels are one foreign call, a key independent of all
     others; other dtypes and sizes are the ops of the formula. The call adds squares in an order of
     its own (the same on CPU and GPU), so that against those a value on a rounding tie may fall the
-    other way. NaN and infinities stay in their key, NaN of a block of 64 in its scale. No gradient.
+    other way. A ``query`` has the bits of `rmsnorm_fp8`; it is done in the same call and, with few
+    tokens, in the same launch. NaN and infinities stay in their key, NaN of a block of 64 in its
+    scale. No gradient.
     Under `jax.vmap` a call per element. Arrays on several devices are gathered unless the call is
     inside `jax.shard_map`.
 
     Args:
         weight: of the norm.
         frequencies: ``[rotary / 2]``, of the last ``rotary`` channels.
-        eps: added to the mean square.
+        eps: added to the mean squares.
         form: of the keys, as `kv_quant` has it.
         ring: in the same form.
         count: real tokens of each row, held to ``0 .. t``; with a ring only.
+        query: to be normed and quantised as well.
 
     Raises:
         TypeError: a dtype is not accepted.
-        ValueError: shapes disagree, ``form`` is unknown, or ``ring`` and ``count`` do not come
-            together.
+        ValueError: shapes disagree, ``form`` is unknown, ``ring`` and ``count`` do not come
+            together, or ``query`` is none that `rmsnorm_fp8_takes`.
     """
     check_operand("key_finish", "kv", kv, "b t d", FLOATS)
     check_operand("key_finish", "weight", weight, "d", FLOATS)
@@ -98,22 +116,25 @@ def key_finish(
         _check_shape("count", count, (b,))
         _check_ring(ring, form, b, d, rotary)
         count = as_int32(count)
+    if query is not None:
+        _check_query(query)
     nope = d - rotary
     served = nope % fp8.KV_BLOCK == 0 and d <= MAX_WIDTH
     served = served and rotary % CHUNK == 0 and rotary <= MAX_ROTARY
     both = kv.dtype == weight.dtype == jnp.bfloat16
     if both and served and form == "fp8":
-        return _call(kv, weight, start, frequencies, eps, ring, count)
+        return _call(kv, weight, start, frequencies, eps, ring, count, query)
+    normed = None if query is None else rmsnorm_fp8(query.x, query.weight, eps)
     positions = start[:, None] + jnp.arange(t, dtype=jnp.int32)
     rows = kv_quant(rope(rmsnorm(kv, weight, eps), positions, frequencies), rotary, form)
     if ring is None or count is None:
-        return FinishedKeys(rows, None)
+        return FinishedKeys(rows, None, normed)
     slots = ring.nope.shape[1]
     taken = jnp.clip(count, 0, t)
     offset = jnp.arange(t, dtype=jnp.int32)
     keep = (offset < taken[:, None]) & (offset >= taken[:, None] - slots) & (start >= 0)[:, None]
     at = jnp.where(keep, positions % max(slots, 1), slots)
-    return FinishedKeys(rows, cache_write(ring, rows, at))
+    return FinishedKeys(rows, cache_write(ring, rows, at), normed)
 
 
 def _call(
@@ -124,6 +145,7 @@ def _call(
     eps: float,
     ring: KvRows | None,
     count: Array | None,
+    query: QueryNorm | None,
 ) -> FinishedKeys:
     """The foreign call."""
     (b, t, d), rotary = kv.shape, 2 * frequencies.shape[0]
@@ -141,13 +163,33 @@ def _call(
             aliases[len(operands)] = len(results)
             operands.append(leaf)
             results.append(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    if query is not None:
+        operands += query
+        n, r = query.x.shape
+        results.append(jax.ShapeDtypeStruct((n, r), E4M3))
+        results.append(jax.ShapeDtypeStruct((n, -(-r // fp8.ACT_BLOCK)), UE8M0))
     done = library.call("key_finish", results, *operands, aliases=aliases, eps=np.float32(eps))
-    return FinishedKeys(KvRows(*done[:3]), KvRows(*done[3:]) if done[3:] else None)
+    parts = [tuple(done[i : i + 3]) for i in range(0, 6 if ring is not None else 3, 3)]
+    normed = None if query is None else Fp8(*done[-2:])
+    return FinishedKeys(KvRows(*parts[0]), KvRows(*parts[1]) if parts[1:] else None, normed)
 
 
 def _check_shape(name: str, x: Array, want: tuple[int, ...]) -> None:
     if x.shape != want:
         raise ValueError(f"key_finish: {name} must be {list(want)}, got {list(x.shape)}")
+
+
+def _check_query(query: QueryNorm) -> None:
+    """What `rmsnorm_fp8` takes, in two axes."""
+    check_operand("key_finish", "query x", query.x, "n r", BFLOAT16)
+    check_operand("key_finish", "query weight", query.weight, "r", BFLOAT16)
+    r = query.x.shape[1]
+    if not rmsnorm_fp8_takes(r):
+        raise ValueError(
+            f"key_finish: query x must have a multiple of {CHANNELS} channels, "
+            f"{CHANNELS}..{MAX_DIM}, got {list(query.x.shape)}"
+        )
+    _check_shape("query weight", query.weight, (r,))
 
 
 def _check_ring(ring: KvRows, form: str, b: int, d: int, rotary: int) -> None:

@@ -13,7 +13,7 @@ from dsv4_jax.ops.head_norm import head_norm
 from dsv4_jax.ops.rope import rope
 from dsv4_jax.typing import Array, Float, Float32, Int32
 
-__all__ = ["CHUNK", "MAX_ROTARY", "MAX_WIDTH", "query_finish"]
+__all__ = ["CHUNK", "MAX_ROTARY", "MAX_WIDTH", "check_queries", "query_finish"]
 
 CHUNK, MAX_WIDTH, MAX_ROTARY = 8, 512, 64
 """``kChunkChannels``, ``kRowMaxChannels`` and ``kMaxRotary`` of ffi/common/channels.h."""
@@ -47,22 +47,11 @@ def query_finish(
         ValueError: shapes disagree, ``q`` has fewer channels than the rotation, or ``rounding`` is
             not one of the two.
     """
-    check_operand("query_finish", "q", q, "b t h d", FLOATS)
-    check_operand("query_finish", "positions", positions, "b t", INTEGERS)
-    check_choice("query_finish", "rounding", rounding, ("float32", "bfloat16"))
     frequencies = jnp.asarray(frequencies)
-    check_operand("query_finish", "frequencies", frequencies, "f", FLOAT32)
-    (b, t, h, d), rotary = q.shape, 2 * frequencies.shape[0]
-    if d < max(rotary, 1):
-        raise ValueError(f"query_finish: q must have at least {max(rotary, 1)} channels, got {d}")
-    if positions.shape != (b, t):
-        raise ValueError(
-            f"query_finish: positions must be [{b}, {t}] for q {list(q.shape)}, "
-            f"got {list(positions.shape)}"
-        )
-    served = d % CHUNK == 0 and d <= MAX_WIDTH and rotary % CHUNK == 0 and rotary <= MAX_ROTARY
-    if q.dtype != jnp.bfloat16 or not served:
+    check_choice("query_finish", "rounding", rounding, ("float32", "bfloat16"))
+    if not check_queries("query_finish", "q", q, positions, frequencies):
         return rope(head_norm(q, eps, rounding=rounding), positions, frequencies)
+    b, t, h, d = q.shape
     (y,) = library.call(
         "query_finish",
         [jax.ShapeDtypeStruct((b * t, h, d), q.dtype)],
@@ -73,3 +62,25 @@ def query_finish(
         bf16_steps=np.int32(rounding == "bfloat16"),
     )
     return y.reshape(q.shape)
+
+
+def check_queries(op: str, name: str, q: Array, positions: Array, frequencies: Array) -> bool:
+    """Of ``[b, t, h, d]``; whether the foreign call takes them.
+
+    Raises:
+        TypeError: a dtype is not accepted.
+        ValueError: shapes disagree, or there are fewer channels than the rotation has.
+    """
+    check_operand(op, name, q, "b t h d", FLOATS)
+    check_operand(op, "positions", positions, "b t", INTEGERS)
+    check_operand(op, "frequencies", frequencies, "f", FLOAT32)
+    (b, t, _, d), rotary = q.shape, 2 * frequencies.shape[0]
+    if d < max(rotary, 1):
+        raise ValueError(f"{op}: {name} must have at least {max(rotary, 1)} channels, got {d}")
+    if positions.shape != (b, t):
+        raise ValueError(
+            f"{op}: positions must be [{b}, {t}] for {name} {list(q.shape)}, "
+            f"got {list(positions.shape)}"
+        )
+    served = d % CHUNK == 0 and d <= MAX_WIDTH and rotary % CHUNK == 0 and rotary <= MAX_ROTARY
+    return q.dtype == jnp.bfloat16 and served

@@ -1,12 +1,14 @@
 // Eight channels a thread, so that a warp has two heads of 128: three stages of butterflies in
 // registers, four by shuffles. A thread block takes some heads of one token, whose sines and
-// cosines its first warp makes while the heads are on their way.
+// cosines its first warp makes while the heads are on their way. Behind those thread blocks there
+// may be some that finish the layer's own queries, which share nothing with them but the launch.
 #include <cuda_runtime.h>
 
 #include "common/barrier.cuh"
 #include "common/channels.cuh"
 #include "common/ue8m0.h"
 #include "index_query_finish/index_query_finish.h"
+#include "query_finish/query_finish.cuh"
 
 namespace dsv4 {
 namespace {
@@ -63,8 +65,7 @@ __device__ __forceinline__ void Transform(float (&y)[kChunkChannels], int lane) 
 
 // kLanes: threads of a head.
 template <int kLanes, bool kFp8, bool kAligned>
-__global__ void __launch_bounds__(kThreads)
-    IndexQueryFinishKernel(const __grid_constant__ IndexQueryFinishParams p, int heads) {
+__device__ __forceinline__ void FinishIndexHeads(const IndexQueryFinishParams& p, int heads) {
   constexpr int kWidth = kLanes * kChunkChannels;
   constexpr int kHeads = kThreads / kLanes;  // at a time
   __shared__ __align__(16) float2 turns[kMaxRotary / 2];
@@ -133,6 +134,28 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+template <int kLanes, bool kFp8, bool kAligned>
+__global__ void __launch_bounds__(kThreads)
+    IndexQueryFinishKernel(const __grid_constant__ IndexQueryFinishParams p, int heads) {
+  FinishIndexHeads<kLanes, kFp8, kAligned>(p, heads);
+}
+
+constexpr int kModelLanes = kIndexQueryMaxWidth / kChunkChannels;
+constexpr int kModelHeads = kThreads / kModelLanes;  // of a thread block
+
+// The first `blocks` thread blocks finish indexer queries, the others those of the layer: one head
+// a thread or warp.
+template <bool kFp8, bool kSteps>
+__global__ void __launch_bounds__(kThreads)
+    BothQueriesKernel(const __grid_constant__ IndexQueryFinishParams p,
+                      const __grid_constant__ QueryFinishParams heads, uint32_t blocks) {
+  if (blockIdx.x < blocks) {
+    FinishIndexHeads<kModelLanes, kFp8, true>(p, kModelHeads);
+  } else {
+    FinishHeads<kWarps, true, true, kSteps>(heads, kWarps, blockIdx.x - blocks);
+  }
+}
+
 // Thread blocks that an SM holds at a time: where there are more, a thread takes several heads.
 constexpr int64_t kResident = 12;
 constexpr int kMostRounds = 8;
@@ -163,7 +186,43 @@ cudaError_t LaunchForm(const IndexQueryFinishParams& params, cudaStream_t stream
   return Launch<16, kFp8>(params, stream);
 }
 
+// More tokens are the business of the kernels that are made for them, whose threads take several
+// heads: a launch more is nothing to those.
+constexpr int64_t kFewTokens = 32;
+
+bool InOneLaunch(const IndexQueryFinishParams& p, const QueryFinishParams& heads) {
+  const uintptr_t addresses =
+      reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(heads.x);
+  const bool some = p.t > 0 && p.t <= kFewTokens && p.h > 0 && heads.h > 0;
+  const bool few = p.h <= INT32_MAX / 64 && heads.h <= INT32_MAX / 64;  // thread blocks
+  return some && few && p.d == kIndexQueryMaxWidth && heads.d == kRowMaxChannels &&
+         addresses % 16 == 0;
+}
+
+template <bool kFp8>
+cudaError_t LaunchBoth(const IndexQueryFinishParams& p, const QueryFinishParams& heads,
+                       cudaStream_t stream) {
+  const auto blocks = static_cast<unsigned>(p.t * ((p.h + kModelHeads - 1) / kModelHeads));
+  const auto grid = blocks + static_cast<unsigned>(heads.t * ((heads.h + kWarps - 1) / kWarps));
+  if (heads.bf16_steps) {
+    BothQueriesKernel<kFp8, true><<<grid, kThreads, 0, stream>>>(p, heads, blocks);
+  } else {
+    BothQueriesKernel<kFp8, false><<<grid, kThreads, 0, stream>>>(p, heads, blocks);
+  }
+  return cudaGetLastError();
+}
+
 }  // namespace
+
+cudaError_t BothQueriesCuda(const IndexQueryFinishParams& params, const QueryFinishParams& heads,
+                            cudaStream_t stream) {
+  if (!InOneLaunch(params, heads)) {
+    const cudaError_t error = IndexQueryFinishCuda(params, stream);
+    return error != cudaSuccess ? error : QueryFinishCuda(heads, stream);
+  }
+  if (params.form == IndexQueryForm::kFp8) return LaunchBoth<true>(params, heads, stream);
+  return LaunchBoth<false>(params, heads, stream);
+}
 
 cudaError_t IndexQueryFinishCuda(const IndexQueryFinishParams& params, cudaStream_t stream) {
   if (params.t == 0 || params.h == 0) return cudaSuccess;

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/channels.h"
+#include "query_finish/query_finish.h"
 
 #ifdef DSV4_CUDA
 #include <cuda_runtime_api.h>
@@ -40,6 +41,10 @@ void IndexQueryFinishCpu(const IndexQueryFinishParams& params, int64_t first, in
 
 #ifdef DSV4_CUDA
 cudaError_t IndexQueryFinishCuda(const IndexQueryFinishParams& params, cudaStream_t stream);
+
+// And QueryFinishCuda of the same tokens: one launch for few of them.
+cudaError_t BothQueriesCuda(const IndexQueryFinishParams& params, const QueryFinishParams& heads,
+                            cudaStream_t stream);
 #endif
 
 }  // namespace dsv4

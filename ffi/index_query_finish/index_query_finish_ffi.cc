@@ -1,4 +1,5 @@
-// Handlers of dsv4.index_query_finish. Operands: x, positions, frequencies; results: code, scale.
+// Handlers of dsv4.index_query_finish. Operands: x, positions, frequencies and, for a query_finish
+// of the same tokens, its x; results: code, scale and then its y.
 #include <cmath>
 #include <cstdint>
 #include <string>
@@ -63,25 +64,80 @@ ffi::Error Fill(int32_t abi, int32_t form, const ffi::AnyBuffer& x, const ffi::A
   return ffi::Error::Success();
 }
 
-ffi::Error CpuImpl(ffi::ThreadPool pool, int32_t abi, int32_t form, ffi::AnyBuffer x,
-                   ffi::AnyBuffer positions, ffi::AnyBuffer frequencies, Out code, Out scale) {
-  IndexQueryFinishParams params{};
-  DSV4_RETURN_IF_ERROR(Fill(abi, form, x, positions, frequencies, code, scale, params));
-  ParallelFor(pool, params.t, kGrainChannels / (params.h * params.d + 1) + 1,
-              [&](int64_t begin, int64_t end) { IndexQueryFinishCpu(params, begin, end); });
+// The second job; `params` is that of the first. Without one `heads.x` stays as it is.
+ffi::Error FillHeads(float eps, int32_t bf16_steps, const ffi::RemainingArgs& args,
+                     const ffi::RemainingRets& rets, const IndexQueryFinishParams& params,
+                     QueryFinishParams& heads) {
+  if (bf16_steps != 0 && bf16_steps != 1) {
+    return InvalidArgument(kOp, "bf16_steps must be 0 or 1, got " + std::to_string(bf16_steps));
+  }
+  if (args.size() > 1 || args.size() != rets.size()) {
+    return InvalidArgument(
+        kOp, "must have 3 operands and 2 results, 1 and 1 more with heads, got " +
+                 std::to_string(3 + args.size()) + " and " + std::to_string(2 + rets.size()));
+  }
+  if (args.size() == 0) return ffi::Error::Success();
+  auto x = args.get<ffi::AnyBuffer>(0);
+  auto y = rets.get<ffi::AnyBuffer>(0);
+  if (!x || !y) return InvalidArgument(kOp, "heads must be buffers");
+  DSV4_RETURN_IF_ERROR(CheckDtype(kOp, "heads x", x->element_type(), {ffi::DataType::BF16}));
+  DSV4_RETURN_IF_ERROR(CheckDtype(kOp, "heads y", (*y)->element_type(), {ffi::DataType::BF16}));
+  const Dims dims = x->dimensions();
+  if (dims.size() != 3 || dims[2] < kChunkChannels || dims[2] % kChunkChannels != 0 ||
+      dims[2] > kRowMaxChannels || dims[2] < params.rotary) {
+    return InvalidArgument(kOp, "heads x must be [t, n, c] with c a multiple of 8, rotary " +
+                                    std::to_string(params.rotary) + ".." +
+                                    std::to_string(kRowMaxChannels) + ", got " + ToString(dims));
+  }
+  heads.t = params.t;
+  heads.h = dims[1];
+  heads.d = dims[2];
+  heads.rotary = params.rotary;
+  DSV4_RETURN_IF_ERROR(CheckShape(kOp, "heads x", dims, {heads.t, heads.h, heads.d}));
+  DSV4_RETURN_IF_ERROR(CheckShape(kOp, "heads y", (*y)->dimensions(), {heads.t, heads.h, heads.d}));
+  heads.x = static_cast<const uint16_t*>(x->untyped_data());
+  heads.positions = params.positions;
+  heads.frequencies = params.frequencies;
+  heads.y = static_cast<uint16_t*>((*y)->untyped_data());
+  heads.eps = eps;
+  heads.reciprocal_d = 1.0f / static_cast<float>(heads.d);
+  heads.bf16_steps = bf16_steps == 1;
   return ffi::Error::Success();
 }
 
-ffi::Error CudaImpl(CudaStream stream, int32_t abi, int32_t form, ffi::AnyBuffer x,
-                    ffi::AnyBuffer positions, ffi::AnyBuffer frequencies, Out code, Out scale) {
+ffi::Error CpuImpl(ffi::ThreadPool pool, int32_t abi, int32_t form, float eps, int32_t bf16_steps,
+                   ffi::AnyBuffer x, ffi::AnyBuffer positions, ffi::AnyBuffer frequencies,
+                   ffi::RemainingArgs args, Out code, Out scale, ffi::RemainingRets rets) {
   IndexQueryFinishParams params{};
+  QueryFinishParams heads{};
   DSV4_RETURN_IF_ERROR(Fill(abi, form, x, positions, frequencies, code, scale, params));
+  DSV4_RETURN_IF_ERROR(FillHeads(eps, bf16_steps, args, rets, params, heads));
+  ParallelFor(pool, params.t, kGrainChannels / (params.h * params.d + 1) + 1,
+              [&](int64_t begin, int64_t end) { IndexQueryFinishCpu(params, begin, end); });
+  if (heads.x == nullptr) return ffi::Error::Success();
+  ParallelFor(pool, heads.t, 2 * kGrainChannels / (heads.h * heads.d + 1) + 1,
+              [&](int64_t begin, int64_t end) { QueryFinishCpu(heads, begin, end); });
+  return ffi::Error::Success();
+}
+
+ffi::Error CudaImpl(CudaStream stream, int32_t abi, int32_t form, float eps, int32_t bf16_steps,
+                    ffi::AnyBuffer x, ffi::AnyBuffer positions, ffi::AnyBuffer frequencies,
+                    ffi::RemainingArgs args, Out code, Out scale, ffi::RemainingRets rets) {
+  IndexQueryFinishParams params{};
+  QueryFinishParams heads{};
+  DSV4_RETURN_IF_ERROR(Fill(abi, form, x, positions, frequencies, code, scale, params));
+  DSV4_RETURN_IF_ERROR(FillHeads(eps, bf16_steps, args, rets, params, heads));
   if (!IsAligned(params.code, params.d / 2, 8)) {
     return InvalidArgument(kOp, "code must be aligned to 8 bytes");
   }
-  if (params.t == 0 || params.h == 0) return ffi::Error::Success();
-  return LaunchCuda(kOp, stream, counts,
-                    [&](cudaStream_t on) { return IndexQueryFinishCuda(params, on); });
+  if (heads.x != nullptr && !IsAligned(heads.y, 2 * heads.d, 16)) {
+    return InvalidArgument(kOp, "heads y must be aligned to 16 bytes");
+  }
+  if (params.t == 0 || (params.h == 0 && heads.h == 0)) return ffi::Error::Success();
+  return LaunchCuda(kOp, stream, counts, [&](cudaStream_t on) {
+    return heads.x == nullptr ? IndexQueryFinishCuda(params, on)
+                              : BothQueriesCuda(params, heads, on);
+  });
 }
 
 auto CudaBinding() {
@@ -89,11 +145,15 @@ auto CudaBinding() {
       .Ctx<ffi::PlatformStream<CudaStream>>()
       .Attr<int32_t>("abi")
       .Attr<int32_t>("form")
-      .Arg<ffi::AnyBuffer>()   // x [t, h, d]
-      .Arg<ffi::AnyBuffer>()   // positions [t]
-      .Arg<ffi::AnyBuffer>()   // frequencies [rotary / 2]
-      .Ret<ffi::AnyBuffer>()   // code [t, h, d]
-      .Ret<ffi::AnyBuffer>();  // scale [t, h, d / 32] or [t, h, 1]
+      .Attr<float>("eps")
+      .Attr<int32_t>("bf16_steps")
+      .Arg<ffi::AnyBuffer>()  // x [t, h, d]
+      .Arg<ffi::AnyBuffer>()  // positions [t]
+      .Arg<ffi::AnyBuffer>()  // frequencies [rotary / 2]
+      .RemainingArgs()        // heads x [t, n, c]
+      .Ret<ffi::AnyBuffer>()  // code [t, h, d]
+      .Ret<ffi::AnyBuffer>()  // scale [t, h, d / 32] or [t, h, 1]
+      .RemainingRets();       // heads y [t, n, c]
 }
 
 XLA_FFI_DEFINE_HANDLER(kCpu, CpuImpl,
@@ -101,11 +161,15 @@ XLA_FFI_DEFINE_HANDLER(kCpu, CpuImpl,
                            .Ctx<ffi::ThreadPool>()
                            .Attr<int32_t>("abi")
                            .Attr<int32_t>("form")
-                           .Arg<ffi::AnyBuffer>()    // x [t, h, d]
-                           .Arg<ffi::AnyBuffer>()    // positions [t]
-                           .Arg<ffi::AnyBuffer>()    // frequencies [rotary / 2]
-                           .Ret<ffi::AnyBuffer>()    // code [t, h, d]
-                           .Ret<ffi::AnyBuffer>());  // scale [t, h, d / 32] or [t, h, 1]
+                           .Attr<float>("eps")
+                           .Attr<int32_t>("bf16_steps")
+                           .Arg<ffi::AnyBuffer>()  // x [t, h, d]
+                           .Arg<ffi::AnyBuffer>()  // positions [t]
+                           .Arg<ffi::AnyBuffer>()  // frequencies [rotary / 2]
+                           .RemainingArgs()        // heads x [t, n, c]
+                           .Ret<ffi::AnyBuffer>()  // code [t, h, d]
+                           .Ret<ffi::AnyBuffer>()  // scale [t, h, d / 32] or [t, h, 1]
+                           .RemainingRets());      // heads y [t, n, c]
 XLA_FFI_DEFINE_HANDLER(kCuda, CudaImpl, CudaBinding(), {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kCudaDebug, CudaImpl, CudaBinding());
 

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads)
     __syncwarp();
     float dot = 0;
     for (int64_t c = 0; c < d; ++c) dot += q[c] * keys[lane * (d + 1) + c];
-    sum += (dot < 0.0f ? 0.0f : dot) * p.weight[row];  // NaN stays
+    sum += (dot < 0.0f ? 0.0f : dot) * IndexWeight(p, IndexWeightBits(p, row));  // NaN stays
   }
   sums[warp * kKeys + lane] = sum;
   __syncthreads();

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/bits.h"
 #include "common/host_device.h"
 #include "common/parallel.h"
 
@@ -19,14 +20,15 @@ enum class IndexForm {
 };
 
 // Of the query (i, j), entry w < n_visible[i, j] of row i scores
-//   score_w = sum_h weight[i, j, h] relu(q[i, j, h] . key[i, w])
+//   score_w = sum_h round(weight[i, j, h] weight_scale) relu(q[i, j, h] . key[i, w])
 // and idx gets the ids of the min(topk, n_visible) largest scores, ascending, then -1. Equal
 // scores: the lower id first. -0 equals 0; NaN is below every number, above it -inf is a number.
+// The scaled weights are rounded to what weights are.
 struct IndexTopkParams {
   IndexForm form;
   const uint8_t* q;          // [b, t, h, d] codes
   const uint8_t* q_scale;    // [b, t, h, d / 32 or 1]
-  const float* weight;       // [b, t, h]
+  const void* weight;        // [b, t, h] BF16 or FP32
   const uint8_t* key;        // [b, slots, d] codes
   const uint8_t* key_scale;  // [b, slots, d / 32 or 1]
   const int32_t* n_visible;  // [b, t]
@@ -35,7 +37,20 @@ struct IndexTopkParams {
   void* scratch;  // CUDA: scratch_bytes of it, of any contents
   int64_t scratch_bytes;
   int64_t b, t, h, d, slots, topk;
+  float weight_scale;
+  bool bf16_weight;
 };
+
+// The bits of a head's weight, and the weight that they are of: apart, so that a kernel may ask for
+// many before it waits for one.
+DSV4_HOST_DEVICE inline uint32_t IndexWeightBits(const IndexTopkParams& p, int64_t row) {
+  return p.bf16_weight ? uint32_t{static_cast<const uint16_t*>(p.weight)[row]}
+                       : static_cast<const uint32_t*>(p.weight)[row];
+}
+DSV4_HOST_DEVICE inline float IndexWeight(const IndexTopkParams& p, uint32_t bits) {
+  if (!p.bf16_weight) return FloatFromBits(bits) * p.weight_scale;
+  return Bf16ToFloat(FloatToBf16(Bf16ToFloat(static_cast<uint16_t>(bits)) * p.weight_scale));
+}
 
 // The most channels of a key.
 constexpr int64_t kIndexTopkMaxWidth = 1024;

@@ -95,7 +95,8 @@ class Scorer {
         width_(PaddedInputs(p_.d)),
         rows_(kBlockKeys * width_),
         keys_(width_ * kBlockKeys),
-        dot_(p_.h * kBlockKeys) {}
+        dot_(p_.h * kBlockKeys),
+        weight_(p_.h) {}
 
   void LoadQuery(int64_t token, std::vector<float>& q) const {
     q.resize(p_.h * width_);
@@ -117,7 +118,10 @@ class Scorer {
   void Score(const std::vector<float>& q, int64_t token, float* score) {
     WeightedSums(q.data(), width_, p_.h, keys_.data(), kBlockKeys, width_, kBlockKeys, dot_.data(),
                  kBlockKeys);
-    AddHeads(dot_.data(), p_.weight + token * p_.h, p_.h, score);
+    for (int64_t head = 0; head < p_.h; ++head) {
+      weight_[head] = IndexWeight(p_, IndexWeightBits(p_, token * p_.h + head));
+    }
+    AddHeads(dot_.data(), weight_.data(), p_.h, score);
   }
 
  private:
@@ -132,7 +136,7 @@ class Scorer {
 
   const IndexTopkParams& p_;
   const int64_t width_;
-  std::vector<float> rows_, keys_, dot_;
+  std::vector<float> rows_, keys_, dot_, weight_;
 };
 
 int32_t* ChoiceOf(const IndexTopkParams& p, int64_t token) { return p.idx + token * p.topk; }

@@ -61,13 +61,17 @@ ffi::Error FillSizes(const Operands& in, IndexTopkParams& params) {
     ffi::DataType dtype;
     std::initializer_list<int64_t> shape;
   } others[] = {{"q scale", in.q_scale, ffi::DataType::F8E8M0FNU, {b, t, h, scales}},
-                {"weight", in.weight, ffi::DataType::F32, {b, t, h}},
                 {"key scale", in.key_scale, ffi::DataType::F8E8M0FNU, {b, s, scales}},
                 {"n_visible", in.n_visible, ffi::DataType::S32, {b, t}}};
   for (const auto& other : others) {
     DSV4_RETURN_IF_ERROR(CheckDtype(kOp, other.name, other.buffer.element_type(), {other.dtype}));
     DSV4_RETURN_IF_ERROR(CheckShape(kOp, other.name, other.buffer.dimensions(), other.shape));
   }
+  const ffi::DataType weights = in.weight.element_type();
+  DSV4_RETURN_IF_ERROR(
+      CheckDtype(kOp, "weight", weights, {ffi::DataType::BF16, ffi::DataType::F32}));
+  DSV4_RETURN_IF_ERROR(CheckShape(kOp, "weight", in.weight.dimensions(), {b, t, h}));
+  params.bf16_weight = weights == ffi::DataType::BF16;
   return ffi::Error::Success();
 }
 
@@ -95,37 +99,41 @@ ffi::Error FillResults(Results out, IndexTopkParams& params) {
   return ffi::Error::Success();
 }
 
-ffi::Error Fill(int32_t abi, const Operands& in, const Results& out, IndexTopkParams& params) {
+ffi::Error Fill(int32_t abi, float weight_scale, const Operands& in, const Results& out,
+                IndexTopkParams& params) {
   DSV4_RETURN_IF_ERROR(CheckAbi(kOp, abi));
   DSV4_RETURN_IF_ERROR(FillSizes(in, params));
   DSV4_RETURN_IF_ERROR(FillResults(out, params));
   params.q = static_cast<const uint8_t*>(in.q.untyped_data());
   params.q_scale = static_cast<const uint8_t*>(in.q_scale.untyped_data());
-  params.weight = static_cast<const float*>(in.weight.untyped_data());
+  params.weight = in.weight.untyped_data();
+  params.weight_scale = weight_scale;
   params.key = static_cast<const uint8_t*>(in.key.untyped_data());
   params.key_scale = static_cast<const uint8_t*>(in.key_scale.untyped_data());
   params.n_visible = static_cast<const int32_t*>(in.n_visible.untyped_data());
   return ffi::Error::Success();
 }
 
-ffi::Error CpuImpl(ffi::ThreadPool pool, int32_t abi, ffi::AnyBuffer q, ffi::AnyBuffer q_scale,
-                   ffi::AnyBuffer weight, ffi::AnyBuffer key, ffi::AnyBuffer key_scale,
-                   ffi::AnyBuffer n_visible, Out idx, Out scores, Out scratch) {
+ffi::Error CpuImpl(ffi::ThreadPool pool, int32_t abi, float weight_scale, ffi::AnyBuffer q,
+                   ffi::AnyBuffer q_scale, ffi::AnyBuffer weight, ffi::AnyBuffer key,
+                   ffi::AnyBuffer key_scale, ffi::AnyBuffer n_visible, Out idx, Out scores,
+                   Out scratch) {
   IndexTopkParams params{};
-  DSV4_RETURN_IF_ERROR(
-      Fill(abi, {q, q_scale, weight, key, key_scale, n_visible}, {idx, scores, scratch}, params));
+  DSV4_RETURN_IF_ERROR(Fill(abi, weight_scale, {q, q_scale, weight, key, key_scale, n_visible},
+                            {idx, scores, scratch}, params));
   IndexTopkCpu(params, [&](int64_t count, int64_t grain, const auto& body) {
     ParallelFor(pool, count, grain, body);
   });
   return ffi::Error::Success();
 }
 
-ffi::Error CudaImpl(CudaStream stream, int32_t abi, ffi::AnyBuffer q, ffi::AnyBuffer q_scale,
-                    ffi::AnyBuffer weight, ffi::AnyBuffer key, ffi::AnyBuffer key_scale,
-                    ffi::AnyBuffer n_visible, Out idx, Out scores, Out scratch) {
+ffi::Error CudaImpl(CudaStream stream, int32_t abi, float weight_scale, ffi::AnyBuffer q,
+                    ffi::AnyBuffer q_scale, ffi::AnyBuffer weight, ffi::AnyBuffer key,
+                    ffi::AnyBuffer key_scale, ffi::AnyBuffer n_visible, Out idx, Out scores,
+                    Out scratch) {
   IndexTopkParams params{};
-  DSV4_RETURN_IF_ERROR(
-      Fill(abi, {q, q_scale, weight, key, key_scale, n_visible}, {idx, scores, scratch}, params));
+  DSV4_RETURN_IF_ERROR(Fill(abi, weight_scale, {q, q_scale, weight, key, key_scale, n_visible},
+                            {idx, scores, scratch}, params));
   if (params.b * params.t == 0) return ffi::Error::Success();
   return LaunchCuda(kOp, stream, counts,
                     [&](cudaStream_t on) { return IndexTopkCuda(params, on); });
@@ -135,6 +143,7 @@ auto CudaBinding() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::PlatformStream<CudaStream>>()
       .Attr<int32_t>("abi")
+      .Attr<float>("weight_scale")
       .Arg<ffi::AnyBuffer>()   // q [b, t, h, d]
       .Arg<ffi::AnyBuffer>()   // its scale [b, t, h, d / 32 or 1]
       .Arg<ffi::AnyBuffer>()   // weight [b, t, h]
@@ -150,6 +159,7 @@ XLA_FFI_DEFINE_HANDLER(kCpu, CpuImpl,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::ThreadPool>()
                            .Attr<int32_t>("abi")
+                           .Attr<float>("weight_scale")
                            .Arg<ffi::AnyBuffer>()    // q [b, t, h, d]
                            .Arg<ffi::AnyBuffer>()    // its scale [b, t, h, d / 32 or 1]
                            .Arg<ffi::AnyBuffer>()    // weight [b, t, h]

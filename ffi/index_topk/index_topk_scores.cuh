@@ -213,20 +213,20 @@ __device__ __forceinline__ void LoadQueries(const IndexTopkParams& p, const Grou
        first += kAtOnce * kConsumers) {
     Codes<kForm> codes[kAtOnce];
     uint32_t scales[kAtOnce];
-    float weights[kAtOnce];
+    uint32_t weights[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {  // what the last group has no query for: zeros
       const int piece = first + i * kConsumers;
       codes[i] = {};
       scales[i] = 0;
-      weights[i] = 0.0f;
+      weights[i] = 0;
       if (piece < pieces) {
         const int64_t row = group.token * kHeads + piece / 4;
         const auto* from = reinterpret_cast<const uint4*>(p.q + row * KeyBytes<kForm>::kCodes);
 #pragma unroll
         for (int j = 0; j < kLoads; ++j) codes[i].raw[j] = __ldg(from + c * kLoads + j);
         scales[i] = __ldg(p.q_scale + (kForm == IndexForm::kMxfp4 ? row * 4 + c : row));
-        weights[i] = __ldg(p.weight + row);
+        weights[i] = IndexWeightBits(p, row);
       }
     }
 #pragma unroll
@@ -242,7 +242,7 @@ __device__ __forceinline__ void LoadQueries(const IndexTopkParams& p, const Grou
       }
       if (c == 0) {
         shared.weights[query][head % 8 / 2 * kWeightPitch + head / 8 * 2 + head % 2] =
-            __fmul_rn(__fmul_rn(weights[i], scale), 0.5f);
+            __fmul_rn(__fmul_rn(IndexWeight(p, weights[i]), scale), 0.5f);
       }
     }
   }

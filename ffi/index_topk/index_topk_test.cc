@@ -116,6 +116,9 @@ struct Problem {
     params.q = q.data();
     params.q_scale = q_scale.data();
     params.weight = weight.data();
+    if (narrow_weight != nullptr) params.weight = narrow_weight;
+    params.bf16_weight = narrow_weight != nullptr;
+    params.weight_scale = weight_scale;
     params.key = key.data();
     params.key_scale = key_scale.data();
     params.n_visible = n_visible.data();
@@ -235,8 +238,28 @@ struct Problem {
   int64_t b, t, h, d, slots, topk;
   Guarded<uint8_t> q, q_scale, key, key_scale;
   Guarded<float> weight;
+  const uint16_t* narrow_weight = nullptr;  // in its place, if any
+  float weight_scale = 1.0f;
   Guarded<int32_t> n_visible;
 };
+
+// Weights that are scaled, rounded to BF16 if they are that, give the bits of those themselves.
+TEST(ScaledWeights) {
+  constexpr float kScale = 0.011f;
+  Problem problem(IndexForm::kMxfp4, 2, 2, 3, 32, 300, 20),
+      scaled(IndexForm::kMxfp4, 2, 2, 3, 32, 300, 20);
+  for (int64_t i = 0; i < scaled.weight.size(); ++i) scaled.weight[i] *= kScale;
+  problem.weight_scale = kScale;
+  EXPECT_EQ(problem.Run(Whole) == scaled.Run(Whole), true, "FP32");
+  Guarded<uint16_t> narrow(problem.weight.size());
+  problem.narrow_weight = narrow.data();
+  for (int64_t i = 0; i < scaled.weight.size(); ++i) {
+    narrow[i] = FloatToBf16(problem.weight[i]);
+    const float product = Bf16ToFloat(narrow[i]) * kScale;
+    scaled.weight[i] = Bf16ToFloat(FloatToBf16(product));
+  }
+  EXPECT_EQ(problem.Run(Whole) == scaled.Run(Threads), true, "BF16");
+}
 
 // Queries of one head that read channel 0 alone, as it is.
 Problem Simple(int64_t b, int64_t t, int64_t slots, int64_t topk) {

@@ -1,11 +1,13 @@
 // A warp per key, the key in its registers from its one read to its one write: one round to memory
 // for everything, a few shuffles for norm and scales. Sines and cosines go through shared memory to
-// the eight lanes that hold rotary channels.
+// the eight lanes that hold rotary channels. Behind the thread blocks of the keys there may be some
+// of a norm, one per token, which share nothing with them but the launch.
 #include <cuda_runtime.h>
 
 #include "common/channels.cuh"
 #include "common/ue8m0.h"
 #include "key_finish/key_finish.h"
+#include "rmsnorm_fp8/rmsnorm_fp8.cuh"
 
 namespace dsv4 {
 namespace {
@@ -69,8 +71,7 @@ __device__ __forceinline__ int Opaque(int x) {
 }
 
 template <bool kWhole, bool kAligned>
-__global__ void __launch_bounds__(kThreads)
-    KeyFinishKernel(const __grid_constant__ KeyFinishParams p) {
+__device__ __forceinline__ void FinishKeys(const KeyFinishParams& p) {
   using Chunks = Layout<kWhole>;
   constexpr int kTurns = kMaxRotary / 2;  // one a lane
   __shared__ __align__(16) float2 turns[kWarps][kTurns];
@@ -147,10 +148,45 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <bool kWhole, bool kAligned>
+__global__ void __launch_bounds__(kThreads)
+    KeyFinishKernel(const __grid_constant__ KeyFinishParams p) {
+  FinishKeys<kWhole, kAligned>(p);
+}
+
+// The first `keys` thread blocks finish keys, each of the others norms a token.
+__global__ void __launch_bounds__(kThreads)
+    KeyFinishNormKernel(const __grid_constant__ KeyFinishParams p,
+                        const __grid_constant__ RmsnormFp8Params norm, uint32_t keys) {
+  if (blockIdx.x < keys) {
+    FinishKeys<true, true>(p);
+  } else {
+    NormToFp8<1, 1, kThreads, true>(norm, blockIdx.x - keys, 0);
+  }
+}
+
+unsigned KeyBlocks(const KeyFinishParams& params) {
+  return static_cast<unsigned>((params.b * params.t + kWarps - 1) / kWarps);
+}
+
+template <bool kWhole, bool kAligned>
 cudaError_t Launch(const KeyFinishParams& params, cudaStream_t stream) {
-  const auto grid = static_cast<unsigned>((params.b * params.t + kWarps - 1) / kWarps);
+  const unsigned grid = KeyBlocks(params);
   KeyFinishKernel<kWhole, kAligned><<<grid, kThreads, 0, stream>>>(params);
   return cudaGetLastError();
+}
+
+uintptr_t Addresses(const uint16_t* x, const uint16_t* weight) {
+  return reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(weight);
+}
+
+// Whole keys and a norm of which a thread has 16 channels. Many tokens are the business of the
+// kernels that are made for them: a launch more is nothing to those.
+bool InOneLaunch(const KeyFinishParams& p, const RmsnormFp8Params& norm) {
+  const bool whole = p.d == kRowMaxChannels && p.rotary == kMaxRotary;
+  const bool few = p.b * p.t > 0 && p.b * p.t <= kManyTokens && norm.t > 0 && norm.t <= kManyTokens;
+  const uintptr_t addresses = Addresses(p.x, p.weight) | Addresses(norm.x, norm.weight);
+  return whole && few && p.slots <= INT32_MAX && addresses % 16 == 0 &&
+         norm.d <= kThreads * kNormBlock;
 }
 
 }  // namespace
@@ -159,13 +195,23 @@ cudaError_t KeyFinishCuda(const KeyFinishParams& params, cudaStream_t stream) {
   const int64_t rows = params.b * params.t;
   if (rows == 0) return cudaSuccess;
   if (rows > INT32_MAX || params.slots > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const uintptr_t addresses =
-      reinterpret_cast<uintptr_t>(params.x) | reinterpret_cast<uintptr_t>(params.weight);
-  if (addresses % 16 != 0) return Launch<false, false>(params, stream);  // a slice
+  if (Addresses(params.x, params.weight) % 16 != 0)
+    return Launch<false, false>(params, stream);  // a slice
   if (params.d != kRowMaxChannels || params.rotary != kMaxRotary) {
     return Launch<false, true>(params, stream);
   }
   return Launch<true, true>(params, stream);
+}
+
+cudaError_t KeyFinishNormCuda(const KeyFinishParams& params, const RmsnormFp8Params& norm,
+                              cudaStream_t stream) {
+  if (!InOneLaunch(params, norm)) {
+    const cudaError_t error = KeyFinishCuda(params, stream);
+    return error != cudaSuccess ? error : RmsnormFp8Cuda(norm, stream);
+  }
+  const unsigned keys = KeyBlocks(params), grid = keys + static_cast<unsigned>(norm.t);
+  KeyFinishNormKernel<<<grid, kThreads, 0, stream>>>(params, norm, keys);
+  return cudaGetLastError();
 }
 
 }  // namespace dsv4

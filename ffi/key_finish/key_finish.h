@@ -5,6 +5,7 @@
 
 #include "common/channels.h"
 #include "common/host_device.h"
+#include "rmsnorm_fp8/rmsnorm_fp8.h"
 
 #ifdef DSV4_CUDA
 #include <cuda_runtime_api.h>
@@ -62,6 +63,10 @@ void KeyFinishCpu(const KeyFinishParams& params, int64_t first, int64_t last);
 
 #ifdef DSV4_CUDA
 cudaError_t KeyFinishCuda(const KeyFinishParams& params, cudaStream_t stream);
+
+// And RmsnormFp8Cuda of a norm that does not depend on the keys: one launch for few tokens.
+cudaError_t KeyFinishNormCuda(const KeyFinishParams& params, const RmsnormFp8Params& norm,
+                              cudaStream_t stream);
 #endif
 
 }  // namespace dsv4

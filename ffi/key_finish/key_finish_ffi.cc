@@ -1,6 +1,6 @@
-// Handlers of dsv4.key_finish. Operands: x, weight, start, frequencies and, for a ring, count and
-// its nope, scale, rope; results: nope, scale, rope of the rows, then the ring's, aliased to the
-// operands.
+// Handlers of dsv4.key_finish. Operands: x, weight, start, frequencies; for a ring, count and its
+// nope, scale, rope; for a norm of queries, its x and weight. Results: nope, scale, rope of the
+// rows; the ring's, aliased to the operands; code and scale of the norm.
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -82,10 +82,47 @@ ffi::Error FillRing(const ffi::RemainingArgs& args, const ffi::RemainingRets& re
   return ffi::Error::Success();
 }
 
+// Operands `arg`, arg + 1, results `ret`, ret + 1.
+ffi::Error FillNorm(float eps, const ffi::RemainingArgs& args, size_t arg,
+                    const ffi::RemainingRets& rets, size_t ret, RmsnormFp8Params& norm) {
+  auto x = args.get<ffi::AnyBuffer>(arg), weight = args.get<ffi::AnyBuffer>(arg + 1);
+  auto code = rets.get<ffi::AnyBuffer>(ret), scale = rets.get<ffi::AnyBuffer>(ret + 1);
+  if (!x || !weight || !code || !scale) return InvalidArgument(kOp, "query must be buffers");
+  DSV4_RETURN_IF_ERROR(CheckDtype(kOp, "query x", x->element_type(), {ffi::DataType::BF16}));
+  DSV4_RETURN_IF_ERROR(
+      CheckDtype(kOp, "query weight", weight->element_type(), {ffi::DataType::BF16}));
+  DSV4_RETURN_IF_ERROR(
+      CheckDtype(kOp, "query code", (*code)->element_type(), {ffi::DataType::F8E4M3FN}));
+  DSV4_RETURN_IF_ERROR(
+      CheckDtype(kOp, "query scale", (*scale)->element_type(), {ffi::DataType::F8E8M0FNU}));
+  const Dims dims = x->dimensions();
+  if (dims.size() != 2)
+    return InvalidArgument(kOp, "query x must be [n, r], got " + ToString(dims));
+  const int64_t n = dims[0], r = dims[1];
+  if (r < kNormBlock || r % kNormBlock != 0 || r > kNormMaxDim) {
+    return InvalidArgument(kOp, "query x must have a multiple of 16 channels, 16.." +
+                                    std::to_string(kNormMaxDim) + ", got " + ToString(dims));
+  }
+  DSV4_RETURN_IF_ERROR(CheckShape(kOp, "query weight", weight->dimensions(), {r}));
+  DSV4_RETURN_IF_ERROR(CheckShape(kOp, "query code", (*code)->dimensions(), {n, r}));
+  DSV4_RETURN_IF_ERROR(
+      CheckShape(kOp, "query scale", (*scale)->dimensions(), {n, (r + kActBlock - 1) / kActBlock}));
+  norm.x = static_cast<const uint16_t*>(x->untyped_data());
+  norm.weight = static_cast<const uint16_t*>(weight->untyped_data());
+  norm.code = static_cast<uint8_t*>((*code)->untyped_data());
+  norm.scale = static_cast<uint8_t*>((*scale)->untyped_data());
+  norm.t = n;
+  norm.d = r;
+  norm.eps = eps;
+  norm.reciprocal_d = 1.0f / static_cast<float>(r);
+  return ffi::Error::Success();
+}
+
+// Without a norm `norm.x` stays as it is.
 ffi::Error Fill(int32_t abi, float eps, const ffi::AnyBuffer& x, const ffi::AnyBuffer& weight,
                 const ffi::AnyBuffer& start, const ffi::AnyBuffer& frequencies,
                 const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
-                KeyFinishParams& params, Copy& copy) {
+                KeyFinishParams& params, RmsnormFp8Params& norm, Copy& copy) {
   DSV4_RETURN_IF_ERROR(CheckAbi(kOp, abi));
   DSV4_RETURN_IF_ERROR(CheckDtype(kOp, "x", x.element_type(), {ffi::DataType::BF16}));
   DSV4_RETURN_IF_ERROR(CheckDtype(kOp, "weight", weight.element_type(), {ffi::DataType::BF16}));
@@ -113,11 +150,16 @@ ffi::Error Fill(int32_t abi, float eps, const ffi::AnyBuffer& x, const ffi::AnyB
   DSV4_RETURN_IF_ERROR(CheckShape(kOp, "weight", weight.dimensions(), {params.d}));
   DSV4_RETURN_IF_ERROR(CheckShape(kOp, "start", start.dimensions(), {params.b}));
   const size_t n_args = args.size(), n_rets = rets.size();
-  const bool ring = n_args != 0;
-  if (n_args != (ring ? 1 + kParts : 0) || n_rets != (ring ? 2 * kParts : kParts)) {
-    return InvalidArgument(kOp, "must have 4 operands and 3 results, or 8 and 6 with a ring, got " +
-                                    std::to_string(4 + n_args) + " and " + std::to_string(n_rets));
+  const bool ring = n_args >= 1 + kParts;
+  const size_t norm_arg = ring ? 1 + kParts : 0, norm_ret = ring ? 2 * kParts : kParts;
+  const bool normed = n_args > norm_arg;
+  if (n_args != norm_arg + (normed ? 2 : 0) || n_rets != norm_ret + (normed ? 2 : 0)) {
+    return InvalidArgument(kOp,
+                           "must have 4 operands and 3 results, 4 and 3 more with a ring, 2 and 2 "
+                           "more with a query, got " +
+                               std::to_string(4 + n_args) + " and " + std::to_string(n_rets));
   }
+  if (normed) DSV4_RETURN_IF_ERROR(FillNorm(eps, args, norm_arg, rets, norm_ret, norm));
   DSV4_RETURN_IF_ERROR(FillStore("rows", rets, 0, params.t, params, params.rows));
   params.x = static_cast<const uint16_t*>(x.untyped_data());
   params.weight = static_cast<const uint16_t*>(weight.untyped_data());
@@ -132,8 +174,10 @@ ffi::Error CpuImpl(ffi::ThreadPool pool, int32_t abi, float eps, ffi::AnyBuffer 
                    ffi::AnyBuffer weight, ffi::AnyBuffer start, ffi::AnyBuffer frequencies,
                    ffi::RemainingArgs args, ffi::RemainingRets rets) {
   KeyFinishParams params{};
+  RmsnormFp8Params norm{};
   Copy copy;
-  DSV4_RETURN_IF_ERROR(Fill(abi, eps, x, weight, start, frequencies, args, rets, params, copy));
+  DSV4_RETURN_IF_ERROR(
+      Fill(abi, eps, x, weight, start, frequencies, args, rets, params, norm, copy));
   for (int i = 0; i < copy.n; ++i) {
     ParallelFor(pool, copy.bytes[i], kGrainBytes, [&](int64_t begin, int64_t end) {
       std::memcpy(static_cast<char*>(copy.to[i]) + begin,
@@ -142,6 +186,9 @@ ffi::Error CpuImpl(ffi::ThreadPool pool, int32_t abi, float eps, ffi::AnyBuffer 
   }
   ParallelFor(pool, params.b * params.t, kGrainChannels / params.d + 1,
               [&](int64_t begin, int64_t end) { KeyFinishCpu(params, begin, end); });
+  if (norm.x == nullptr) return ffi::Error::Success();
+  ParallelFor(pool, norm.t, kGrainChannels / norm.d + 1,
+              [&](int64_t begin, int64_t end) { RmsnormFp8Cpu(norm, begin, end); });
   return ffi::Error::Success();
 }
 
@@ -153,19 +200,23 @@ ffi::Error CudaImpl(CudaStream stream, int32_t abi, float eps, ffi::AnyBuffer x,
                     ffi::AnyBuffer weight, ffi::AnyBuffer start, ffi::AnyBuffer frequencies,
                     ffi::RemainingArgs args, ffi::RemainingRets rets) {
   KeyFinishParams params{};
+  RmsnormFp8Params norm{};
   Copy copy;
-  DSV4_RETURN_IF_ERROR(Fill(abi, eps, x, weight, start, frequencies, args, rets, params, copy));
-  if (!Aligned(params.rows, params.rotary) || !Aligned(params.ring, params.rotary)) {
+  DSV4_RETURN_IF_ERROR(
+      Fill(abi, eps, x, weight, start, frequencies, args, rets, params, norm, copy));
+  if (!Aligned(params.rows, params.rotary) || !Aligned(params.ring, params.rotary) ||
+      (norm.x != nullptr && !IsAligned(norm.code, norm.d, 16))) {
     return InvalidArgument(kOp, "results must be aligned to 16 bytes");
   }
-  if (copy.n == 0 && params.b * params.t == 0) return ffi::Error::Success();
+  if (copy.n == 0 && params.b * params.t == 0 && norm.t == 0) return ffi::Error::Success();
   return LaunchCuda(kOp, stream, counts, [&](cudaStream_t on) {
     for (int i = 0; i < copy.n; ++i) {
       const cudaError_t error =
           cudaMemcpyAsync(copy.to[i], copy.from[i], copy.bytes[i], cudaMemcpyDeviceToDevice, on);
       if (error != cudaSuccess) return error;
     }
-    return KeyFinishCuda(params, on);
+    if (norm.x == nullptr) return KeyFinishCuda(params, on);
+    return KeyFinishNormCuda(params, norm, on);
   });
 }
 
@@ -178,8 +229,8 @@ auto CudaBinding() {
       .Arg<ffi::AnyBuffer>()  // weight [d]
       .Arg<ffi::AnyBuffer>()  // start [b]
       .Arg<ffi::AnyBuffer>()  // frequencies [rotary / 2]
-      .RemainingArgs()        // count [b]; nope, scale, rope of the ring
-      .RemainingRets();       // nope, scale, rope of the rows, of the ring
+      .RemainingArgs()        // count [b]; nope, scale, rope of the ring; query x [n, r], weight
+      .RemainingRets();       // nope, scale, rope of the rows, of the ring; query code, scale
 }
 
 XLA_FFI_DEFINE_HANDLER(kCpu, CpuImpl,
@@ -191,8 +242,8 @@ XLA_FFI_DEFINE_HANDLER(kCpu, CpuImpl,
                            .Arg<ffi::AnyBuffer>()  // weight [d]
                            .Arg<ffi::AnyBuffer>()  // start [b]
                            .Arg<ffi::AnyBuffer>()  // frequencies [rotary / 2]
-                           .RemainingArgs()        // count [b]; nope, scale, rope of the ring
-                           .RemainingRets());      // nope, scale, rope of the rows, of the ring
+                           .RemainingArgs()    // count [b]; nope, scale, rope of the ring; query
+                           .RemainingRets());  // of the rows, of the ring; query code, scale
 XLA_FFI_DEFINE_HANDLER(kCuda, CudaImpl, CudaBinding(), {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kCudaDebug, CudaImpl, CudaBinding());
 

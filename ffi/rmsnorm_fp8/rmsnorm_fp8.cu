@@ -5,78 +5,18 @@
 
 #include <algorithm>
 
-#include "common/e4m3.cuh"
-#include "common/rmsnorm.cuh"
-#include "common/ue8m0.h"
-#include "common/vector_store.cuh"
+#include "rmsnorm_fp8/rmsnorm_fp8.cuh"
 #include "rmsnorm_fp8/rmsnorm_fp8.h"
 
 namespace dsv4 {
 namespace {
 
-constexpr int kScaleThreads = kActBlock / kNormBlock;  // side by side
-
-// A block as BF16 and its scale, by kScaleThreads neighbours.
-struct Quantised {
-  uint4 codes;
-  uint32_t scale;
-};
-
-__device__ __forceinline__ Quantised Quantise(const float (&values)[kNormBlock]) {
-  uint32_t words[kNormWords];
-  uint32_t pair_max = 0;
-#pragma unroll
-  for (int i = 0; i < kNormWords; ++i) {
-    words[i] = PackBf16(values[2 * i], values[2 * i + 1]);
-    pair_max = MaxMagnitudes(pair_max, words[i]);
-  }
-#pragma unroll
-  for (int half = 1; half < kScaleThreads; half *= 2) {
-    pair_max = MaxMagnitudes(pair_max, __shfl_xor_sync(kNormLanes, pair_max, half));
-  }
-  Quantised y;
-  y.scale = Fp8ScaleByteOfBf16(LargerOf(pair_max));
-  const uint32_t inverse = InverseScaleBf16x2(y.scale);
-  uint32_t codes[kNormWords / 2];
-#pragma unroll
-  for (int i = 0; i < kNormWords / 2; ++i) {
-    uint32_t pair[2];
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {  // exact but where the code is 0
-      const uint32_t scaled = MulBf16x2(words[2 * i + k], inverse);
-      pair[k] = EncodeE4m3Pair(Low(scaled), High(scaled));
-    }
-    codes[i] = pair[0] | pair[1] << 16;
-  }
-  y.codes = make_uint4(codes[0], codes[1], codes[2], codes[3]);
-  return y;
-}
-
-// kParts thread blocks may share a token: each sums all of it, which takes no word between them,
-// and quantises its part of the warps. kResident thread blocks share an SM's registers.
+// kResident thread blocks share an SM's registers.
 template <int kBlocks, int kParts, int kMaxThreads, int kResident, bool kAligned>
 __global__ void __launch_bounds__(kMaxThreads, kResident)
     RmsnormFp8Kernel(const __grid_constant__ RmsnormFp8Params params) {
-  const uint32_t thread = threadIdx.x, threads = blockDim.x;
-  const uint32_t blocks = static_cast<uint32_t>(params.d) / kNormBlock;
-  const uint64_t token = blockIdx.x / kParts;
-  NormedToken<kBlocks> y;
-  ReadToken<kBlocks, kMaxThreads, kAligned>(params.x + token * blocks * kNormBlock, params.weight,
-                                            blocks, params.reciprocal_d, params.eps, y);
-  if (kParts > 1 && thread / 32 * kParts / (threads / 32) != blockIdx.x % kParts) return;
-  const uint32_t scales = (blocks + kScaleThreads - 1) / kScaleThreads;
-
-#pragma unroll
-  for (int b = 0; b < kBlocks; ++b) {
-    NormBlock<kBlocks, kAligned>(params.weight, b, y);
-    const Quantised block_out = Quantise(y.values[b]);
-    const uint32_t block = thread + b * threads;
-    if (kBlocks == 1 && block >= blocks) return;
-    StoreVector(params.code + (token * blocks + block) * kNormBlock, block_out.codes);
-    if (block % kScaleThreads == 0) {
-      params.scale[token * scales + block / kScaleThreads] = static_cast<uint8_t>(block_out.scale);
-    }
-  }
+  NormToFp8<kBlocks, kParts, kMaxThreads, kAligned>(params, blockIdx.x / kParts,
+                                                    blockIdx.x % kParts);
 }
 
 constexpr int kTokens = 4;  // of a thread block, where a warp has one

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   const int experts = static_cast<int>(p.experts), k = static_cast<int>(p.k);
   int picked = INT32_MAX;  // lane i: the i-th pick
   if (p.given_idx != nullptr) {
-    if (lane < k) picked = p.given_idx[token * k + lane];
+    if (lane < k) picked = GivenIdx(p, token)[lane];
   } else {
     uint64_t key[kCount];  // 0: none, or taken
 #pragma unroll

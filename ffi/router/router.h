@@ -19,15 +19,28 @@ constexpr int64_t kRouterMaxPicks = 32;
 // score = sqrt(softplus(logits)); the k largest score + bias, ties to the lower id (NaN counts as
 // the largest), or the given ids; ids in ascending order; weight = score / sum of the picks' scores
 // (in that order) * scale. A given id outside the experts has weight 0 and no part in the sum.
+// Given ids are those of each token, or a table of which a token has the row of its id.
 struct RouterParams {
   const float* logits;       // [t, experts]
   const float* bias;         // [experts], or nullptr: ids are given
-  const int32_t* given_idx;  // [t, k], or nullptr
+  const int32_t* given_idx;  // [t or rows, k], or nullptr
+  const int32_t* tokens;     // [t], or nullptr: a row of given_idx is a token's
   int32_t* expert_idx;       // [t, k]
   float* expert_weight;      // [t, k]
   int64_t t, experts, k;
+  int64_t rows;  // of given_idx with tokens, 1 .. 2^31; an id outside has the first or the last
   float scale;
 };
+
+// A token's ids.
+DSV4_HOST_DEVICE inline const int32_t* GivenIdx(const RouterParams& p, int64_t token) {
+  int64_t row = token;
+  if (p.tokens != nullptr) {
+    row = p.tokens[token];
+    row = row < 0 ? 0 : row < p.rows ? row : p.rows - 1;
+  }
+  return p.given_idx + row * p.k;
+}
 
 // sqrt(softplus(z)) within 2 ulp; below -20 exp(z / 2), which softplus equals to FP32 there and
 // which does not underflow as soon.

@@ -23,7 +23,7 @@ void RouterCpu(const RouterParams& params, int64_t first, int64_t last) {
       std::partial_sort(key, key + k, key + experts, std::greater<uint64_t>());
       for (int64_t i = 0; i < k; ++i) idx[i] = RouterKeyId(key[i]);
     } else {
-      std::copy_n(params.given_idx + token * k, k, idx);
+      std::copy_n(GivenIdx(params, token), k, idx);
     }
     std::sort(idx, idx + k);
     float total = 0.0f;

@@ -1,5 +1,5 @@
-// Handlers of dsv4.router. Operands: logits, then the bias or, with the attribute `given`, the ids;
-// results: expert_idx, expert_weight.
+// Handlers of dsv4.router. Operands: logits, then the bias or, with the attribute `given`, the ids
+// and, if they are a table, the tokens; results: expert_idx, expert_weight.
 #include <cstdint>
 #include <string>
 
@@ -17,9 +17,26 @@ LaunchCounts counts;
 
 using Out = ffi::Result<ffi::AnyBuffer>;
 
+// With a table of given ids.
+ffi::Error FillTokens(const ffi::RemainingArgs& rest, Dims table, int64_t t, int64_t k,
+                      RouterParams& params) {
+  if (table.size() != 2 || table[0] < 1 || table[0] > int64_t{1} << 31) {
+    return InvalidArgument(
+        kOp, "given ids must be [v, k] with v 1..2^31 for tokens, got " + ToString(table));
+  }
+  DSV4_RETURN_IF_ERROR(CheckShape(kOp, "given ids", table, {table[0], k}));
+  auto tokens = rest.get<ffi::AnyBuffer>(0);
+  if (!tokens) return InvalidArgument(kOp, "tokens must be a buffer");
+  DSV4_RETURN_IF_ERROR(CheckDtype(kOp, "tokens", tokens->element_type(), {ffi::DataType::S32}));
+  DSV4_RETURN_IF_ERROR(CheckShape(kOp, "tokens", tokens->dimensions(), {t}));
+  params.tokens = static_cast<const int32_t*>(tokens->untyped_data());
+  params.rows = table[0];
+  return ffi::Error::Success();
+}
+
 ffi::Error Fill(int32_t abi, int32_t given, float scale, const ffi::AnyBuffer& logits,
-                const ffi::AnyBuffer& selector, Out expert_idx, Out expert_weight,
-                RouterParams& params) {
+                const ffi::AnyBuffer& selector, const ffi::RemainingArgs& rest, Out expert_idx,
+                Out expert_weight, RouterParams& params) {
   DSV4_RETURN_IF_ERROR(CheckAbi(kOp, abi));
   if (given != 0 && given != 1) {
     return InvalidArgument(kOp, "given must be 0 or 1, got " + std::to_string(given));
@@ -46,7 +63,13 @@ ffi::Error Fill(int32_t abi, int32_t given, float scale, const ffi::AnyBuffer& l
                                     ToString(idx_dims));
   }
   const int64_t k = idx_dims[1];
-  if (given) {
+  if (rest.size() > (given ? 1 : 0)) {
+    return InvalidArgument(kOp, "must have 2 operands, or 3 with tokens of given ids, got " +
+                                    std::to_string(2 + rest.size()));
+  }
+  if (rest.size() == 1) {
+    DSV4_RETURN_IF_ERROR(FillTokens(rest, selector.dimensions(), t, k, params));
+  } else if (given) {
     DSV4_RETURN_IF_ERROR(CheckShape(kOp, selector_name, selector.dimensions(), {t, k}));
   } else {
     DSV4_RETURN_IF_ERROR(CheckShape(kOp, selector_name, selector.dimensions(), {experts}));
@@ -66,22 +89,22 @@ ffi::Error Fill(int32_t abi, int32_t given, float scale, const ffi::AnyBuffer& l
 }
 
 ffi::Error CpuImpl(ffi::ThreadPool pool, int32_t abi, int32_t given, float scale,
-                   ffi::AnyBuffer logits, ffi::AnyBuffer selector, Out expert_idx,
-                   Out expert_weight) {
+                   ffi::AnyBuffer logits, ffi::AnyBuffer selector, ffi::RemainingArgs rest,
+                   Out expert_idx, Out expert_weight) {
   RouterParams params{};
   DSV4_RETURN_IF_ERROR(
-      Fill(abi, given, scale, logits, selector, expert_idx, expert_weight, params));
+      Fill(abi, given, scale, logits, selector, rest, expert_idx, expert_weight, params));
   ParallelFor(pool, params.t, kGrainScores / params.experts + 1,
               [&](int64_t begin, int64_t end) { RouterCpu(params, begin, end); });
   return ffi::Error::Success();
 }
 
 ffi::Error CudaImpl(CudaStream stream, int32_t abi, int32_t given, float scale,
-                    ffi::AnyBuffer logits, ffi::AnyBuffer selector, Out expert_idx,
-                    Out expert_weight) {
+                    ffi::AnyBuffer logits, ffi::AnyBuffer selector, ffi::RemainingArgs rest,
+                    Out expert_idx, Out expert_weight) {
   RouterParams params{};
   DSV4_RETURN_IF_ERROR(
-      Fill(abi, given, scale, logits, selector, expert_idx, expert_weight, params));
+      Fill(abi, given, scale, logits, selector, rest, expert_idx, expert_weight, params));
   if (params.t == 0) return ffi::Error::Success();
   return LaunchCuda(kOp, stream, counts, [&](cudaStream_t on) { return RouterCuda(params, on); });
 }
@@ -93,7 +116,8 @@ auto CudaBinding() {
       .Attr<int32_t>("given")
       .Attr<float>("scale")
       .Arg<ffi::AnyBuffer>()   // logits [t, e]
-      .Arg<ffi::AnyBuffer>()   // bias [e], or the given ids [t, k]
+      .Arg<ffi::AnyBuffer>()   // bias [e], or the given ids [t or v, k]
+      .RemainingArgs()         // tokens [t]
       .Ret<ffi::AnyBuffer>()   // expert_idx [t, k]
       .Ret<ffi::AnyBuffer>();  // expert_weight [t, k]
 }
@@ -105,7 +129,8 @@ XLA_FFI_DEFINE_HANDLER(kCpu, CpuImpl,
                            .Attr<int32_t>("given")
                            .Attr<float>("scale")
                            .Arg<ffi::AnyBuffer>()    // logits [t, e]
-                           .Arg<ffi::AnyBuffer>()    // bias [e], or the given ids [t, k]
+                           .Arg<ffi::AnyBuffer>()    // bias [e], or the given ids [t or v, k]
+                           .RemainingArgs()          // tokens [t]
                            .Ret<ffi::AnyBuffer>()    // expert_idx [t, k]
                            .Ret<ffi::AnyBuffer>());  // expert_weight [t, k]
 XLA_FFI_DEFINE_HANDLER(kCuda, CudaImpl, CudaBinding(), {ffi::Traits::kCmdBufferCompatible});

@@ -45,6 +45,11 @@ struct Problem {
     params.logits = logits.data();
     params.bias = is_given ? nullptr : bias.data();
     params.given_idx = is_given ? given.data() : nullptr;
+    if (table != nullptr) {
+      params.given_idx = table->given.data();
+      params.tokens = tokens->data();
+      params.rows = table->t;
+    }
     params.expert_idx = idx.data();
     params.expert_weight = weight.data();
     params.t = t;
@@ -70,6 +75,8 @@ struct Problem {
   float scale = 1.5f;
   Guarded<float> logits, bias;
   Guarded<int32_t> given;
+  const Problem* table = nullptr;  // its ids are the table, if any, with these tokens
+  const Guarded<int32_t>* tokens = nullptr;
 };
 
 int32_t Idx(const std::vector<uint32_t>& outputs, int64_t at) {
@@ -231,6 +238,25 @@ TEST(GivenIdsOutside) {
     EXPECT_EQ(Idx(got, i), sorted[i], i);
     EXPECT_EQ(Weight(problem, got, i), sorted[i] == 3 ? 0.75f : 0.0f, i);
   }
+}
+
+// A token's ids are a row of a table; ids of tokens outside of it are held to it.
+TEST(RowsOfATable) {
+  const Problem table = Random(5, 33, 4);
+  constexpr int32_t kLeast = std::numeric_limits<int32_t>::min();
+  const int32_t tokens[] = {4, 0, 5, -1, 2, 2, kLeast, std::numeric_limits<int32_t>::max()};
+  const int64_t rows[] = {4, 0, 4, 0, 2, 2, 0, 4};
+  Problem problem = Random(8, 33, 4);
+  for (int64_t i = 0; i < 8; ++i) {
+    std::copy_n(table.given.data() + rows[i] * 4, 4, problem.given.data() + i * 4);
+  }
+  const std::vector<uint32_t> want = problem.Run(true);
+  Guarded<int32_t> ids(8);
+  std::copy_n(tokens, 8, ids.data());
+  problem.tokens = &ids;
+  problem.table = &table;
+  EXPECT_EQ(problem.Run(true), want);
+  EXPECT_EQ(ids.Intact() && table.given.Intact(), true);
 }
 
 TEST(AnySplitGivesTheSameBytes) {

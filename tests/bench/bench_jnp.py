@@ -76,7 +76,9 @@ def _linear(
 
 
 def _router(operands: Sequence[Array], results: Sequence[Any], given: int, scale: float) -> Any:
-    logits, selector = operands
+    logits, selector, *tokens = operands
+    if tokens:
+        selector = jnp.take(selector, tokens[0], axis=0, mode="clip")
     score = jnp.sqrt(jax.nn.softplus(logits))
     idx = selector if given else lax.top_k(score + selector, results[0].shape[1])[1]
     idx = jnp.sort(idx.astype(jnp.int32), axis=-1)

@@ -5,7 +5,7 @@ layers of each size with few experts and random weights decodes one token of one
 layers those with a neighbour on both sides are listed, so that what XLA does once a step is not
 theirs. Command buffers are off: each launch is an event of its own. A launch belongs to the
 instruction that made it and so to the module and the op that the compiled program names for it.
-Attention, the indexer (its linears, query finish, selection) and the MoE branch behind its read
+Attention, the indexer (selection, linears that go alone) and the MoE branch behind its read
 (router, shared expert, experts) are listed and not counted.
 """
 

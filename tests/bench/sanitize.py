@@ -25,7 +25,7 @@ from dsv4_jax.ops.dense_linear import dense_linear, dense_linears
 from dsv4_jax.ops.fp8_linear import fp8_linear, fp8_linears
 from dsv4_jax.ops.index_query_finish import index_query_finish
 from dsv4_jax.ops.index_topk import index_topk
-from dsv4_jax.ops.key_finish import key_finish
+from dsv4_jax.ops.key_finish import QueryNorm, key_finish
 from dsv4_jax.ops.mhc import Read, Write, mhc
 from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
@@ -206,7 +206,10 @@ def _router() -> Iterator[Any]:
         given[::3, 0] = 2**31 - 1
         given[1::3, 0] = -1
         yield router(x.at[0, 0].set(jnp.nan), weight, bias, None, k=k, scale=2.5)
-        yield router(x, weight, None, jnp.asarray(given, jnp.int32), k=k, scale=2.5)
+        given = jnp.asarray(given, jnp.int32)
+        yield router(x, weight, None, given, k=k, scale=2.5)
+        tokens = jnp.asarray(rng.integers(-2, t + 2, t), jnp.int32)
+        yield router(x, weight, None, given, k=k, scale=2.5, tokens=tokens)
 
 
 def _moe_weights(form: str, shape: tuple[int, int, int]) -> dict[str, Any]:
@@ -356,7 +359,8 @@ def _query_finish() -> Iterator[Any]:
 
 
 def _key_finish() -> Iterator[Any]:
-    """Whole and narrow keys; no ring, rings shorter and longer than the chunk, wild lengths."""
+    """Whole and narrow keys; no ring, rings shorter and longer than the chunk, wild lengths; also
+    queries, in the same launch and in one of their own."""
     rng = np.random.default_rng(0)
     wild = np.array([-1, -(2**31), 2**31 - 1, 0, 5], np.int32)
     for b, t, d, rotary in ((1, 1, 512, 64), (3, 9, 96, 32), (5, 150, 512, 64)):
@@ -364,6 +368,9 @@ def _key_finish() -> Iterator[Any]:
         weight = jnp.asarray(rng.standard_normal(d), jnp.bfloat16)
         frequencies = jnp.asarray(rng.random(rotary // 2), jnp.float32)
         operands = kv, weight, jnp.asarray(np.resize(wild, b)), frequencies, 1e-6
+        for n, r in ((1, 1536), (3, 16), (300, 1024), (2, 2064)):
+            x = jnp.asarray(rng.standard_normal((n, r)), jnp.bfloat16)
+            yield key_finish(*operands, form="fp8", query=QueryNorm(x, x[0]))
         yield key_finish(*operands, form="fp8")
         for s in (1, 8, 128):
             nope = d - rotary
@@ -383,6 +390,9 @@ def _index_query_finish() -> Iterator[Any]:
         positions = jnp.asarray(rng.integers(-(2**31), 2**31, (1, t)), jnp.int32)
         frequencies = jnp.asarray(rng.random(rotary // 2), jnp.float32)
         yield index_query_finish(q, positions, frequencies, form="mxfp4")
+        for n, c in ((3, 512), (1, 72)):
+            heads = jnp.asarray(rng.standard_normal((1, t, n, c)), jnp.bfloat16)
+            yield index_query_finish(q, positions, frequencies, form="fp8", heads=heads)
         yield index_query_finish(q, positions, frequencies, form="fp8")
 
 

@@ -13,6 +13,7 @@ from tests.support.op_cases import CASES
 PLAIN_HERE = (
     "router-score",
     "router-hash",
+    "router-table",
     "dense_linear-groups",
     "fp8_linear-several",
     "cache_write-store",

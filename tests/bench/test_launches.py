@@ -160,3 +160,6 @@ def test_models(size: str) -> None:
     text = traced.lower(lowering_platforms=("cuda",)).as_text(debug_info=True)
     for layer in launches.LISTED:
         assert f"layer_{layer}/layers_{layer}.advance/moe/hc_ffn/jit(mhc)" in text
+    assert "attn/jit(_where)" not in text  # entries that are visible: once a step, in no layer
+    assert "ffn/gate/jit(_take)" not in text  # the router reads the table of a hash-routed layer
+    assert "DeepseekV4._step/jit(_where)" in text

@@ -133,6 +133,11 @@ def attributes(**changed: Any) -> Mutation:
 
 
 ABI = np.int32(library.ABI)
+QUERY = (s("5 144"), s("144"))
+QUERY_RESULTS = (s("5 144", E4M3), s("5 2", UE8M0))
+"""A second job of key_finish."""
+GIVEN = all_of(attributes(given=np.int32(1)), operand(1, "3 6", I32))
+"""Ids in the place of the router's bias."""
 
 
 def moe_call(form: int, act: int, *scales: Callable[[int, int], Spec]) -> RawCall:
@@ -252,7 +257,12 @@ TARGETS = {
             "index_query_finish",
             (s("3 4 64"), s("3", I32), s("16", F32)),
             (s("3 4 64", E2M1), s("3 4 2", UE8M0)),
-            {"abi": ABI, "form": np.int32(1)},
+            {
+                "abi": ABI,
+                "form": np.int32(1),
+                "eps": np.float32(1e-6),
+                "bf16_steps": np.int32(1),
+            },
         ),
         RawCall(
             "router",
@@ -285,7 +295,7 @@ TARGETS = {
                 *(s("2 10 64", E2M1), s("2 10 2", UE8M0), s("2 3", I32)),
             ),
             (s("2 3 5", I32), s("2 3 10", F32), s("336", U8)),  # scratch of exactly the size
-            {"abi": ABI},
+            {"abi": ABI, "weight_scale": np.float32(0.5)},
         ),
         compressor_call(True),
         RawCall(
@@ -484,6 +494,32 @@ SHAPES: list[tuple[str, str, Mutation, str]] = [
     ("key_finish", "results-too-few", first(results=5), "must have 4 operands .*got 8 and 5"),
     ("key_finish", "rows-alone", first(operands=4), "must have 4 operands .*got 4 and 6"),
     ("key_finish", "operands-too-few", first(operands=3), LAYER),
+    (
+        "key_finish",
+        "query-without-weight",
+        more((s("5 144"),), QUERY_RESULTS),
+        "must have 4 operands .*2 and 2 more with a query, got 9 and 8",
+    ),
+    (
+        "key_finish",
+        "query-without-results",
+        more(QUERY),
+        "must have 4 operands .*2 and 2 more with a query, got 10 and 6",
+    ),
+    *(
+        ("key_finish", f"query-{name}", all_of(more(QUERY, QUERY_RESULTS), mutation), message)
+        for name, mutation, message in (
+            ("x-rank", operand(8, "1 5 144"), r"query x must be \[n, r\], got \[1, 5, 144\]"),
+            ("x-dtype", operand(8, "5 144", F32), "query x must be bfloat16, got float32"),
+            ("x-channels", operand(8, "5 136"), r"query x must have a multiple of 16 .*\[5, 136\]"),
+            ("weight-shape", operand(9, "143"), r"query weight must be \[144\], got \[143\]"),
+            ("weight-dtype", operand(9, "144", F32), "query weight must be bfloat16, got"),
+            ("code-shape", result(6, "4 144", E4M3), r"query code must be \[5, 144\], got"),
+            ("code-dtype", result(6, "5 144", U8), "query code must be float8_e4m3fn, got uint8"),
+            ("scale-shape", result(7, "5 1", UE8M0), r"query scale must be \[5, 2\], got"),
+            ("scale-dtype", result(7, "5 2", U8), "query scale must be float8_e8m0fnu, got"),
+        )
+    ),
     ("index_query_finish", "x-rank", operand(0, "12 64"), r"x must be \[t, h, d\], got"),
     (
         "index_query_finish",
@@ -508,6 +544,30 @@ SHAPES: list[tuple[str, str, Mutation, str]] = [
     ("index_query_finish", "scale-dtype", result(1, "3 4 2", E4M3), "scale must be float8_e8m0fnu"),
     ("index_query_finish", "scale-shape", result(1, "3 4 1", UE8M0), r"scale must be \[3, 4, 2\]"),
     ("index_query_finish", "operands-too-few", first(operands=2), LAYER),
+    (
+        "index_query_finish",
+        "heads-without-result",
+        more((s("3 2 96"),)),
+        "must have 3 operands and 2 results, 1 and 1 more with heads, got 4 and 2",
+    ),
+    ("index_query_finish", "bf16_steps", attributes(bf16_steps=np.int32(2)), "bf16_steps must be"),
+    *(
+        (
+            "index_query_finish",
+            f"heads-{name}",
+            all_of(more((s("3 2 96"),), (s("3 2 96"),)), mutation),
+            message,
+        )
+        for name, mutation, message in (
+            ("rank", operand(3, "6 96"), r"heads x must be \[t, n, c\] .*got \[6, 96\]"),
+            ("tokens", operand(3, "4 2 96"), r"heads x must be \[3, 2, 96\], got \[4, 2, 96\]"),
+            ("channels", operand(3, "3 2 92"), "heads x must be .*multiple of 8, rotary 32..512"),
+            ("too-narrow", operand(3, "3 2 24"), "heads x must be .*multiple of 8, rotary 32..512"),
+            ("dtype", operand(3, "3 2 96", F32), "heads x must be bfloat16, got float32"),
+            ("result-shape", result(2, "3 2 95"), r"heads y must be \[3, 2, 96\], got"),
+            ("result-dtype", result(2, "3 2 96", F32), "heads y must be bfloat16, got float32"),
+        )
+    ),
     ("index_query_finish", "results-too-few", first(results=1), LAYER),
     ("attention", "q-rank", operand(0, "6 4 96"), r"q must be \[b, t, h, d\], got \[6, 4, 96\]"),
     ("attention", "q-dtype", operand(0, "2 3 4 96", F32), "q must be bfloat16, got float32"),
@@ -704,8 +764,8 @@ SHAPES: list[tuple[str, str, Mutation, str]] = [
     (
         "index_topk",
         "weight-dtype",
-        operand(2, "2 3 4"),
-        "weight must be float32, got bfloat16",
+        operand(2, "2 3 4", U8),
+        "weight must be bfloat16 or float32, got uint8",
     ),
     (
         "index_topk",
@@ -1239,7 +1299,37 @@ SHAPES: list[tuple[str, str, Mutation, str]] = [
         "expert_weight must be float32, got bfloat16",
     ),
     ("router", "operands-too-few", first(operands=1), LAYER),
-    ("router", "operands-too-many", more((s("3 6", I32),)), LAYER),
+    ("router", "tokens-with-bias", more((s("3", I32),)), "must have 2 operands, or 3 .*got 3"),
+    (
+        "router",
+        "operands-too-many",
+        all_of(GIVEN, more((s("3", I32), s("3", I32)))),
+        "must have 2 operands, or 3 with tokens of given ids, got 4",
+    ),
+    (
+        "router",
+        "table-empty",
+        all_of(GIVEN, operand(1, "0 6", I32), more((s("3", I32),))),
+        r"given ids must be \[v, k\] with v 1..2\^31 for tokens, got \[0, 6\]",
+    ),
+    (
+        "router",
+        "table-shape",
+        all_of(GIVEN, operand(1, "9 5", I32), more((s("3", I32),))),
+        r"given ids must be \[9, 6\], got \[9, 5\]",
+    ),
+    (
+        "router",
+        "tokens-dtype",
+        all_of(GIVEN, more((s("3", F32),))),
+        "tokens must be int32, got float32",
+    ),
+    (
+        "router",
+        "tokens-shape",
+        all_of(GIVEN, more((s("4", I32),))),
+        r"tokens must be \[3\], got \[4\]",
+    ),
     ("router", "results-too-few", first(results=1), LAYER),
     ("moe", "x-rank", operand(0, "1 3 64"), r"x must be \[t, d\], got \[1, 3, 64\]"),
     ("moe", "x-dtype", operand(0, "3 64", F32), "x must be bfloat16, got float32"),

@@ -22,7 +22,7 @@ from dsv4_jax.ops.hadamard import hadamard
 from dsv4_jax.ops.head_norm import head_norm
 from dsv4_jax.ops.index_query_finish import index_query_finish
 from dsv4_jax.ops.index_topk import index_topk
-from dsv4_jax.ops.key_finish import key_finish
+from dsv4_jax.ops.key_finish import QueryNorm, key_finish
 from dsv4_jax.ops.mhc import Read, Write, mhc
 from dsv4_jax.ops.mhc_head import mhc_head
 from dsv4_jax.ops.mhc_post import mhc_post
@@ -149,9 +149,10 @@ def _router(
     bias: Any = s("32", F32),
     expert_idx: Any = None,
     k: int = 6,
+    tokens: Any = None,
 ) -> Any:
-    op = lambda *a: router(*a, k=k, scale=1.0)  # noqa: E731
-    return jax.eval_shape(op, x, weight, bias, expert_idx)
+    op = lambda *a: router(*a[:4], k=k, scale=1.0, tokens=a[4])  # noqa: E731
+    return jax.eval_shape(op, x, weight, bias, expert_idx, tokens)
 
 
 def _dense_linear(x: Any = s("5 96"), weight: Any = s("40 96"), **settings: Any) -> Any:
@@ -340,9 +341,12 @@ def _index_query_finish(
     positions: Any = s("2 3", I32),
     frequencies: Any = s("16", F32),
     form: Any = "mxfp4",
+    heads: Any = None,
+    rounding: Any = "float32",
 ) -> Any:
-    op = lambda *a: index_query_finish(*a, form=form)  # noqa: E731
-    return jax.eval_shape(op, q, positions, frequencies)
+    settings = {"form": form, "rounding": rounding}
+    op = lambda *a: index_query_finish(*a[:3], heads=a[3], **settings)  # noqa: E731
+    return jax.eval_shape(op, q, positions, frequencies, heads)
 
 
 def _key_finish(
@@ -353,11 +357,13 @@ def _key_finish(
     form: Any = "fp8",
     count: Any = s("2", I32),
     ring: bool = True,
+    query: Any = None,
     **parts: Any,
 ) -> Any:
     store = _store("2 8", parts, "ring") if ring else None
-    op = lambda *a, **ring: key_finish(*a, EPS, form=form, **ring)  # noqa: E731
-    return jax.eval_shape(op, kv, weight, start, frequencies, ring=store, count=count)
+    rest = {"ring": store, "count": count, "query": query and QueryNorm(*query)}
+    op = lambda *a, **rest: key_finish(*a, EPS, form=form, **rest)  # noqa: E731
+    return jax.eval_shape(op, kv, weight, start, frequencies, **rest)
 
 
 def _cache_write(
@@ -556,6 +562,22 @@ AXIS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
         {"weight": s("64 96"), "bias": s("64", F32), "k": 33},
     ),
     (_router, "k must be 1..32 .*got 0", {"k": 0}),
+    (
+        _router,
+        r"expert_idx must be \[9, 6\], got \[9, 5\]",
+        {"bias": None, "expert_idx": s("9 5", I32), "tokens": s("5", I32)},
+    ),
+    (
+        _router,
+        r"expert_idx must be \[1, 6\], got \[0, 6\]",
+        {"bias": None, "expert_idx": s("0 6", I32), "tokens": s("5", I32)},
+    ),
+    (
+        _router,
+        r"tokens must be \[5\], got \[4\]",
+        {"bias": None, "expert_idx": s("9 6", I32), "tokens": s("4", I32)},
+    ),
+    (_router, "tokens must come with expert_idx", {"tokens": s("5", I32)}),
     (_router, "exactly one of bias and expert_idx", {"bias": None}),
     (_router, "exactly one of bias and expert_idx", {"expert_idx": s("5 6", I32)}),
     (_dense_linear, r"agree on the last axis.* got x \[5, 96\] and", {"weight": s("40 95")}),
@@ -806,6 +828,12 @@ AXIS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_key_finish, r"ring nope must be \[2, 8, 64\], got", {"ring_nope": s("2 8 63", E4M3)}),
     (_key_finish, r"ring nope must be \[2, 8, 64\], got", {"ring_nope": s("3 8 64", E4M3)}),
     (_key_finish, r"ring rope must be \[2, 8, 32\], got", {"ring_rope": s("2 7 32")}),
+    (_key_finish, r"query weight must be \[144\], got \[143\]", {"query": (s("5 144"), s("143"))}),
+    (
+        _key_finish,
+        r"query x must have a multiple of 16 channels, 16..16384, got \[5, 136\]",
+        {"query": (s("5 136"), s("136"))},
+    ),
     (_key_finish, "ring and count must come together", {"ring": False}),
     (_key_finish, "ring and count must come together", {"count": None}),
     (
@@ -815,6 +843,9 @@ AXIS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     ),
     (_key_finish, r"form must be one of .*got 'mxfp4'", {"form": "mxfp4"}),
     (_index_query_finish, "q must have at least 32 channels, got 16", {"q": s("2 3 4 16")}),
+    (_index_query_finish, "heads must have at least 32 channels", {"heads": s("2 3 4 16")}),
+    (_index_query_finish, r"positions must be \[2, 4\] for heads", {"heads": s("2 4 4 96")}),
+    (_index_query_finish, "rounding must be one of .*got 'exact'", {"rounding": "exact"}),
     (
         _index_query_finish,
         r"positions must be \[2, 3\] .*got \[2, 4\]",
@@ -854,6 +885,11 @@ DTYPE: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
         _router,
         "expert_idx must be int32 or int64, got float32",
         {"bias": None, "expert_idx": s("5 6", F32)},
+    ),
+    (
+        _router,
+        "tokens must be int32 or int64, got float32",
+        {"bias": None, "expert_idx": s("9 6", I32), "tokens": s("5", F32)},
     ),
     (_dense_linear, "weight must be .*got float8_e4m3fn", {"weight": s("40 96", E4M3)}),
     (_dense_linear, "x must be .*got float16", {"x": s("5 96", F16)}),
@@ -966,6 +1002,7 @@ DTYPE: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_query_finish, "q must be bfloat16 or float32, got float16", {"q": s("2 3 4 96", F16)}),
     (_query_finish, "positions must be .*got float32", {"positions": s("2 3", F32)}),
     (_query_finish, "frequencies must be float32, got bfloat16", {"frequencies": s("16")}),
+    (_key_finish, "query x must be bfloat16, got float32", {"query": (s("5 144", F32), s("144"))}),
     (_key_finish, "kv must be bfloat16 or float32, got float16", {"kv": s("2 3 96", F16)}),
     (_key_finish, "weight must be bfloat16 or float32, got float16", {"weight": s("96", F16)}),
     (_key_finish, "start must be int32 or int64, got float32", {"start": s("2", F32)}),

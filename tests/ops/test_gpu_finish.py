@@ -14,7 +14,7 @@ import pytest
 
 from dsv4_jax import library
 from dsv4_jax.ops.index_query_finish import index_query_finish
-from dsv4_jax.ops.key_finish import FinishedKeys, key_finish
+from dsv4_jax.ops.key_finish import FinishedKeys, QueryNorm, key_finish
 from dsv4_jax.ops.query_finish import query_finish
 from dsv4_jax.ops.rmsnorm_fp8 import rmsnorm_fp8
 from dsv4_jax.quant.kv import KvRows
@@ -95,6 +95,51 @@ def test_index_queries_equal_the_cpu_handler(size: tuple[int, ...], form: Any) -
     assert_same_tree(host(run(q, positions)), on_cpu(run, q, positions))
 
 
+# (b, t, indexer heads, channels, rotary, heads, channels): in one launch with the indexer's, then
+# tokens, channels or heads for which there are two.
+BOTH = [
+    *((1, 1, 64, 128, 64, 64, 512), (1, 1, 64, 128, 64, 128, 512), (8, 4, 61, 128, 64, 67, 512)),
+    *((3, 1, 5, 128, 32, 3, 512), (1, 33, 64, 128, 64, 64, 512), (1, 700, 64, 128, 64, 64, 512)),
+    *((2, 3, 5, 64, 32, 5, 96), (2, 3, 5, 128, 0, 5, 264), (1, 2, 0, 128, 64, 3, 512)),
+    *((1, 2, 3, 128, 64, 0, 512), (1, 0, 64, 128, 64, 64, 512)),
+]
+
+
+@pytest.mark.parametrize("rounding", ["bfloat16", "float32"])
+@pytest.mark.parametrize("form", ["mxfp4", "fp8"])
+@pytest.mark.parametrize("size", BOTH, ids=str)
+def test_both_queries(size: tuple[int, ...], form: Any, rounding: Any) -> None:
+    """The bits of the two ops, and of the CPU handler."""
+    b, t, h, d, rotary, n, c = size
+    q, heads, positions = values(0, b, t, h, d), values(1, b, t, n, c), np.resize(WILD, (b, t))
+
+    def run(q: Any, heads: Any, p: Any) -> Any:
+        rest: dict[str, Any] = {"eps": EPS, "rounding": rounding}
+        both = index_query_finish(q, p, table(rotary), form=form, heads=heads, **rest)
+        alone = index_query_finish(q, p, table(rotary), form=form)
+        return both, (alone, query_finish(heads, p, table(rotary), **rest))
+
+    run = jax.jit(run)
+    both, apart = host(run(q, heads, positions))
+    assert_same_tree(both, apart)
+    assert_same_tree(both, on_cpu(run, q, heads, positions)[0])
+
+
+def test_both_queries_that_are_slices() -> None:
+    """A11, A12: of addresses that are not aligned."""
+    flat = jnp.asarray(values(0, 1, 3 * 4 * 512 + 8)[0])
+    positions = np.resize(WILD, (1, 3))
+
+    def run(flat: Any) -> Any:
+        shifted = flat[1 : 1 + 3 * 4 * 512]
+        settings: dict[str, Any] = {"form": "mxfp4", "eps": EPS, "rounding": "bfloat16"}
+        settings["heads"] = shifted.reshape(1, 3, 4, 512)
+        return index_query_finish(shifted.reshape(1, 3, 16, 128), positions, table(64), **settings)
+
+    run = jax.jit(run)
+    assert_same_tree(host(run(flat)), on_cpu(run, flat))
+
+
 # (b, t, slots, channels, rotary)
 KEYS = [
     *((1, 1, 128, 512, 64), (8, 1, 128, 512, 64), (128, 1, 131, 512, 64), (1, 128, 128, 512, 64)),
@@ -134,9 +179,60 @@ def test_keys_equal_the_cpu_handler(size: tuple[int, ...]) -> None:
             np.testing.assert_array_equal(raw(part)[3:5], raw(old)[3:5])
 
 
+# (b, t, key channels, rotary, queries, their channels): in one launch with the keys; channels,
+# tokens, or keys for which there are two.
+NORMS = [
+    *((1, 1, 512, 64, 1, 1024), (1, 1, 512, 64, 1, 1536), (8, 4, 512, 64, 32, 1024)),
+    *((3, 1, 512, 64, 7, 16), (128, 2, 512, 64, 256, 2048), (5, 1, 512, 64, 5, 528)),
+    *((2, 1, 512, 64, 2, 2064), (1, 257, 512, 64, 257, 1024), (1, 2, 512, 64, 1000, 1536)),
+    *((2, 3, 96, 32, 6, 1024), (0, 1, 512, 64, 3, 1024), (3, 1, 512, 64, 0, 1024)),
+]
+
+
+@pytest.mark.parametrize("slots", [0, 128])
+@pytest.mark.parametrize("size", NORMS, ids=str)
+def test_a_query_beside_the_keys(size: tuple[int, ...], slots: int) -> None:
+    """The bits of the two ops, and of the CPU handler."""
+    b, t, d, rotary, n, r = size
+    kv, weight = values(0, b, t, d), values(1, 1, d)[0]
+    x, norm = values(2, n, r), values(3, 1, r)[0]
+    ring = jax.tree.map(np.asarray, store(0, b, slots, d, rotary))
+
+    def run(kv: Any, weight: Any, start: Any, count: Any, x: Any, norm: Any, *ring: Any) -> Any:
+        rest: dict[str, Any] = {"form": "fp8"}
+        if slots:
+            rest |= {"ring": KvRows(*ring), "count": count}
+        keys = kv, weight, start, table(rotary), EPS
+        both = key_finish(*keys, **rest, query=QueryNorm(x, norm))
+        return both, key_finish(*keys, **rest)._replace(query=rmsnorm_fp8(x, norm, EPS))
+
+    run = jax.jit(run)
+    lengths = np.resize(WILD, b), np.resize(np.array([t, t + 9, -1, t // 2], np.int32), b)
+    args = kv, weight, *lengths, x, norm, *ring
+    both, apart = host(run(*args))
+    assert_same_tree(both, apart)
+    assert_same_tree(both, on_cpu(run, *args)[0])
+
+
+def test_a_query_that_is_a_slice() -> None:
+    """A11, A12: of addresses that are not aligned."""
+    flat = jnp.asarray(values(0, 1, 3 * 1024 + 8)[0])
+    kv, weight = values(1, 3, 1, 512), values(2, 1, 512)[0]
+    start = np.resize(WILD, 3)
+
+    def run(flat: Any, kv: Any) -> Any:
+        x, norm = flat[1 : 1 + 3 * 1024].reshape(3, 1024), flat[3 : 3 + 1024]
+        query = QueryNorm(x, norm)
+        return key_finish(kv, weight, start, table(64), EPS, form="fp8", query=query)
+
+    run = jax.jit(run)
+    assert_same_tree(host(run(flat, kv)), on_cpu(run, flat, kv))
+
+
 def test_a_ring_stays_where_it_is() -> None:
     """B12: donated, in a step of several layers that is replayed from a graph."""
     kv = jnp.asarray(values(0, 4, 1, 512))
+    query = QueryNorm(jnp.asarray(values(2, 4, 1024)), jnp.asarray(values(3, 1, 1024)[0]))
     weight = jnp.asarray(values(1, 1, 512)[0])
     count = jnp.asarray([1, 1, 0, 1], jnp.int32)
     rings = [store(3 * i, 4, 128, 512, 64) for i in range(6)]
@@ -146,6 +242,7 @@ def test_a_ring_stays_where_it_is() -> None:
         new: list[FinishedKeys] = []
         for ring in rings:
             settings: dict[str, Any] = {"form": "fp8", "ring": ring, "count": count}
+            settings["query"] = query if len(new) % 2 else None
             new.append(key_finish(kv, weight, start, table(64), EPS, **settings))
         return [x.ring for x in new], new[0].rows
 

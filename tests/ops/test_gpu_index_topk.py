@@ -22,6 +22,7 @@ from tests.ops.test_index_topk import (
     LEVELS,
     SIZES,
     Case,
+    assert_scaled,
     case,
     error_bound,
     simple,
@@ -166,6 +167,13 @@ def test_decode_is_prefill(form: str, t: int) -> None:
             np.testing.assert_array_equal(alone[0, 0], idx[i, j])
         differ += int((one_scores[0, 0] != scores[i, j]).sum())
     print(f"{form}, chunks of {t}: {differ} of {scores.size} scores differ from those alone")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("form", KERNEL_FORMS)
+def test_scaled_weights(form: str, shape: str) -> None:
+    b, t = SHAPES[shape]
+    assert_scaled(case(form, b=b, t=t, slots=1024, n=np.full((b, t), 1000), **MODEL), 512)
 
 
 def test_same_bits_every_time() -> None:

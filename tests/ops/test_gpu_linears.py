@@ -609,6 +609,22 @@ def test_router(e: int, d: int, hashed: bool) -> None:
         np.testing.assert_allclose(got[clear], there[1][clear], rtol=5e-6)
 
 
+def test_router_rows_of_a_table() -> None:
+    """The same bits as of the rows themselves; ids of tokens outside are held to the table."""
+    t, e, v = 70, 256, 1000
+    x = jnp.asarray(products.normal_values(0, t, 512))
+    weight = jnp.asarray(products.normal_values(1, e, 512)) * jnp.bfloat16(0.05)
+    table = jnp.asarray(products.routing(2, v, 6, e)[0], jnp.int32)
+    tokens = np.random.default_rng(3).integers(-v // 2, 2 * v, t)
+    tokens[:4] = [-(2**31), 2**31 - 1, v - 1, v]
+    tokens = jnp.asarray(tokens, jnp.int32)
+    rows = jnp.take(table, tokens, axis=0, mode="clip")
+    got = router(x, weight, None, table, k=6, scale=1.5, tokens=tokens)
+    want = router(x, weight, None, rows, k=6, scale=1.5)
+    for part, expected in zip(got, want, strict=True):
+        assert_same_bits(part, expected)
+
+
 def test_router_ties_and_bad_scores() -> None:
     """B14: ties to the lower id; NaN is the largest and stays in its token."""
     x, weight = jnp.asarray(products.normal_values(0, 5, 64)), jnp.zeros((32, 64), jnp.bfloat16)

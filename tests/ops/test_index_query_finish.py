@@ -10,6 +10,7 @@ import pytest
 
 from dsv4_jax.ops.hadamard import hadamard
 from dsv4_jax.ops.index_query_finish import index_query_finish
+from dsv4_jax.ops.query_finish import query_finish
 from dsv4_jax.ops.rope import rope
 from dsv4_jax.quant.kv import IndexRows, index_dequant, index_quant
 from reference.index_query_finish import index_query_finish as reference_index_query_finish
@@ -58,6 +59,34 @@ def test_against_the_plain_ops(size: tuple[int, int, int], form: Any) -> None:
         turned = raw(mine) != raw(theirs)
         print(f"{size} {form} {name}: {turned.sum()} of {turned.size} turned by ties")
         assert turned.mean() <= MOST_TURNED + 1 / turned.size
+
+
+@pytest.mark.parametrize("form", ["mxfp4", "fp8", "float32"])
+@pytest.mark.parametrize(
+    ("size", "n", "c"),
+    [((64, 128, 64), 3, 512), ((5, 64, 32), 2, 96), ((3, 128, 64), 2, 516), ((2, 64, 32), 0, 96)],
+)
+def test_heads_have_the_bits_of_their_own_op(
+    size: tuple[int, int, int], n: int, c: int, form: Any
+) -> None:
+    """In the call, and where one of the two has none: 516 channels, an unquantised form."""
+    args = operands(size, 2, 3)
+    heads = normal(7, 2, 3, n, c, dtype=jnp.bfloat16)
+    for rounding in ("bfloat16", "float32"):
+        settings: dict[str, Any] = {"eps": 1e-3, "rounding": rounding}
+        got = index_query_finish(*args, form=form, heads=heads, **settings)
+        want = query_finish(heads, *args[1:], 1e-3, rounding=rounding)
+        assert_same_tree(got, (index_query_finish(*args, form=form), want))
+
+
+def test_heads_against_the_reference() -> None:
+    q, positions, frequencies = operands((2, 128, 64), 1, 5)
+    heads = normal(7, 1, 5, 3, 512, dtype=jnp.bfloat16)
+    settings: dict[str, Any] = {"form": "mxfp4", "eps": 1e-6, "rounding": "bfloat16"}
+    _, got = index_query_finish(q, positions, frequencies, heads=heads, **settings)
+    q, wide = (x.astype(jnp.float32) for x in (q, heads))
+    _, want = reference_index_query_finish(q, positions, frequencies, heads=wide, **settings)
+    assert (f64(got) != f64(want)).mean() <= 10 * MOST_TURNED
 
 
 def test_against_the_reference() -> None:

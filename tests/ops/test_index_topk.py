@@ -16,6 +16,7 @@ import pytest
 
 from dsv4_jax.ops import index_topk as module
 from dsv4_jax.ops._index_topk_jax import index_topk_jax
+from dsv4_jax.ops._round import round_to
 from dsv4_jax.ops.index_topk import SCRATCH_BUDGET, index_topk
 from dsv4_jax.quant.kv import IndexRows
 from dsv4_jax.typing import E2M1, E4M3, UE8M0
@@ -178,6 +179,25 @@ def test_scores_against_fp64(form: str, heads: int, dim: int) -> None:
     given = case(form, heads=heads, dim=dim)
     _, scores = given.check_choice(24)
     assert_near(scores, given.exact()[0], error_bound(given))
+
+
+def assert_scaled(given: Case, topk: int) -> None:
+    """Scaled weights, rounded if they are BF16, give the bits of those themselves."""
+    size = 64**-0.5 * 128**-0.5
+    for dtype in (jnp.bfloat16, jnp.float32):
+        weight = jnp.asarray(given.weight).astype(dtype)
+        scaled = round_to(weight.astype(jnp.float32) * jnp.float32(size), dtype)
+        settings: dict[str, Any] = {"topk": topk, "return_scores": True}
+        n = jnp.asarray(given.n)
+        got = index_topk(given.q, weight, given.keys, n, weight_scale=size, **settings)
+        want = index_topk(given.q, scaled.astype(jnp.float32), given.keys, n, **settings)
+        for mine, theirs in zip(got, want, strict=True):
+            assert_same_bits(mine, theirs)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_scaled_weights(form: str) -> None:
+    assert_scaled(case(form), 10)
 
 
 @pytest.mark.parametrize("form", KERNEL_FORMS)

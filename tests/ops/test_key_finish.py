@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from dsv4_jax.ops.attention import attention
-from dsv4_jax.ops.key_finish import FinishedKeys, key_finish, ring_takes_first
+from dsv4_jax.ops.key_finish import FinishedKeys, QueryNorm, key_finish, ring_takes_first
 from dsv4_jax.ops.rmsnorm import rmsnorm
+from dsv4_jax.ops.rmsnorm_fp8 import rmsnorm_fp8
 from dsv4_jax.ops.rope import rope
+from dsv4_jax.quant import fp8
 from dsv4_jax.quant.kv import KvRows, kv_dequant, kv_quant
 from dsv4_jax.typing import E4M3, UE8M0
 from reference.key_finish import key_finish as reference_key_finish
@@ -61,10 +63,18 @@ def poisoned(b: int, s: int, d: int = 512, rotary: int = 64, byte: int = 0xA5) -
     )
 
 
-def run(args: Any, ring: KvRows | None = None, count: Any = None) -> FinishedKeys:
+def queries(n: int, r: int) -> QueryNorm:
+    x = np.asarray(normal(5, n, r)) * np.exp2(np.round(np.asarray(normal(6, n, 1)) * 3))
+    weight = 1 + np.asarray(normal(7, r, scale=0.3))
+    return QueryNorm(*(jnp.asarray(y.astype(jnp.bfloat16)) for y in (x, weight)))
+
+
+def run(
+    args: Any, ring: KvRows | None = None, count: Any = None, query: QueryNorm | None = None
+) -> FinishedKeys:
     if count is not None:
         count = jnp.asarray(count, jnp.int32)
-    return key_finish(*args, form="fp8", ring=ring, count=count)
+    return key_finish(*args, form="fp8", ring=ring, count=count, query=query)
 
 
 def ring_after(ring: KvRows, rows: KvRows, start: Any, count: Any) -> list[np.ndarray]:
@@ -103,6 +113,7 @@ def test_against_the_reference() -> None:
     kv, weight, start, frequencies, eps = operands(2, 50)
     old = poisoned(2, 8, byte=0x3F)
     count = jnp.asarray([50, 7], jnp.int32)
+    query = queries(3, 512)
     want = reference_key_finish(
         kv.astype(jnp.float32),
         weight.astype(jnp.float32),
@@ -112,11 +123,35 @@ def test_against_the_reference() -> None:
         form="fp8",
         ring=kv_dequant(old, jnp.float32),
         count=count,
+        query=(query.x.astype(jnp.float32), query.weight.astype(jnp.float32)),
     )
-    got = run((kv, weight, start, frequencies, eps), old, count)
-    for mine, theirs in zip(got, want, strict=True):
+    got = run((kv, weight, start, frequencies, eps), old, count, query)
+    assert got.query is not None
+    normed = f64(fp8.dequantize_act(got.query, fp8.ACT_BLOCK))
+    assert (normed != f64(want[2])).mean() <= MOST_TURNED * 2
+    for mine, theirs in zip(got[:2], want[:2], strict=True):
         assert mine is not None and theirs is not None
         assert (f64(kv_dequant(mine, jnp.float32)) != f64(theirs)).mean() <= MOST_TURNED * 2
+
+
+@pytest.mark.parametrize("slots", [0, 8])
+@pytest.mark.parametrize(("n", "r"), [(6, 1024), (1, 1536), (0, 128), (9, 16), (2, 2064)])
+def test_a_query_has_the_bits_of_its_own_op(n: int, r: int, slots: int) -> None:
+    """And the keys those of a call without one; its tokens need not be the keys'."""
+    args, query = operands(2, 3), queries(n, r)
+    ring = (poisoned(2, slots), [3, 1]) if slots else (None, None)
+    got = run(args, *ring, query)
+    assert_same_tree(got.query, rmsnorm_fp8(*query, EPS))
+    assert_same_tree(got[:2], run(args, *ring)[:2])
+
+
+def test_a_query_beside_other_keys() -> None:
+    """Keys that are plain ops leave it to `rmsnorm_fp8`."""
+    kv, *rest = operands(2, 3)
+    query = queries(6, 144)
+    kv, weight = kv.astype(jnp.float32), rest[0].astype(jnp.float32)
+    got = key_finish(kv, weight, *rest[1:], form="float32", query=query)
+    assert_same_tree(got.query, rmsnorm_fp8(*query, EPS))
 
 
 @pytest.mark.parametrize("slots", [1, 8, 128, 131])
@@ -150,10 +185,12 @@ def test_in_place(donate: bool) -> None:
     args = operands(2, 1)
     ring, count = poisoned(2, 128), jnp.asarray([1, 0], jnp.int32)
     before = [raw(x).copy() for x in ring]
-    want = run(args, ring, count)
+    query = queries(2, 144)
+    want = run(args, ring, count, query)
 
     def step(ring: KvRows, kv: Any, weight: Any, start: Any, count: Any) -> FinishedKeys:
-        return key_finish(kv, weight, start, args[3], EPS, form="fp8", ring=ring, count=count)
+        settings: dict[str, Any] = {"form": "fp8", "ring": ring, "count": count, "query": query}
+        return key_finish(kv, weight, start, args[3], EPS, **settings)
 
     jitted = jax.jit(step, donate_argnums=(0,) if donate else ())
     ring = jax.tree.map(jnp.copy, ring)
@@ -259,7 +296,7 @@ def test_where_the_ring_takes_the_chunk_first() -> None:
             assert held is not None
             args = operands(1, t, 96, 32)
             args = (args[0], args[1], jnp.asarray([start], jnp.int32), *args[3:])
-            rows, written = run(args, held, [t])
+            rows, written, _ = run(args, held, [t])
             assert written is not None
             outputs = [
                 attention(

@@ -169,6 +169,23 @@ def test_ids_of_64_bits() -> None:
     np.testing.assert_array_equal(got, [[0, 1, 0]] * 2)
 
 
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.int64])
+def test_rows_of_a_table(dtype: jnp.dtype) -> None:
+    """As `jnp.take` with ``clip``: ids of tokens outside take the first row or the last."""
+    x, weight = normal(0, 6, 96), normal(1, 32, 96, scale=0.2)
+    table = jnp.asarray([np.random.default_rng(i).permutation(32)[:4] for i in range(11)])
+    with jax.enable_x64(dtype == jnp.int64):
+        tokens = jnp.asarray([10, 3, -1, 3, 11, 2**31 - 1 if dtype == jnp.int32 else 2**40], dtype)
+        rows = jnp.take(table, tokens, axis=0, mode="clip")
+        np.testing.assert_array_equal(rows, table[np.array([10, 3, 0, 3, 10, 10])])
+        wide = reference_router(x, weight, None, table, k=4, scale=1.5, tokens=tokens)
+        got = router(x, weight, None, table, k=4, scale=1.5, tokens=tokens)
+        want = router(x, weight, None, rows, k=4, scale=1.5)
+    for part, expected in zip(got, want, strict=True):
+        assert_same_bits(part, expected)
+    np.testing.assert_array_equal(got[0], np.sort(wide[0], axis=-1))
+
+
 def test_wrong_variants_fail() -> None:
     """Weights from the score with its bias, or of a softplus without the root, are far off."""
     x, weight, bias = normal(0, 9, 96), normal(1, 32, 96, scale=0.2), normal(2, 32)

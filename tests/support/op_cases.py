@@ -22,7 +22,7 @@ from dsv4_jax.ops.hadamard import hadamard
 from dsv4_jax.ops.head_norm import head_norm
 from dsv4_jax.ops.index_query_finish import index_query_finish
 from dsv4_jax.ops.index_topk import index_topk
-from dsv4_jax.ops.key_finish import key_finish
+from dsv4_jax.ops.key_finish import QueryNorm, key_finish
 from dsv4_jax.ops.mhc import Read, Write, mhc
 from dsv4_jax.ops.mhc_head import mhc_head
 from dsv4_jax.ops.mhc_post import mhc_post
@@ -121,15 +121,35 @@ def _query_finish(rounding: Any, dtype: Any = jnp.bfloat16) -> OpCase:
     )
 
 
-def _index_query_finish(form: Any, dtype: Any = jnp.bfloat16) -> OpCase:
+def _index_query_finish(form: Any, dtype: Any = jnp.bfloat16, heads: bool = False) -> OpCase:
     frequencies = (10000.0 ** -(np.arange(8) / 8)).astype(np.float32)
     x = normal(0, MAX_ROWS, 2, 3, 64, dtype=dtype)
+    if heads:
+        return OpCase(
+            lambda x, p, h: index_query_finish(x, p, frequencies, form=form, heads=h, eps=EPS),
+            (x, _positions(), normal(1, MAX_ROWS, 2, 2, 96, dtype=dtype)),
+        )
     return OpCase(lambda x, p: index_query_finish(x, p, frequencies, form=form), (x, _positions()))
 
 
 def _positions() -> jax.Array:
     rng = np.random.default_rng(1)
     return jnp.asarray(rng.integers(0, 1 << 20, (MAX_ROWS, 2)), jnp.int32)
+
+
+def _key_finish_query() -> OpCase:
+    """A key and low-rank queries of each token."""
+    frequencies = (10000.0 ** -(np.arange(16) / 16)).astype(np.float32)
+    weights = [(1 + normal(1, d, scale=0.2)).astype(jnp.bfloat16) for d in (96, 144)]
+    kv = normal(0, MAX_ROWS, 1, 96, dtype=jnp.bfloat16)
+    start = jnp.asarray(np.random.default_rng(2).integers(0, 1 << 20, MAX_ROWS), jnp.int32)
+
+    def fn(kv: jax.Array, start: jax.Array, x: jax.Array) -> Any:
+        query = QueryNorm(x, weights[1])
+        done = key_finish(kv, weights[0], start, frequencies, EPS, form="fp8", query=query)
+        return done.rows, done.query
+
+    return OpCase(fn, (kv, start, normal(3, MAX_ROWS, 144, dtype=jnp.bfloat16)))
 
 
 def _key_finish(ring: bool, form: Any = "fp8") -> OpCase:
@@ -227,6 +247,19 @@ def _router(hashed: bool) -> OpCase:
     rng = np.random.default_rng(3)
     idx = jnp.asarray([rng.permutation(32)[:6] for _ in range(MAX_ROWS)], jnp.int32)
     return OpCase(lambda x, idx: router(x, weight, None, idx, **settings), (x, idx))
+
+
+def _router_table() -> OpCase:
+    """Ids by token id, some outside of the table."""
+    rng = np.random.default_rng(3)
+    weight = normal(1, 32, 96, scale=0.1, dtype=jnp.bfloat16)
+    table = jnp.asarray([rng.permutation(32)[:6] for _ in range(9)], jnp.int32)
+    tokens = jnp.asarray(rng.integers(-2, 12, MAX_ROWS), jnp.int32)
+
+    def fn(x: jax.Array, tokens: jax.Array) -> Any:
+        return router(x, weight, None, table, k=6, scale=1.5, tokens=tokens)
+
+    return OpCase(fn, (normal(0, MAX_ROWS, 96, dtype=jnp.bfloat16), tokens))
 
 
 def _dense_linear(stored: Any, groups: int = 0, **settings: Any) -> OpCase:
@@ -432,8 +465,10 @@ CASES: dict[str, Callable[[], OpCase]] = {
         "query_finish-float32": lambda: _query_finish("float32", jnp.float32),
         "key_finish-rows": lambda: _key_finish(False),
         "key_finish-ring": lambda: _key_finish(True),
+        "key_finish-query": _key_finish_query,
         "key_finish-ring-float32": lambda: _key_finish(True, "float32"),
         "index_query_finish-mxfp4": lambda: _index_query_finish("mxfp4"),
+        "index_query_finish-heads": lambda: _index_query_finish("mxfp4", heads=True),
         "index_query_finish-fp8": lambda: _index_query_finish("fp8"),
         "index_query_finish-float32": lambda: _index_query_finish("float32", jnp.float32),
         "mhc_pre": _mhc_pre,
@@ -445,6 +480,7 @@ CASES: dict[str, Callable[[], OpCase]] = {
         "hadamard": _hadamard,
         "router-score": lambda: _router(False),
         "router-hash": lambda: _router(True),
+        "router-table": _router_table,
         "dense_linear-bfloat16": lambda: _dense_linear(jnp.bfloat16),
         "dense_linear-float32": lambda: _dense_linear(jnp.float32),
         "dense_linear-groups": lambda: _dense_linear(jnp.bfloat16, 2, dtype=jnp.bfloat16),
