@@ -1,6 +1,8 @@
-// A warp per token: scores, picks by k rounds of a maximum, ids in order, weights.
+// A warp per token: scores, picks by k rounds of a maximum, ids in order, weights. Of few tokens
+// the scores are a thread block's work.
 #include <cuda_runtime.h>
 
+#include "common/barrier.cuh"
 #include "router/router.h"
 
 namespace dsv4 {
@@ -8,17 +10,32 @@ namespace {
 
 constexpr unsigned kAll = 0xFFFFFFFFu;
 constexpr int kWarps = 4;
+constexpr int kFewThreads = 256;
+constexpr int64_t kFewTokens = 256;  // about two thread blocks an SM
 constexpr int kPerLane = kRouterMaxExperts / 32;
 
 // kCount experts of a lane: ids lane, lane + 32, ...
-template <int kCount>
-__global__ void __launch_bounds__(32 * kWarps)
+template <int kCount, bool kFew>
+__global__ void __launch_bounds__(kFew ? kFewThreads : 32 * kWarps)
     RouterKernel(const __grid_constant__ RouterParams p) {
+  LetNextBegin();
+  WaitForPrevious();
   const int lane = threadIdx.x % 32;
-  const int64_t token = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  const int64_t token = kFew ? blockIdx.x : int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (token >= p.t) return;
   const float* logits = p.logits + token * p.experts;
   const int experts = static_cast<int>(p.experts), k = static_cast<int>(p.k);
+  const auto key_of = [&](int expert) {
+    return expert < experts ? RouterKey(RouterScore(logits[expert]) + p.bias[expert], expert) : 0;
+  };
+  __shared__ uint64_t keys[kFew ? 32 * kCount : 1];
+  if constexpr (kFew) {
+    if (p.given_idx == nullptr) {
+      for (int e = threadIdx.x; e < 32 * kCount; e += kFewThreads) keys[e] = key_of(e);
+    }
+    __syncthreads();
+    if (threadIdx.x >= 32) return;
+  }
   int picked = INT32_MAX;  // lane i: the i-th pick
   if (p.given_idx != nullptr) {
     if (lane < k) picked = GivenIdx(p, token)[lane];
@@ -27,8 +44,7 @@ __global__ void __launch_bounds__(32 * kWarps)
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int expert = lane + 32 * i;
-      key[i] =
-          expert < experts ? RouterKey(RouterScore(logits[expert]) + p.bias[expert], expert) : 0;
+      key[i] = kFew ? keys[expert] : key_of(expert);
     }
     for (int round = 0; round < k; ++round) {
       uint64_t best = 0;
@@ -68,9 +84,13 @@ __global__ void __launch_bounds__(32 * kWarps)
 
 template <int kCount>
 cudaError_t Launch(const RouterParams& params, cudaStream_t stream) {
-  RouterKernel<kCount>
-      <<<static_cast<unsigned>((params.t + kWarps - 1) / kWarps), 32 * kWarps, 0, stream>>>(params);
-  return cudaGetLastError();
+  if (params.t <= kFewTokens) {
+    return LaunchDependent(RouterKernel<kCount, true>, dim3(static_cast<unsigned>(params.t)),
+                           kFewThreads, 0, stream, params);
+  }
+  return LaunchDependent(RouterKernel<kCount, false>,
+                         dim3(static_cast<unsigned>((params.t + kWarps - 1) / kWarps)), 32 * kWarps,
+                         0, stream, params);
 }
 
 }  // namespace
