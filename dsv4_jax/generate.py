@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv4_jax.cache import Cache
-from dsv4_jax.loop import Feed, Settings, decode_steps, sample_next, stepwise, stop_ids
+from dsv4_jax.loop import STEPS, Feed, Made, Settings, decode_steps, sample_next, stepwise, stop_ids
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.typing import Array, Float32, Params
 
@@ -396,8 +396,9 @@ def stream(
             del logits
             yield from made_by((tokens, valid, active.copy()))
             feed = Feed.of(list(tokens[:, None]), active, left)
-        while active.any():
-            made, cache = decode_steps(
+
+        def begin(feed: Feed, cache: Cache) -> tuple[Made, Cache, Feed]:
+            return decode_steps(
                 model=model,
                 params=params,
                 feed=feed,
@@ -405,12 +406,18 @@ def stream(
                 settings=settings,
                 stops=ends,
             )
-            made = jax.device_get(made)
-            tokens = np.zeros(b, np.int32)
-            for step in zip(*made, strict=True):
-                tokens = np.where(step[2], step[0], tokens)
+
+        made: Made | None = None
+        while active.any():
+            if made is None:
+                made, cache, feed = begin(feed, cache)
+            # The next call begins before this one's tokens are read, unless that ends every row.
+            following = None
+            if (left[active] > STEPS).any():
+                following, cache, feed = begin(feed, cache)
+            for step in zip(*jax.device_get(made), strict=True):
                 yield from made_by(step)
-            feed = Feed.of(list(tokens[:, None]), active, left)
+            made = following
 
     return events()
 

@@ -1,7 +1,8 @@
 """Decode steps in one program: the model, the sampler and the stop conditions, on the device.
 
 The host reads the tokens of `STEPS` steps at once. So it costs a fraction of a step to start the
-next one, and nothing is waited for between two steps of a call.
+next one, and nothing is waited for between two steps of a call, nor between two calls: what the
+next one begins with is on the device.
 """
 
 import functools
@@ -14,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from dsv4_jax.cache import Cache
-from dsv4_jax.sampling import Sampled, SamplingParams, sample, step_keys
+from dsv4_jax.sampling import Sampled, SamplingParams, choose, step_keys
 from dsv4_jax.typing import Array, Bool, Int32, Params
 
 __all__ = [
@@ -62,7 +63,7 @@ class Settings(NamedTuple):
 
 
 class Feed(NamedTuple):
-    """What a call of `decode_steps` begins with, on the host.
+    """What a call of `decode_steps` begins with, from the host or from the call before.
 
     Attributes:
         tokens: to be fed first; behind them, and where -1, what was sampled. Column i is step i's.
@@ -72,11 +73,11 @@ class Feed(NamedTuple):
         left: new tokens that a row may still make.
     """
 
-    tokens: Int32[np.ndarray, "b k"]
-    idle: Int32[np.ndarray, "b"]
-    silent: np.int32
-    active: Bool[np.ndarray, "b"]
-    left: Int32[np.ndarray, "b"]
+    tokens: Int32[np.ndarray, "b k"] | Int32[Array, "b k"]
+    idle: Int32[np.ndarray, "b"] | Int32[Array, "b"]
+    silent: np.int32 | Int32[Array, ""]
+    active: Bool[np.ndarray, "b"] | Bool[Array, "b"]
+    left: Int32[np.ndarray, "b"] | Int32[Array, "b"]
 
     @classmethod
     def of(
@@ -106,13 +107,10 @@ class Made(NamedTuple):
 @jax.jit
 def sample_next(logits: Array, lengths: Array, settings: Settings) -> Sampled:
     """A token for every row, which takes the position ``lengths``."""
-    return sample(
-        logits,
-        step_keys(settings.seeds, lengths),
-        temperature=cast(Any, settings.temperature),
-        top_p=cast(Any, settings.top_p),
-        top_k=cast(Any, settings.top_k),
-    )
+    _, *numbers = settings
+    temperature, top_p, top_k = cast(Any, numbers)
+    keys = step_keys(settings.seeds, lengths)
+    return choose(logits, keys, temperature=temperature, top_p=top_p, top_k=top_k)
 
 
 def stepwise(tokens: int) -> bool:
@@ -137,11 +135,12 @@ def decode_steps(
     cache: Cache,
     settings: Settings,
     stops: Int32[np.ndarray, "s"],
-) -> tuple[Made, Cache]:
+) -> tuple[Made, Cache, Feed]:
     """`STEPS` steps; a row ends at a stop token, at invalid logits and when nothing is ``left``.
 
     A row that has ended, or that is idle, changes neither its cache nor its neighbours. Kept tokens
-    include the one that ended a row. On the CPU the call returns when all rows have ended.
+    include the one that ended a row. On the CPU the call returns when all rows have ended. The
+    `Feed` goes on where the call ends.
 
     Args:
         model: the Flax module.
@@ -193,5 +192,7 @@ def decode_steps(
         cache,
         Made(jnp.full((STEPS, b), -1, jnp.int32), nothing, nothing),
     )
-    *_, cache, made = lax.while_loop(unfinished, step, state)
-    return made, cache
+    _, tokens, active, left, cache, made = lax.while_loop(unfinished, step, state)
+    fed = jnp.full_like(fed, -1).at[:, 0].set(tokens)
+    # The cache before the feed: donated arrays become the first results of their shape.
+    return made, cache, Feed(fed, jnp.zeros_like(idle), jnp.zeros_like(silent), active, left)

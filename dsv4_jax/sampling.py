@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from dsv4_jax.typing import Array, Bool, Float, Float32, Int32
 
-__all__ = ["Sampled", "SamplingParams", "sample", "step_keys"]
+__all__ = ["Sampled", "SamplingParams", "choose", "sample", "step_keys"]
 
 # Stated rather than left to `jax_default_prng_impl`: other generators give a row of a batch other
 # bits than the same row alone.
@@ -92,9 +92,9 @@ def sample(
     logits: Float[Array, "b v"],
     keys: Array,
     *,
-    temperature: float | Float32[Array, "*b"] | None,
-    top_p: float | Float32[Array, "*b"] | None = 1.0,
-    top_k: int | Int32[Array, "*b"] | None = 0,
+    temperature: float | Float32[Array, "*b"],
+    top_p: float | Float32[Array, "*b"] = 1.0,
+    top_k: int | Int32[Array, "*b"] = 0,
 ) -> Sampled:
     """Draws one token per row; jittable, with every argument traced.
 
@@ -104,11 +104,9 @@ def sample(
     Args:
         logits: next-token scores.
         keys: one key per row (``step_keys``), or one key for the batch, which is split by row.
-        temperature: 0 for greedy; a number, or one per row; None is greedy, in a program that
-            cannot draw: a GPU has to wait for the host to learn what a number says.
-        top_p: in (0, 1]; a number, or one per row. At least one token always stays. None, like 1
-            and like ``top_k`` None, in a program that cannot filter.
-        top_k: 0 for all tokens; a number, or one per row; None for all.
+        temperature: 0 for greedy; a number, or one per row.
+        top_p: in (0, 1]; a number, or one per row. At least one token always stays.
+        top_k: 0 for all tokens; a number, or one per row.
 
     Returns:
         Tokens and flags per row.
@@ -118,8 +116,7 @@ def sample(
             out of range.
     """
     for name, value in (("temperature", temperature), ("top_p", top_p), ("top_k", top_k)):
-        if value is not None:
-            _check(name, value)
+        _check(name, value)
     if logits.ndim != 2 or logits.shape[-1] == 0:
         raise ValueError(f"sample: logits must be [b, vocab], got {list(logits.shape)}")
     b = logits.shape[0]
@@ -130,16 +127,30 @@ def sample(
     if keys.shape != (b,):
         raise ValueError(f"sample: need one key or one per row ({b}), got {list(keys.shape)}")
 
+    return choose(logits, keys, temperature=temperature, top_p=top_p, top_k=top_k)
+
+
+def choose(
+    logits: Float[Array, "b v"],
+    keys: Array,
+    *,
+    temperature: float | Float32[Array, "*b"] | None,
+    top_p: float | Float32[Array, "*b"] | None,
+    top_k: int | Int32[Array, "*b"] | None,
+) -> Sampled:
+    """`sample` of checked arguments; with None for what is off, and not in the program.
+
+    No temperature is greedy; neither ``top_p`` nor ``top_k`` is all tokens.
+    """
+    b = logits.shape[0]
+
     def rows(value: float | Array | None, dtype: DTypeLike) -> Array | None:
         return None if value is None else jnp.broadcast_to(jnp.asarray(value, dtype), (b,))
 
-    temp = rows(temperature, jnp.float32)
-    mass, k = rows(top_p, jnp.float32), rows(top_k, jnp.int32)
-    if mass is None and k is not None:
-        mass = rows(1.0, jnp.float32)
-    if k is None and mass is not None:
-        k = rows(0, jnp.int32)
-    return _sample(logits.astype(jnp.float32), keys, temp, mass, k)
+    filters = top_p is not None or top_k is not None
+    mass = rows(1.0 if filters and top_p is None else top_p, jnp.float32)
+    k = rows(0 if filters and top_k is None else top_k, jnp.int32)
+    return _sample(logits.astype(jnp.float32), keys, rows(temperature, jnp.float32), mass, k)
 
 
 @jax.jit

@@ -10,7 +10,7 @@ import numpy as np
 from dsv4_jax.bench.profile import WITHOUT_GRAPHS, Launch, launches_of, op_names, traced
 from dsv4_jax.bench.weights import random_cache
 from dsv4_jax.generate import prefill
-from dsv4_jax.loop import STEPS, Feed, Settings, decode_steps, stop_ids
+from dsv4_jax.loop import STEPS, Feed, Made, Settings, decode_steps, stop_ids
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.typing import Params
 
@@ -38,8 +38,8 @@ class Times(NamedTuple):
 class Loop:
     """`decode_steps`, compiled for a model and called as `generate.stream` calls it.
 
-    Tokens are sampled at temperature 1 and fed back; no sequence ends. The host waits for the
-    tokens of a call, as generation does, and for nothing else.
+    Tokens are sampled at temperature 1 and fed back; no sequence ends. The host reads the tokens of
+    a call when it has begun the next one, as generation does, and waits for nothing else.
 
     Args:
         model: the Flax module.
@@ -50,43 +50,43 @@ class Loop:
 
     def __init__(self, model: Any, params: Params, cache: Any, *, graphs: bool = True) -> None:
         rows = cache.lengths.shape[0]
-        self._active = np.ones(rows, np.bool_)
-        self._left = np.full(rows, _NO_END, np.int32)
         seeds = jax.device_put(np.arange(rows, dtype=np.uint32))
         self._fixed: dict[str, Any] = {
             "params": params,
             "settings": Settings.of(SamplingParams(temperature=1.0), seeds),
             "stops": stop_ids(frozenset(), model.config.vocab_size),
         }
-        self._feed = self._fed(np.zeros(rows, np.int32))
+        self._feed = Feed.of(
+            [[0]] * rows, np.ones(rows, np.bool_), np.full(rows, _NO_END, np.int32)
+        )
         self.cache = cache
         begin = time.perf_counter()
         lowered = decode_steps.lower(model=model, cache=cache, feed=self._feed, **self._fixed)
         self.compiled = lowered.compile(None if graphs else WITHOUT_GRAPHS)
         self.compile_s = time.perf_counter() - begin
 
-    def _fed(self, tokens: np.ndarray) -> Feed:
-        return Feed.of(list(tokens[:, None]), self._active, self._left)
+    def _begin(self) -> Made:
+        made, self.cache, self._feed = self.compiled(
+            cache=self.cache, feed=self._feed, **self._fixed
+        )
+        return made
 
-    def call(self) -> None:
-        """`STEPS` tokens of every row.
+    def seconds(self, calls: int) -> list[float]:
+        """Of every call, `STEPS` tokens of every row.
 
         Raises:
             ValueError: logits were not finite.
         """
-        made, self.cache = self.compiled(cache=self.cache, feed=self._feed, **self._fixed)
-        made = jax.device_get(made)
-        if not (made.valid & made.kept).all():
-            raise ValueError("bench: decode: logits must be finite, got NaN or Inf")
-        self._feed = self._fed(made.tokens[-1])
-
-    def seconds(self, calls: int) -> list[float]:
-        """Of every call."""
         times: list[float] = []
-        for _ in range(calls):
+        made = self._begin()
+        for i in range(calls):
             begin = time.perf_counter()
-            self.call()
+            following = self._begin() if i + 1 < calls else made
+            got = jax.device_get(made)
             times.append(time.perf_counter() - begin)
+            if not (got.valid & got.kept).all():
+                raise ValueError("bench: decode: logits must be finite, got NaN or Inf")
+            made = following
         return times
 
 

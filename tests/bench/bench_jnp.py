@@ -194,12 +194,11 @@ class Greedy:
         ids: list[int] = []
         first, begin = 0, 0.0
         while len(ids) < self.tokens:
-            made, cache = self.program(cache=cache, feed=feed, **self._fixed)
+            made, cache, feed = self.program(cache=cache, feed=feed, **self._fixed)
             made = jax.device_get(made)
             if not made.valid[made.kept].all():
                 raise ValueError("bench_jnp: logits must be finite, got NaN or Inf")
             ids += made.tokens[made.kept].tolist()
-            feed = self._feed(ids[-1:], self.tokens - len(ids))
             if not first:
                 first, begin = len(ids), time.perf_counter()
         return ids, (time.perf_counter() - begin) / (len(ids) - first)

@@ -123,7 +123,7 @@ def decoded(model: Any, params: Any, tokens: int) -> Generator[np.ndarray]:
     feed = Feed.of(PROMPTS, active, left)
     while left.any():
         at = f"behind {tokens - left[0]} tokens"
-        made, cache = decode_steps(cache=cache, feed=feed, **fixed)
+        made, cache, feed = decode_steps(cache=cache, feed=feed, **fixed)
         made = jax.device_get(made)
         kept = made.kept.all(axis=1)
         if not kept.any() or (made.kept != kept[:, None]).any():
@@ -134,7 +134,6 @@ def decoded(model: Any, params: Any, tokens: int) -> Generator[np.ndarray]:
             raise ValueError(f"{at}: the cache must stay where it is, an array of it moved")
         new = made.tokens[kept]
         left -= len(new)
-        feed = Feed.of(list(new[-1][:, None]), active, left)
         yield new
     if (np.asarray(cache.lengths) != lengths).any() or np.asarray(cache.overflow).any():
         raise ValueError(f"rows must hold {lengths.tolist()}, got {cache.lengths.tolist()}")

@@ -81,10 +81,10 @@ def test_streams_equal_single_steps(backend: str, monkeypatch: pytest.MonkeyPatc
     real = MODULE.decode_steps
 
     def spy(**arguments: Any) -> Any:
-        made, cache = real(**arguments)
+        made, cache, feed = real(**arguments)
         assert not np.asarray(cache.overflow).any()
         held.append(np.asarray(cache.lengths))
-        return made, cache
+        return made, cache, feed
 
     monkeypatch.setattr(MODULE, "decode_steps", spy)
     reasons: set[Any] = set()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax.sampling import sample, step_keys
+from dsv4_jax.sampling import choose, sample, step_keys
 
 
 def _logits(b: int, v: int, seed: int = 0) -> jax.Array:
@@ -140,16 +140,16 @@ def test_what_is_none_is_off_and_not_in_the_program() -> None:
         ((0.7, None, 4), (0.7, 1.0, 4)),
     ):
         got, want = (
-            sample(logits, keys, temperature=t, top_p=p, top_k=k) for t, p, k in (less, more)
+            choose(logits, keys, temperature=t, top_p=p, top_k=k) for t, p, k in (less, more)
         )
         np.testing.assert_array_equal(got.tokens, want.tokens)
 
     def program(**settings: Any) -> str:
-        return jax.jit(lambda x, key: sample(x, key, **settings)).lower(logits, keys).as_text()
+        return jax.jit(lambda x, key: choose(x, key, **settings)).lower(logits, keys).as_text()
 
     off = {"top_p": None, "top_k": None}
     assert "sort" not in program(temperature=0.7, **off)
-    assert "sort" in program(temperature=0.7)
+    assert "sort" in program(temperature=0.7, top_p=1.0, top_k=0)
     assert "threefry" not in program(temperature=None, **off)
 
 

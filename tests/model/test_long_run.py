@@ -50,8 +50,8 @@ def test_a_cache_that_moves_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     real = long_run.decode_steps
 
     def copying(**arguments: Any) -> Any:
-        made, cache = real(**arguments)
-        return made, jax.tree.map(jnp.copy, cache)
+        made, cache, feed = real(**arguments)
+        return made, jax.tree.map(jnp.copy, cache), feed
 
     monkeypatch.setattr(long_run, "decode_steps", copying)
     with pytest.raises(ValueError, match="behind 0 tokens: the cache must stay"):
