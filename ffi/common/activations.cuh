@@ -10,7 +10,7 @@
 #include "common/bf16x2.cuh"
 #include "common/bits.h"
 #include "common/linear.h"
-#include "common/nvfp4.h"
+#include "common/nvfp4.cuh"
 #include "common/weights.cuh"
 
 namespace dsv4 {
@@ -157,20 +157,37 @@ __device__ __forceinline__ Fp8Chunk LoadFp8(const uint8_t* code, const uint8_t* 
   return {codes, DecodeUe8m0(__ldg(scale))};
 }
 
+// The nearest E2M1 magnitude, ties to even: rounded where a number's last place is as large as the
+// steps of E2M1 there. NaN becomes 6, as its code does (common/e2m1.h).
+__device__ __forceinline__ float NearestE2m1(float magnitude) {
+  const float big = magnitude < 2.0f ? 0x1.8p22f : magnitude < 4.0f ? 0x1.8p23f : 0x1.8p24f;
+  return fminf(__fsub_rn(__fadd_rn(magnitude, big), big), kE2m1Max);
+}
+
 // NVFP4 (model.md 9.2) of 16 inputs over two lanes: code * block scale, without `global`.
 __device__ __forceinline__ void RoundNvfp4(float (&v)[kChunk], float global) {
   const float amax = __uint_as_float(MaxOfLanes<2>(MagnitudeOf(v)));
   const float six_global = __fmul_rn(kE2m1Max, global);
-  const float block = DecodeE4m3(EncodeE4m3(UnroundedBlockScale(amax, six_global)));
+  const float block = DecodeE4m3Native(EncodeE4m3Native(UnroundedBlockScale(amax, six_global)));
   const float step = __fmul_rn(block, global), inverse = __frcp_rn(step);
+  // Ties lie at quarters: only near one does the quotient's rounding matter.
+  constexpr float kIntegers = 0x1.8p23f;
+  float quotient[kChunk];
+  bool near = false;
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
-    // Ties lie at quarters: only near one does the quotient's rounding matter.
-    float quotient = __fmul_rn(v[i], inverse);
-    const float quarters = __fmul_rn(quotient, 4.0f);
-    if (!(fabsf(quarters - rintf(quarters)) > 1e-4f)) quotient = __fdiv_rn(v[i], step);
-    const uint32_t code = EncodeE2m1(quotient);
-    v[i] = __fmul_rn(copysignf(E2m1Magnitude(code), v[i]), block);
+    quotient[i] = __fmul_rn(fabsf(v[i]), inverse);
+    const float quarters = __fmul_rn(quotient[i], 4.0f);
+    const float whole = __fsub_rn(__fadd_rn(quarters, kIntegers), kIntegers);
+    near |= !(fabsf(__fsub_rn(quarters, whole)) > 1e-4f);
+  }
+  if (near) {
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) quotient[i] = __fdiv_rn(fabsf(v[i]), step);
+  }
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    v[i] = __fmul_rn(copysignf(NearestE2m1(quotient[i]), v[i]), block);
   }
 }
 
