@@ -2,11 +2,14 @@
 
 from typing import Literal
 
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
 from reference.formats import decode_e4m3, decode_ue8m0
 from reference.linear import activations, exact_product
+from reference.moe import swiglu
+from reference.rounding import bf
 
 
 def decode(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -21,12 +24,17 @@ def fp8_linear(
     weight: np.ndarray,
     scale: np.ndarray,
     *,
+    up: np.ndarray | None = None,
+    limit: float | None = None,
     act: Literal["fp8", "bfloat16"] = "fp8",
     dtype: DTypeLike = np.float64,
     regime: None = None,
 ) -> np.ndarray:
     """`act(x) (weight * scale)^T`: `x [t, k]` or `[t, g, k]`, FP32.
 
-    FP64 unless `dtype` says to round; `regime` means nothing here.
+    With `up` and `limit`, `x` is the gate of a SwiGLU, whose BF16 rounding takes its place (section
+    5.2). FP64 unless `dtype` says to round; `regime` means nothing here.
     """
+    if up is not None and limit is not None:
+        x = np.asarray(bf(swiglu(jnp.asarray(x), jnp.asarray(up), limit)))
     return exact_product(activations(x, act), decode(weight, scale), dtype)

@@ -75,16 +75,23 @@ def linear(
     form: LinearFormat,
     dtype: DTypeLike = jnp.float32,
     regime: Regime | None = None,
+    up: Float[Array, "t *g k"] | None = None,
+    limit: float | None = None,
 ) -> Float[Array, "t *g n"]:
     """The op that serves a linear format; FP32 sums, rounded once to ``dtype``.
 
+    ``up``, ``limit``: as of `fp8_linear`.
+
     Raises:
-        TypeError: ``x`` is quantised and ``form`` is not ``fp8_w8a8``.
+        TypeError: ``x`` is quantised or has ``up``, and ``form`` is not ``fp8_w8a8``.
     """
     stored, act = weight_format(form), act_format(form)
     settings: dict[str, Any] = {"dtype": dtype, "regime": regime}
     if stored == "fp8":
-        return fp8_linear(x, leaves["weight"], leaves["scale"], act=act, **settings)
+        settings |= {"act": act, "up": up, "limit": limit}
+        return fp8_linear(x, leaves["weight"], leaves["scale"], **settings)
+    if up is not None:
+        raise TypeError(f"linear: x of {form} must not have up")
     if isinstance(x, Fp8):
         raise TypeError(f"linear: x of {form} must not be quantised")
     if stored == "mxfp4":
@@ -107,11 +114,18 @@ class Linear(nn.Module):
         self.leaves = linear_leaves(self, (self.features, self.inputs), self.form)
 
     def __call__(
-        self, x: Float[Array, "t *g k"] | Fp8, y: Float[Array, "t *g n"] | None = None
+        self,
+        x: Float[Array, "t *g k"] | Fp8,
+        y: Float[Array, "t *g n"] | None = None,
+        *,
+        up: Float[Array, "t *g k"] | None = None,
+        limit: float | None = None,
     ) -> Float[Array, "t *g n"]:
-        """Of ``x``; ``y`` is that if it is there already (`linears`)."""
+        """Of ``x``, or the gate of ``up``; ``y`` is that if it is there already (`linears`)."""
+        if y is not None:
+            return y
         dtype = jnp.bfloat16 if isinstance(x, Fp8) else x.dtype
-        return linear(x, self.leaves, self.form, dtype, self.regime) if y is None else y
+        return linear(x, self.leaves, self.form, dtype, self.regime, up, limit)
 
 
 def linears(

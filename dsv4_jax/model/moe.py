@@ -94,8 +94,11 @@ class SharedExpert(nn.Module):
 
     def __call__(self, x: Float[Array, "t d"], x_fp8: Fp8 | None = None) -> Float[Array, "t d"]:
         gate, up = linears(x, (self.w1, self.w3), x_fp8)
-        hidden = swiglu(self.w1(x, gate), self.w3(x, up), limit=self.config.swiglu_limit)
-        return self.w2(hidden)
+        gate, up = self.w1(x, gate), self.w3(x, up)
+        limit = self.config.swiglu_limit
+        if self.form == "fp8_w8a8" and gate.dtype == jnp.bfloat16:
+            return self.w2(gate, up=up, limit=limit)
+        return self.w2(swiglu(gate, up, limit=limit))
 
 
 class Gate(nn.Module):

@@ -114,16 +114,19 @@ def linear_call(
     act: str | None,
     dtypes: Sequence[DTypeLike],
     regime: Regime | None,
-    x_scale: Array | None = None,
+    more: Sequence[Array] = (),
+    **attributes: np.generic,
 ) -> list[Array]:
     """Calls ``dsv4.<op>`` with checked operands: ``y [t, n]`` or ``[t, g, n / g]`` per weight.
 
-    ``x_scale``: of ``x`` that is E4M3.
+    ``more``: operands behind the scales.
     """
     t, k = x.shape[0], x.shape[-1]
     groups = x.shape[1] if x.ndim == 3 else 1
     shapes = [(*x.shape[:-1], weight.shape[0] // groups) for weight in weights]
-    attributes: dict[str, Any] = {} if act is None else {"act": ACTS[act]}
+    settings: dict[str, Any] = dict(attributes)
+    if act is not None:
+        settings["act"] = ACTS[act]
     *results, _ = library.call(
         op,
         [
@@ -133,8 +136,8 @@ def linear_call(
         x,
         *weights,
         *scales,
-        *(() if x_scale is None else (x_scale,)),
-        **attributes,
+        *more,
+        **settings,
         regime=np.int32(REGIMES[regime]),
     )
     return results

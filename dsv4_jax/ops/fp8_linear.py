@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from dsv4_jax.ops._check import FLOATS, check_choice, check_operand
@@ -18,12 +19,14 @@ from dsv4_jax.typing import E4M3, UE8M0, Array, Float, Float8e4m3fn, Float8e8m0f
 __all__ = ["fp8_linear", "fp8_linears"]
 
 
-@functools.partial(jax.jit, static_argnames=("act", "dtype", "regime"))
+@functools.partial(jax.jit, static_argnames=("limit", "act", "dtype", "regime"))
 def fp8_linear(
     x: Float[Array, "t *g k"] | Fp8,
     weight: Float8e4m3fn[Array, "n k"],
     scale: Float8e8m0fnu[Array, "tn tk"],
     *,
+    up: Float[Array, "t *g k"] | None = None,
+    limit: float | None = None,
     act: Literal["fp8", "bfloat16"] = "fp8",
     dtype: DTypeLike = jnp.float32,
     regime: Regime | None = None,
@@ -43,6 +46,9 @@ def fp8_linear(
             multiple of 128. The result is bit for bit that of the array they are made of.
         weight: codes; both sizes may be any.
         scale: one per tile of 128x128, edge tiles included.
+        up: makes ``x`` its gate, both BF16 and of one shape, for ``fp8``: what is quantised is
+            ``swiglu(x, up, limit=limit)``, its BF16 rounded from other FP32 roundings than XLA's.
+        limit: of `swiglu`; comes with ``up``.
         act: ``fp8`` quantises ``x`` per token and 128 inputs (``w8a8``); ``bfloat16`` rounds it
             (``w8a16``).
         dtype: of the result, ``float32`` or ``bfloat16``.
@@ -51,12 +57,17 @@ def fp8_linear(
             where it has them in every call.
 
     Raises:
-        TypeError: a dtype is not accepted.
+        TypeError: a dtype is not accepted, or ``x`` is quantised and has ``up``.
         ValueError: ``act`` or ``regime`` is unknown, ``x`` is quantised with another ``act`` or
-            ``k``, or shapes of ``x``, ``weight`` and ``scale`` disagree.
+            ``k``, ``up`` comes with another ``act`` or without ``limit`` or the other way round, or
+            shapes of ``x``, ``up``, ``weight`` and ``scale`` disagree.
     """
     _check("fp8_linear", x, weight, scale, act, dtype, regime)
-    (y,) = _call(x, (weight,), (scale,), act=act, dtypes=(dtype,), regime=regime)
+    if up is not None or limit is not None:
+        _check_gated("fp8_linear", x, up, limit, act)
+    (y,) = _call(
+        x, (weight,), (scale,), act=act, dtypes=(dtype,), regime=regime, up=up, limit=limit
+    )
     return y
 
 
@@ -98,10 +109,18 @@ def fp8_linears(
 
 
 def _call(
-    x: Array | Fp8, weights: Sequence[Array], scales: Sequence[Array], **settings: Any
+    x: Array | Fp8,
+    weights: Sequence[Array],
+    scales: Sequence[Array],
+    *,
+    up: Array | None = None,
+    limit: float | None = None,
+    **settings: Any,
 ) -> list[Array]:
-    code, x_scale = x if isinstance(x, Fp8) else (x, None)
-    return linear_call("fp8_linear", code, weights, scales, x_scale=x_scale, **settings)
+    code, last = x if isinstance(x, Fp8) else (x, up)
+    more = () if last is None else (last,)
+    settings["limit"] = np.float32(0 if limit is None else limit)
+    return linear_call("fp8_linear", code, weights, scales, more=more, **settings)
 
 
 def _check(
@@ -147,3 +166,19 @@ def _check_quantised(op: str, x: Fp8, act: str) -> None:
             f"{op}: scale of x must be {list(expected)} for codes {[*lead, k]}, "
             f"got {list(x.scale.shape)}"
         )
+
+
+def _check_gated(op: str, x: Array | Fp8, up: Array | None, limit: float | None, act: str) -> None:
+    """What ``x`` that is the gate of ``up`` is held to, beside what every ``x`` is."""
+    if up is None or limit is None:
+        given = "limit" if up is None else "up"
+        raise ValueError(f"{op}: up and limit must come together, got {given} alone")
+    if isinstance(x, Fp8):
+        raise TypeError(f"{op}: x that is quantised must not have up")
+    bfloat16 = (jnp.dtype(jnp.bfloat16),)
+    check_operand(op, "x with up", x, "t g? k", bfloat16)
+    check_operand(op, "up", up, "t g? k", bfloat16)
+    if up.shape != x.shape:
+        raise ValueError(f"{op}: up must be {list(x.shape)} as x, got {list(up.shape)}")
+    if act != "fp8":
+        raise ValueError(f"{op}: act must be 'fp8' for x with up, got {act!r}")

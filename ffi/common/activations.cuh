@@ -11,6 +11,7 @@
 #include "common/bits.h"
 #include "common/linear.h"
 #include "common/nvfp4.cuh"
+#include "common/swiglu.h"
 #include "common/weights.cuh"
 
 namespace dsv4 {
@@ -102,6 +103,53 @@ __device__ __forceinline__ void LoadBatch(const void* row, bool x_float32, int64
   const bool whole = !x_float32 && k % kChunk == 0 && reinterpret_cast<uintptr_t>(row) % 16 == 0;
   LoadChunks(x, count, x_float32, whole, v);
 }
+
+// A chunk's clamped SwiGLU, rounded to BF16; `v` is the gate.
+__device__ __forceinline__ void GateChunk(float (&v)[kChunk], const float (&up)[kChunk],
+                                          float limit) {
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    v[i] = __bfloat162float(__float2bfloat16_rn(ClampedSwiglu(v[i], up[i], limit)));
+  }
+}
+
+// A row as it lies: chunks on their way together, the first of a batch; then each is finished.
+struct PlainRow {
+  const void* x;
+  bool x_float32;
+
+  using Batch = float[kBatch][kChunk];
+  __device__ __forceinline__ void Load(int64_t at, int64_t stride, int64_t k, Batch& batch) const {
+    LoadBatch(x, x_float32, at, stride, k, batch);
+  }
+  __device__ __forceinline__ void Finish(Batch&, int) const {}
+};
+
+// One that is the clamped SwiGLU of two in BF16.
+struct GatedRow {
+  const void *gate, *up;
+  float limit;
+
+  using Batch = float[2 * kBatch][kChunk];
+  __device__ __forceinline__ void Load(int64_t at, int64_t stride, int64_t k, Batch& batch) const {
+    const char* x[2 * kBatch];
+    int64_t count[2 * kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int64_t from = at + i * stride;
+      x[i] = static_cast<const char*>(gate) + from * 2;
+      x[kBatch + i] = static_cast<const char*>(up) + from * 2;
+      count[i] = count[kBatch + i] = k - from;
+    }
+    const bool whole =
+        k % kChunk == 0 &&
+        (reinterpret_cast<uintptr_t>(gate) | reinterpret_cast<uintptr_t>(up)) % 16 == 0;
+    LoadChunks(x, count, false, whole, batch);
+  }
+  __device__ __forceinline__ void Finish(Batch& batch, int i) const {
+    GateChunk(batch[i], batch[kBatch + i], limit);
+  }
+};
 
 // E4M3 codes of a chunk, and the scale of the 128 inputs around it.
 struct Fp8Chunk {
@@ -300,22 +348,23 @@ __device__ __forceinline__ void StoreFp8Line(const Fp8Line& line, uint8_t* stage
 }
 
 // One row: rounded, and laid out as column `column` of a tile of `width`.
-template <WeightForm kForm, int kLanes>
-__device__ __forceinline__ void StoreRow(const void* row, bool x_float32, int64_t k, int64_t padded,
-                                         ActForm act, float global, int width, int column,
-                                         uint16_t* tile, int first, int step_chunks) {
+template <WeightForm kForm, int kLanes, typename Row>
+__device__ __forceinline__ void StoreRow(const Row& row, int64_t k, int64_t padded, ActForm act,
+                                         float global, int width, int column, uint16_t* tile,
+                                         int first, int step_chunks) {
   constexpr int kTeamChunk = kLanes * kChunk;
   const int lane = threadIdx.x % kLanes;
   const int stride = step_chunks * kTeamChunk;
   for (int64_t base = first * kTeamChunk; base < padded; base += kBatch * stride) {
-    float v[kBatch][kChunk];
-    LoadBatch(row, x_float32, base + lane * kChunk, stride, k, v);
+    typename Row::Batch batch;
+    row.Load(base + lane * kChunk, stride, k, batch);
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int64_t at = base + i * stride + lane * kChunk;
       if (base + i * stride >= padded) break;
-      RoundChunk(v[i], act, global);
-      const uint4 line = LineOf<kForm>(v[i], lane);
+      row.Finish(batch, i);
+      RoundChunk(batch[i], act, global);
+      const uint4 line = LineOf<kForm>(batch[i], lane);
       if (at >= padded || k == 0) continue;
       *reinterpret_cast<uint4*>(tile + (LineAt<kForm>(at, lane) * width + column) * 8) = line;
     }
@@ -323,21 +372,21 @@ __device__ __forceinline__ void StoreRow(const void* row, bool x_float32, int64_
 }
 
 // The same as E4M3 codes, stage by stage.
-template <WeightForm kForm, int kLanes>
-__device__ __forceinline__ void StoreFp8Row(const void* row, bool x_float32, int64_t k,
-                                            int64_t padded, int width, int column, uint8_t* tile,
-                                            int first, int step_chunks) {
+template <WeightForm kForm, int kLanes, typename Row>
+__device__ __forceinline__ void StoreFp8Row(const Row& row, int64_t k, int64_t padded, int width,
+                                            int column, uint8_t* tile, int first, int step_chunks) {
   constexpr int kTeamChunk = kLanes * kChunk, kStage = kFp8Stage<kForm>;
   const int lane = threadIdx.x % kLanes;
   const int stride = step_chunks * kTeamChunk;
   for (int64_t base = first * kTeamChunk; base < padded; base += kBatch * stride) {
-    float v[kBatch][kChunk];
-    LoadBatch(row, x_float32, base + lane * kChunk, stride, k, v);
+    typename Row::Batch batch;
+    row.Load(base + lane * kChunk, stride, k, batch);
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int64_t at = base + i * stride + lane * kChunk;
       if (base + i * stride >= padded) break;
-      const Fp8Line line = Fp8LineOf<kForm>(EncodeFp8(v[i]), lane);
+      row.Finish(batch, i);
+      const Fp8Line line = Fp8LineOf<kForm>(EncodeFp8(batch[i]), lane);
       if (at >= padded || k == 0) continue;
       StoreFp8Line<kForm>(line, tile + at / kStage * kStage / 32 * 33 * width,
                           static_cast<int>(at % kStage), width, column, lane);

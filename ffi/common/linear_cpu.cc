@@ -5,6 +5,7 @@
 #include "common/bits.h"
 #include "common/denormals.h"
 #include "common/dot.h"
+#include "common/swiglu.h"
 
 namespace dsv4 {
 namespace {
@@ -12,6 +13,12 @@ namespace {
 // Floats of decoded rows that stay in a core's cache while the tokens pass by.
 constexpr int64_t kDecodedFloats = 1 << 15;
 constexpr int64_t kMaxDecodedRows = 64;
+
+void Gate(const uint16_t* up, float limit, int64_t k, float* x) {
+  for (int64_t i = 0; i < k; ++i) {
+    x[i] = Bf16ToFloat(FloatToBf16(ClampedSwiglu(x[i], Bf16ToFloat(up[i]), limit)));
+  }
+}
 
 }  // namespace
 
@@ -36,6 +43,11 @@ void LinearActivations::Round(int64_t begin, int64_t end) {
       continue;
     }
     LoadActivations(x + i * bytes, params_.x_float32, params_.k, values);
+    if (params_.up != nullptr) {
+      const int64_t at = first_ * params_.groups + i;
+      Gate(static_cast<const uint16_t*>(params_.up) + at * params_.k, params_.limit, params_.k,
+           values);
+    }
     scales_[i] = RoundActivations(params_.act, values, params_.k, params_.act_scale, values);
   }
 }

@@ -22,6 +22,7 @@ struct LinearOperands {
   const ffi::AnyBuffer* global_scale = nullptr;   // kNvfp4: []
   const ffi::RemainingArgs* act_scale = nullptr;  // kNvfp4: [], if static
   const ffi::AnyBuffer* x_scale = nullptr;        // of x as codes (kFp8): [t, k / 128], [t, g, ..]
+  const ffi::AnyBuffer* up = nullptr;             // beside x that is its gate (kFp8): as x
   std::string index = {};                         // of weight, scale and y in messages, if several
 };
 
@@ -106,6 +107,22 @@ inline ffi::Error CheckCodedInput(const LinearOperands& in, const Dims& dims,
   return ffi::Error::Success();
 }
 
+// x as the gate of `up`.
+inline ffi::Error CheckGatedInput(const LinearOperands& in, const Dims& dims,
+                                  LinearParams& params) {
+  if (params.act != ActForm::kFp8) {
+    return InvalidArgument(in.op, "up must come with act 1 (fp8), got act " +
+                                      std::to_string(static_cast<int32_t>(params.act)));
+  }
+  DSV4_RETURN_IF_ERROR(CheckDtype(in.op, "x with up", in.x.element_type(), {ffi::DataType::BF16}));
+  DSV4_RETURN_IF_ERROR(CheckDtype(in.op, "up", in.up->element_type(), {ffi::DataType::BF16}));
+  DSV4_RETURN_IF_ERROR(
+      dims.size() == 3 ? CheckShape(in.op, "up", in.up->dimensions(), {dims[0], dims[1], dims[2]})
+                       : CheckShape(in.op, "up", in.up->dimensions(), {dims[0], dims[1]}));
+  params.up = in.up->untyped_data();
+  return ffi::Error::Success();
+}
+
 inline ffi::Error FillLinear(const LinearOperands& in, int32_t act, int32_t regime, LinearResult y,
                              LinearResult scratch, LinearParams& params) {
   DSV4_RETURN_IF_ERROR(CheckLinearAttributes(in, act, regime, params));
@@ -142,6 +159,9 @@ inline ffi::Error FillLinear(const LinearOperands& in, int32_t act, int32_t regi
   }
   if (in.x_scale != nullptr) {
     DSV4_RETURN_IF_ERROR(CheckCodedInput(in, dims, params));
+  }
+  if (in.up != nullptr) {
+    DSV4_RETURN_IF_ERROR(CheckGatedInput(in, dims, params));
   }
   if (in.scale != nullptr) {
     const bool nvfp4 = in.form == WeightForm::kNvfp4;
@@ -186,19 +206,21 @@ inline ffi::Error FillLinear(const LinearOperands& in, int32_t act, int32_t regi
 }
 
 // A call with several weights: operands are those, then as many scales (all but kBf16), then that
-// of x if it is E4M3 (kFp8); results y of each, then scratch. Parts without rows or tokens are left
-// out.
+// of x if it is E4M3 (kFp8), or of one weight maybe up (kFp8), which `limit` belongs to; results y
+// of each, then scratch. Parts without rows or tokens are left out.
 inline ffi::Error FillLinears(const char* op, WeightForm form, int32_t act, int32_t regime,
                               const ffi::AnyBuffer& x, const ffi::RemainingArgs& operands,
-                              const ffi::RemainingRets& results, LinearsParams& params) {
+                              const ffi::RemainingRets& results, LinearsParams& params,
+                              float limit = 0.0f) {
   const bool scaled = form != WeightForm::kBf16;
   const bool coded = form == WeightForm::kFp8 && x.element_type() == ffi::DataType::F8E4M3FN;
   const size_t each = scaled ? 2 : 1, n = operands.size() / each;
-  if (operands.size() % each != (coded ? 1 : 0) || n < 1 || n > kMaxLinearParts ||
+  const bool gated = form == WeightForm::kFp8 && !coded && operands.size() == 3;
+  if (operands.size() % each != (coded || gated ? 1 : 0) || n < 1 || n > kMaxLinearParts ||
       results.size() != n + 1) {
     return InvalidArgument(op, std::string("must have x") +
                                    (coded    ? ", n weights, n scales and x_scale"
-                                    : scaled ? ", n weights and n scales"
+                                    : scaled ? ", n weights and n scales, or one of each and up,"
                                              : " and n weights") +
                                    " for n results and scratch, n = 1.." +
                                    std::to_string(kMaxLinearParts) + ", got " +
@@ -211,15 +233,17 @@ inline ffi::Error FillLinears(const char* op, WeightForm form, int32_t act, int3
     auto weight = operands.get<ffi::AnyBuffer>(i);
     auto scale = operands.get<ffi::AnyBuffer>(scaled ? n + i : i);
     auto y = results.get<ffi::AnyBuffer>(i);
-    auto x_scale = operands.get<ffi::AnyBuffer>(operands.size() - 1);  // if coded
-    if (!weight || !scale || !y || !scratch || !x_scale) {
+    auto last = operands.get<ffi::AnyBuffer>(operands.size() - 1);  // of x, if coded or gated
+    if (!weight || !scale || !y || !scratch || !last) {
       return InvalidArgument(op, "operands and results must be buffers");
     }
     LinearOperands in{op, form, x, *weight};
     if (scaled) in.scale = &*scale;
-    if (coded) in.x_scale = &*x_scale;
+    if (coded) in.x_scale = &*last;
+    if (gated) in.up = &*last;
     if (n > 1) in.index = "[" + std::to_string(i) + "]";
     LinearParams part{};
+    part.limit = limit;
     DSV4_RETURN_IF_ERROR(FillLinear(in, act, regime, *y, *scratch, part));
     if (part.t > 0 && part.n > 0) params.parts[params.n_parts++] = part;
   }

@@ -96,6 +96,7 @@ struct RawArgs {
   int n_parts;
   const void* x;           // BF16 [tokens, groups, inputs], or E4M3 codes
   const uint8_t* x_scale;  // of codes: UE8M0 [tokens, groups, inputs / 128]
+  const void* up;          // beside x that is its gate: the same
   ActForm act;
   const float* act_scale;
   int64_t inputs, scale_columns;

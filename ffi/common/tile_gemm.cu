@@ -143,7 +143,7 @@ __device__ __forceinline__ float ScaleOfRow(const LinearParams& params, const ch
 }
 
 // x [tokens, groups, inputs] into tiles of `width` tokens.
-template <WeightForm kForm, ActForm kAct, bool kFp8Mma, bool kCoded>
+template <WeightForm kForm, ActForm kAct, bool kFp8Mma, Input kInput>
 __global__ void __launch_bounds__(kPrepareThreads)
     PrepareKernel(const __grid_constant__ LinearParams params, unsigned width, int64_t padded,
                   unsigned parts, char* out, float* column_scale) {
@@ -155,6 +155,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
   const unsigned in_block = threadIdx.x / kTeam<kAct>;
   const unsigned first_token = tokens * kPrepareTokens<kAct>, token = first_token + in_block;
   const int64_t k = token < params.t ? params.k : 0;
+  constexpr bool kCoded = kInput == Input::kCodes;
   const int64_t row_bytes = params.k * (kCoded ? 1 : params.x_float32 ? 4 : 2);
   const int64_t stride = groups * row_bytes;
   const char* const first_row =
@@ -179,24 +180,35 @@ __global__ void __launch_bounds__(kPrepareThreads)
     StoreCodes<kForm, kFp8Mma, kTeam<kAct>>(reinterpret_cast<const uint8_t*>(row),
                                             params.x_scale + at, k > 0, padded, width, column, tile,
                                             part, parts);
-  } else if constexpr (kFp8Mma) {
-    StoreFp8Row<kForm, kTeam<kAct>>(row, params.x_float32, k, padded, width, column,
-                                    reinterpret_cast<uint8_t*>(tile), part, parts);
-  } else {
-    StoreRow<kForm, kTeam<kAct>>(row, params.x_float32, k, padded, kAct, global, width, column,
-                                 reinterpret_cast<uint16_t*>(tile), part, parts);
+    return;
+  }
+  const auto store = [&](const auto& from) {
+    if constexpr (kFp8Mma) {
+      StoreFp8Row<kForm, kTeam<kAct>>(from, k, padded, width, column,
+                                      reinterpret_cast<uint8_t*>(tile), part, parts);
+    } else {
+      StoreRow<kForm, kTeam<kAct>>(from, k, padded, kAct, global, width, column,
+                                   reinterpret_cast<uint16_t*>(tile), part, parts);
+    }
+  };
+  if constexpr (kInput == Input::kGated) {
+    const char* const up = static_cast<const char*>(params.up);
+    store(GatedRow{row, up + (row - static_cast<const char*>(params.x)), params.limit});
+  } else if constexpr (!kCoded) {
+    store(PlainRow{row, params.x_float32});
   }
 }
 
-template <WeightForm kForm, ActForm kAct, bool kFp8Mma, bool kCoded = false>
+template <WeightForm kForm, ActForm kAct, bool kFp8Mma, Input kInput = Input::kPlain>
 cudaError_t Prepare(const LinearParams& params, int width, int64_t padded, char* out,
                     float* column_scale, cudaStream_t stream) {
-  const int64_t most = std::max<int64_t>(1, padded / (kBatch * kTeam<kAct> * kChunk));
+  constexpr int kAtOnce = kInput == Input::kGated ? 1 : kBatch;  // chunks: gates take long
+  const int64_t most = std::max<int64_t>(1, padded / (kAtOnce * kTeam<kAct> * kChunk));
   const int64_t parts = std::clamp<int64_t>(kTeams / (params.t * params.groups), 1, most);
   const int64_t blocks =
       (params.t + kPrepareTokens<kAct> - 1) / kPrepareTokens<kAct> * params.groups * parts;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  PrepareKernel<kForm, kAct, kFp8Mma, kCoded>
+  PrepareKernel<kForm, kAct, kFp8Mma, kInput>
       <<<static_cast<unsigned>(blocks), kPrepareThreads, 0, stream>>>(
           params, width, padded, static_cast<unsigned>(parts), out, column_scale);
   return cudaGetLastError();
@@ -213,8 +225,12 @@ cudaError_t PrepareForm(const LinearParams& params, int width, int64_t padded, b
   }
   if constexpr (kForm == WeightForm::kFp8) {
     if (params.x_scale != nullptr) {
-      return fp8_mma ? run(Prepare<kForm, ActForm::kFp8, true, true>)
-                     : run(Prepare<kForm, ActForm::kFp8, false, true>);
+      return fp8_mma ? run(Prepare<kForm, ActForm::kFp8, true, Input::kCodes>)
+                     : run(Prepare<kForm, ActForm::kFp8, false, Input::kCodes>);
+    }
+    if (params.up != nullptr) {
+      return fp8_mma ? run(Prepare<kForm, ActForm::kFp8, true, Input::kGated>)
+                     : run(Prepare<kForm, ActForm::kFp8, false, Input::kGated>);
     }
   }
   if constexpr (kForm != WeightForm::kBf16) {
@@ -343,8 +359,9 @@ bool TakesRaw(const LinearParams& params, const TileGemm& gemm) {
   const bool rounded = params.act != ActForm::kBf16 && params.x_scale == nullptr;
   const bool scaled = params.act == ActForm::kNvfp4 && params.act_scale == nullptr;
   return gemm.width == kRawWidth && !params.x_float32 &&
-         reinterpret_cast<uintptr_t>(params.x) % 16 == 0 && !scaled &&
-         params.t <= (rounded ? kRoundedTokens : kRawWidth) && HopperTakes(gemm);
+         (reinterpret_cast<uintptr_t>(params.x) | reinterpret_cast<uintptr_t>(params.up)) % 16 ==
+             0 &&
+         !scaled && params.t <= (rounded ? kRoundedTokens : kRawWidth) && HopperTakes(gemm);
 }
 
 // x into scratch, as the products of this width read it.
@@ -382,6 +399,8 @@ cudaError_t LinearTiles(WeightForm form, const LinearParams* parts, int n_parts,
     if (TakesRaw(parts[p], gemm)) {
       gemm.raw_x = parts[p].x;
       gemm.raw_scale = parts[p].x_scale;
+      gemm.raw_up = parts[p].up;
+      gemm.limit = parts[p].limit;
       raw[n_raw++] = gemm;
     } else {
       gemms[n_gemms++] = gemm;

@@ -49,6 +49,13 @@ __device__ __forceinline__ int ExpertOf(const Picks& picks, uint32_t pick) {
 }
 #endif
 
+// How x comes.
+enum class Input : int32_t {
+  kPlain,
+  kCodes,  // E4M3, with scales
+  kGated,  // the gate of a clamped SwiGLU, with `up`
+};
+
 enum class Store : int32_t {
   kTokens,  // y[token, group * rows + row]; tiles are (tokens, group) in that order
   kSlots,   // y[column, row], BF16
@@ -70,13 +77,14 @@ struct TileGemm {
                       // the kernel then lays out itself, or nullptr. Of picks: [tokens or picks,
                       // inputs]
   const uint8_t* raw_scale;    // kFp8, where raw_x is E4M3: UE8M0 [tokens, groups, inputs / 128]
+  const void* raw_up;          // kFp8, where raw_x is the gate of a clamped SwiGLU: as raw_x
   ActForm act;                 // of raw_x
   const float* act_scale;      // of raw_x, kNvfp4: [1]
   Picks picks;                 // of raw_x: tiles in place of `tiles`
   bool weights_first;          // of raw_x: the kernel just ahead does not write the weights
   const float* column_scale;   // [columns] or nullptr
   const float* column_weight;  // kSwiglu: [columns]
-  float limit;
+  float limit;                 // kSwiglu, raw_up
   void* y;
   bool y_bf16;
   const void* other_weight;  // kBf16: one more of the same shape for the same x, or nullptr

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads<kMany>, kMany ? 1 : 3)
 // The same for few tokens whose x three more warps lay out.
 constexpr int kRawThreads = 128 + 32 + 32 * kRawWarps;
 
-template <WeightForm kForm, bool kFp8Mma, bool kCoded>
+template <WeightForm kForm, bool kFp8Mma, Input kInput>
 __global__ void __launch_bounds__(kRawThreads, 3)
     RawGemmKernel(const __grid_constant__ RawArgs args) {
   extern __shared__ char raw[];
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kRawThreads, 3)
     if constexpr (kTrade) asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
     const int warp = static_cast<int>(threadIdx.x) / 32 - 5;
     if (warp >= 0) {
-      LayOutRaw<kForm, kFp8Mma, kCoded>(args, feed, unit, warp, x_scale);
+      LayOutRaw<kForm, kFp8Mma, kInput>(args, feed, unit, warp, x_scale);
     } else if (threadIdx.x == 128) {
       feed.FillWeights();
     }
@@ -227,12 +227,17 @@ cudaError_t Launch(const TileGemm& gemm, cudaStream_t stream) {
                          stream, args, cluster);
 }
 
-template <WeightForm kForm, bool kFp8Mma, bool kCoded = false>
+template <WeightForm kForm, bool kFp8Mma, Input kInput = Input::kPlain>
 cudaError_t LaunchRaw(const TileGemm* gemms, int count, cudaStream_t stream) {
   using Layout = Stage<kForm, kFp8Mma, false>;
   static_assert(sizeof(RawArgs) <= 4096);
-  if constexpr (kForm == WeightForm::kFp8 && !kCoded) {
-    if (gemms[0].raw_scale != nullptr) return LaunchRaw<kForm, kFp8Mma, true>(gemms, count, stream);
+  if constexpr (kForm == WeightForm::kFp8 && kInput == Input::kPlain) {
+    if (gemms[0].raw_scale != nullptr) {
+      return LaunchRaw<kForm, kFp8Mma, Input::kCodes>(gemms, count, stream);
+    }
+    if (gemms[0].raw_up != nullptr) {
+      return LaunchRaw<kForm, kFp8Mma, Input::kGated>(gemms, count, stream);
+    }
   }
   const TileGemm& gemm = gemms[0];
   const bool pair = gemm.store == Store::kSwiglu;
@@ -259,6 +264,7 @@ cudaError_t LaunchRaw(const TileGemm* gemms, int count, cudaStream_t stream) {
   }
   args.x = gemm.raw_x;
   args.x_scale = gemm.raw_scale;
+  args.up = gemm.raw_up;
   args.act = gemm.act;
   args.act_scale = gemm.act_scale;
   args.picks = gemm.picks;
@@ -270,7 +276,7 @@ cudaError_t LaunchRaw(const TileGemm* gemms, int count, cudaStream_t stream) {
   const int stage = Layout::Bytes(kRawWidth);
   args.slots = SlotsOf(stage, blocks * cluster * gemm.max_tiles, cluster);
   const int bytes = std::max(args.slots * stage, 2 * kRawWidth * kSumPitch * 4) + 1024;
-  const auto kernel = RawGemmKernel<kForm, kFp8Mma, kCoded>;
+  const auto kernel = RawGemmKernel<kForm, kFp8Mma, kInput>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;

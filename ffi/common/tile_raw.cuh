@@ -13,10 +13,12 @@ namespace dsv4 {
 namespace tile {
 
 constexpr int kRawWarps = 3;
-// Chunks of a lane on their way, as many as there are registers for.
-template <WeightForm kForm, bool kFp8Mma>
-constexpr int kRawAhead =
-    kFp8Mma || kForm == WeightForm::kBf16 || kForm == WeightForm::kNvfp4 ? 4 : 2;
+// Chunks of a lane on their way, as many as there are registers for; a gated one is two.
+template <WeightForm kForm, bool kFp8Mma, Input kInput>
+constexpr int kRawAhead = kInput != Input::kGated && (kFp8Mma || kForm == WeightForm::kBf16 ||
+                                                      kForm == WeightForm::kNvfp4)
+                              ? 4
+                              : 2;
 
 // Lanes that take a token's inputs of a stage, and tokens that a warp takes at once.
 template <WeightForm kForm>
@@ -39,15 +41,20 @@ __device__ __forceinline__ uint4 LoadRaw(const char* x) {
   return __ldcg(reinterpret_cast<const uint4*>(x));
 }
 
+struct RawPair {
+  uint4 gate, up;
+};
+
 // By the warps `warp` < kRawWarps; `x_scale`: in shared memory, of the tile's columns. Those who
 // read it wait for the first stage, on which the lanes that write it arrive.
-template <WeightForm kForm, bool kFp8Mma, bool kCoded>
+template <WeightForm kForm, bool kFp8Mma, Input kInput>
 __device__ __forceinline__ void LayOutRaw(const RawArgs& args,
                                           Feed<kForm, kFp8Mma, false, RawArgs> feed,
                                           const Unit& unit, int warp, float* x_scale) {
   using Layout = Stage<kForm, kFp8Mma, false>;
   constexpr int kLanes = kRawLanes<kForm>, kAtOnce = kRawAtOnce<kForm>;
-  constexpr int kAhead = kRawAhead<kForm, kFp8Mma>;
+  constexpr int kAhead = kRawAhead<kForm, kFp8Mma, kInput>;
+  constexpr bool kCoded = kInput == Input::kCodes, kGated = kInput == Input::kGated;
   const Tile& tile = unit.tile;
   const int lane = threadIdx.x % 32, in = lane % kLanes * kChunk;
   const int deals = RawDeals(tile.count, kAtOnce);
@@ -68,7 +75,7 @@ __device__ __forceinline__ void LayOutRaw(const RawArgs& args,
   };
   int load_stage = feed.stage, load_deal = warp;
   const auto load = [&] {
-    uint4 words = make_uint4(0, 0, 0, 0);
+    std::conditional_t<kGated, RawPair, uint4> words = {};
     const int token = load_deal * kAtOnce + lane / kLanes;
     if (load_stage < feed.stages && token < tile.count) {
       const char* const at = from + load_deal * kAtOnce * stride +
@@ -80,6 +87,9 @@ __device__ __forceinline__ void LayOutRaw(const RawArgs& args,
         words.x = codes.x;
         words.y = codes.y;
         words.z = __ldcg(args.x_scale + row * args.scale_columns + load_stage);
+      } else if constexpr (kGated) {
+        const int64_t offset = at - static_cast<const char*>(args.x);
+        words = {LoadRaw(at), LoadRaw(static_cast<const char*>(args.up) + offset)};
       } else {
         words = LoadRaw(at);
       }
@@ -90,7 +100,7 @@ __device__ __forceinline__ void LayOutRaw(const RawArgs& args,
   int deal = warp;
   for (; deal >= deals; deal -= deals) feed.Next();
   for (; load_deal >= deals; load_deal -= deals) ++load_stage;
-  uint4 words[kAhead];
+  decltype(load()) words[kAhead];
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) words[i] = load();
 
@@ -106,14 +116,21 @@ __device__ __forceinline__ void LayOutRaw(const RawArgs& args,
     std::conditional_t<kFp8Mma, Fp8Line, uint4> lines[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      const uint4 now = words[i];
+      const auto now = words[i];
       words[i] = load();
       float v[kChunk];
       Fp8Chunk chunk;
       if constexpr (kCoded) {
         chunk = {make_uint2(now.x, now.y), DecodeUe8m0(now.z)};
       } else {
-        UnpackChunk(now, v);
+        if constexpr (kGated) {
+          float up[kChunk];
+          UnpackChunk(now.gate, v);
+          UnpackChunk(now.up, up);
+          GateChunk(v, up, args.OutputOf(unit).limit);
+        } else {
+          UnpackChunk(now, v);
+        }
         if constexpr (kFp8Mma) chunk = EncodeFp8(v);
       }
       if constexpr (kFp8Mma) {

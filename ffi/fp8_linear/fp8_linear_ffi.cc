@@ -1,5 +1,5 @@
-// Handlers of dsv4.fp8_linear. Operands: x, n weights, n scales, and x's scale if x is E4M3;
-// results: n y, then scratch.
+// Handlers of dsv4.fp8_linear. Operands: x, n weights, n scales, and x's scale if x is E4M3, or of
+// one weight maybe up, which x is the gate of and `limit` clamps; results: n y, then scratch.
 #include <cstdint>
 
 #include "common/linear_cpu.h"
@@ -13,25 +13,25 @@ constexpr char kOp[] = "fp8_linear";
 
 LaunchCounts counts;
 
-ffi::Error Fill(int32_t abi, int32_t act, int32_t regime, const ffi::AnyBuffer& x,
+ffi::Error Fill(int32_t abi, int32_t act, int32_t regime, float limit, const ffi::AnyBuffer& x,
                 const ffi::RemainingArgs& operands, const ffi::RemainingRets& results,
                 LinearsParams& params) {
   DSV4_RETURN_IF_ERROR(CheckAbi(kOp, abi));
-  return FillLinears(kOp, WeightForm::kFp8, act, regime, x, operands, results, params);
+  return FillLinears(kOp, WeightForm::kFp8, act, regime, x, operands, results, params, limit);
 }
 
-ffi::Error CpuImpl(ffi::ThreadPool pool, int32_t abi, int32_t act, int32_t regime, ffi::AnyBuffer x,
-                   ffi::RemainingArgs operands, ffi::RemainingRets results) {
+ffi::Error CpuImpl(ffi::ThreadPool pool, int32_t abi, int32_t act, int32_t regime, float limit,
+                   ffi::AnyBuffer x, ffi::RemainingArgs operands, ffi::RemainingRets results) {
   LinearsParams params{};
-  DSV4_RETURN_IF_ERROR(Fill(abi, act, regime, x, operands, results, params));
+  DSV4_RETURN_IF_ERROR(Fill(abi, act, regime, limit, x, operands, results, params));
   for (int p = 0; p < params.n_parts; ++p) RunLinearCpu(pool, params.parts[p], Fp8LinearCpu);
   return ffi::Error::Success();
 }
 
-ffi::Error CudaImpl(CudaStream stream, int32_t abi, int32_t act, int32_t regime, ffi::AnyBuffer x,
-                    ffi::RemainingArgs operands, ffi::RemainingRets results) {
+ffi::Error CudaImpl(CudaStream stream, int32_t abi, int32_t act, int32_t regime, float limit,
+                    ffi::AnyBuffer x, ffi::RemainingArgs operands, ffi::RemainingRets results) {
   LinearsParams params{};
-  DSV4_RETURN_IF_ERROR(Fill(abi, act, regime, x, operands, results, params));
+  DSV4_RETURN_IF_ERROR(Fill(abi, act, regime, limit, x, operands, results, params));
   DSV4_RETURN_IF_ERROR(CheckLinearAlignment(kOp, params));
   if (params.n_parts == 0) return ffi::Error::Success();
   return LaunchCuda(kOp, stream, counts,
@@ -44,6 +44,7 @@ auto CudaBinding() {
       .Attr<int32_t>("abi")
       .Attr<int32_t>("act")
       .Attr<int32_t>("regime")
+      .Attr<float>("limit")
       .Arg<ffi::AnyBuffer>()  // x [t, k] or [t, g, k]
       .RemainingArgs()        // weights [n_i, k], then scales [ceil(n_i / 128), ceil(k / 128)]
       .RemainingRets();       // y [t, n_i] or [t, g, n_i / g], then scratch [bytes]
@@ -55,6 +56,7 @@ XLA_FFI_DEFINE_HANDLER(kCpu, CpuImpl,
                            .Attr<int32_t>("abi")
                            .Attr<int32_t>("act")
                            .Attr<int32_t>("regime")
+                           .Attr<float>("limit")
                            .Arg<ffi::AnyBuffer>()  // x [t, k] or [t, g, k]
                            .RemainingArgs()    // weights [n_i, k], scales [n_i / 128, k / 128] up
                            .RemainingRets());  // y [t, n_i] or [t, g, n_i / g], scratch [bytes]

@@ -8,6 +8,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "common/activations.cuh"
 #include "common/barrier.cuh"
@@ -44,6 +45,7 @@ struct Args {
 // x as E4M3 [t, k], and its scales: eight tokens a thread block, a warp each.
 constexpr int kPrepareTokens = 8, kWarpInputs = 32 * kChunk;
 
+template <bool kGated>
 __global__ void __launch_bounds__(32 * kPrepareTokens)
     QuantizeKernel(const __grid_constant__ LinearParams params, uint8_t* codes_out, float* scales,
                    int64_t padded) {
@@ -51,15 +53,23 @@ __global__ void __launch_bounds__(32 * kPrepareTokens)
   const int64_t token = int64_t{blockIdx.x} * kPrepareTokens + threadIdx.x / 32;
   if (token >= params.t) return;
   const int lane = threadIdx.x % 32;
-  const char* row =
-      static_cast<const char*>(params.x) + token * params.k * (params.x_float32 ? 4 : 2);
+  std::conditional_t<kGated, GatedRow, PlainRow> x;
+  if constexpr (kGated) {
+    const int64_t at = token * params.k;
+    x = {static_cast<const uint16_t*>(params.x) + at, static_cast<const uint16_t*>(params.up) + at,
+         params.limit};
+  } else {
+    const int64_t bytes = params.k * (params.x_float32 ? 4 : 2);
+    x = {static_cast<const char*>(params.x) + token * bytes, params.x_float32};
+  }
   const int64_t first = int64_t{blockIdx.y} * kBatch * kWarpInputs + lane * kChunk;
-  float v[kBatch][kChunk];
-  LoadBatch(row, params.x_float32, first, kWarpInputs, params.k, v);
+  typename decltype(x)::Batch batch;
+  x.Load(first, kWarpInputs, params.k, batch);
 #pragma unroll
   for (int i = 0; i < kBatch; ++i) {
     const int64_t at = first + i * kWarpInputs;
-    const Fp8Chunk chunk = EncodeFp8(v[i]);
+    x.Finish(batch, i);
+    const Fp8Chunk chunk = EncodeFp8(batch[i]);
     if (at >= params.k) continue;
     *reinterpret_cast<uint2*>(codes_out + token * params.k + at) = chunk.codes;
     if (lane % 16 == 0) scales[at / kInputs * padded + token] = chunk.scale;
@@ -383,7 +393,8 @@ cudaError_t Fp8PrefillSm90(const LinearParams* parts, int n_parts, cudaStream_t 
     ScaleKernel<<<grid, kScaleThreads, 0, stream>>>(params, scales, args.padded);
   } else {
     const dim3 grid(count(params.t, kPrepareTokens), count(params.k, kBatch * kWarpInputs));
-    QuantizeKernel<<<grid, 32 * kPrepareTokens, 0, stream>>>(params, scratch, scales, args.padded);
+    const auto kernel = params.up != nullptr ? QuantizeKernel<true> : QuantizeKernel<false>;
+    kernel<<<grid, 32 * kPrepareTokens, 0, stream>>>(params, scratch, scales, args.padded);
   }
   cudaError_t error = cudaGetLastError();
   for (int p = 0; p < n_parts && error == cudaSuccess; ++p) {

@@ -2,6 +2,7 @@
 #include "fp8_linear/fp8_linear.h"
 
 #include "common/linear_testing.h"
+#include "common/swiglu.h"
 
 namespace dsv4 {
 namespace {
@@ -56,6 +57,34 @@ TEST(CodedX) {
     for (int64_t i = 0; i < y.size(); ++i) EXPECT_EQ(FloatBits(y[i]), expected[i], count, i);
   }
   EXPECT_EQ(y.Intact() && code.Intact() && scale.Intact(), true);
+}
+
+// x as a gate: what its clamped SwiGLU in BF16 gives, whatever tokens are taken at a time.
+TEST(GatedX) {
+  const LinearShape shape = {5, 3, 18, 133};
+  const int64_t size = shape.t * shape.groups * shape.k;
+  const float limit = 4;
+  LinearProblem gate(kForm, Fp8LinearCpu, shape, ActForm::kFp8), x = gate;
+  Guarded<uint16_t> up(size);
+  for (int64_t i = 0; i < size; ++i) {
+    up[i] = FloatToBf16(static_cast<float>(i * 37 % 101 - 50) / 8);
+    x.SetX(i, ClampedSwiglu(gate.X(i), Bf16ToFloat(up[i]), limit));
+  }
+  const std::vector<uint32_t> expected = x.Run();
+  Guarded<float> y(shape.t * shape.n);
+  LinearParams params = gate.Params(y.data(), false);
+  params.up = up.data();
+  params.limit = limit;
+  for (int64_t count : {shape.t, int64_t{1}}) {
+    y.Fill(0x5A);
+    for (int64_t first = 0; first < shape.t; first += count) {
+      LinearActivations some(params, first, count);
+      some.Round(0, some.size());
+      Fp8LinearCpu(params, some, 0, shape.n);
+    }
+    for (int64_t i = 0; i < y.size(); ++i) EXPECT_EQ(FloatBits(y[i]), expected[i], count, i);
+  }
+  EXPECT_EQ(y.Intact() && up.Intact(), true);
 }
 
 TEST(OffsetsBeyond32Bits) { ExpectFarOffsets(kForm, Fp8LinearCpu, ActForm::kFp8); }

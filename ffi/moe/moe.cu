@@ -75,11 +75,11 @@ __device__ __forceinline__ void LayOut(const Args& args, const uint16_t* row, in
   // Both 4-bit forms take x in the same order.
   constexpr WeightForm kForm = WeightForm::kNvfp4;
   if (fp8_mma) {
-    StoreFp8Row<kForm, kLanes>(row, false, k, padded, width, column,
+    StoreFp8Row<kForm, kLanes>(PlainRow{row, false}, k, padded, width, column,
                                reinterpret_cast<uint8_t*>(tile), part, parts);
     return;
   }
-  StoreRow<kForm, kLanes>(row, false, k, padded, args.params.act, global, width, column,
+  StoreRow<kForm, kLanes>(PlainRow{row, false}, k, padded, args.params.act, global, width, column,
                           reinterpret_cast<uint16_t*>(tile), part, parts);
 }
 

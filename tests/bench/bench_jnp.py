@@ -34,7 +34,9 @@ from dsv4_jax.model import attention, hc
 from dsv4_jax.ops import _moe_jax
 from dsv4_jax.ops._act import quantized_act
 from dsv4_jax.ops._linear import ACTS
+from dsv4_jax.ops._round import round_to
 from dsv4_jax.ops._rows import Tile, tile_dot
+from dsv4_jax.ops.swiglu import clamped_swiglu
 from dsv4_jax.quant import bits, fp8
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.text import encode, load_tokenizer
@@ -59,11 +61,14 @@ _WITHOUT: Final[tuple[tuple[str, str, Any], ...]] = (
 
 
 def _linear(
-    stored: str, results: Sequence[Any], operands: Sequence[Array], act: str
+    stored: str, results: Sequence[Any], operands: Sequence[Array], act: str, limit: float
 ) -> list[Array]:
     *results, scratch = results
     count = len(results)
-    x, weights, scales = operands[0], operands[1 : 1 + count], operands[1 + count :]
+    x, weights = operands[0], operands[1 : 1 + count]
+    scales, up = operands[1 + count : 1 + 2 * count], operands[1 + 2 * count :]
+    if up:
+        x = round_to(clamped_swiglu(x, up[0], limit), x.dtype)
     rows = quantized_act(x, "fp8" if act == "fp8" else "bfloat16").value
     made: list[Array] = []
     for i, (weight, result) in enumerate(zip(weights, results, strict=True)):
@@ -104,7 +109,8 @@ def _call(op: str, results: Sequence[Any], *operands: Array, **settings: Any) ->
     """In the place of `library.call`."""
     if op in ("dense_linear", "fp8_linear"):
         act = next((name for name, n in ACTS.items() if n == settings.get("act")), "bfloat16")
-        return _linear(op.removesuffix("_linear"), results, operands, act)
+        limit = float(settings.get("limit", 0))
+        return _linear(op.removesuffix("_linear"), results, operands, act, limit)
     if op == "router":
         return _router(operands, results, int(settings["given"]), float(settings["scale"]))
     if op == "cache_write":

@@ -313,7 +313,7 @@ def _dense_linear() -> Iterator[Any]:
 
 
 def _fp8_linear() -> Iterator[Any]:
-    """Edge tiles, any number of inputs, two weights at once, and x that is quantised."""
+    """Edge tiles, any number of inputs, two weights at once, x that is quantised or a gate."""
 
     def weights(n: int, k: int) -> tuple[Any, ...]:
         return random_bytes(0, (n, k), E4M3), random_bytes(1, (-(-n // 128), -(-k // 128)), UE8M0)
@@ -327,6 +327,15 @@ def _fp8_linear() -> Iterator[Any]:
         x = Fp8(random_bytes(2, (*lead, k), E4M3), random_bytes(3, (*lead, k // 128), UE8M0))
         for regime in ("decode", "prefill", "exact"):
             yield two(x, *weights(n * max(groups, 1), k), regime=regime)
+    for t, groups, k, n in (
+        *((1, 0, 384, 19), (3, 2, 256, 128), (5, 0, 256, 136), (130, 0, 640, 136)),
+        *((5, 0, 37, 19), (40, 2, 136, 24)),
+    ):
+        lead = (t, groups) if groups else (t,)
+        gate, up = (random_bytes(seed, (*lead, k), jnp.bfloat16) for seed in (4, 5))
+        for regime in ("decode", "prefill", "exact"):
+            settings: dict[str, Any] = {"up": up, "limit": 10.0, "regime": regime}
+            yield fp8_linear(gate, *weights(n * max(groups, 1), k), **settings)
 
 
 def _mxfp4_linear() -> Iterator[Any]:

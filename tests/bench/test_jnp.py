@@ -16,6 +16,7 @@ PLAIN_HERE = (
     "router-table",
     "dense_linear-groups",
     "fp8_linear-several",
+    "fp8_linear-gated",
     "cache_write-store",
 )
 """Ops whose plain forms are the benchmark's own."""

@@ -201,7 +201,13 @@ SEVERAL_FP8 = RawCall(
     "fp8_linear",
     (s("3 32"), s("10 32", E4M3), s("5 32", E4M3), s("1 1", UE8M0), s("1 1", UE8M0)),
     (s("3 10", F32), s("3 5"), SCRATCH),
-    {"abi": ABI, "act": np.int32(1), "regime": np.int32(0)},
+    {"abi": ABI, "act": np.int32(1), "regime": np.int32(0), "limit": np.float32(0)},
+)
+GATED_FP8 = RawCall(
+    "fp8_linear",
+    (s("3 2 32"), s("10 32", E4M3), s("1 1", UE8M0), s("3 2 32")),
+    (s("3 2 5", F32), SCRATCH),
+    {"abi": ABI, "act": np.int32(1), "regime": np.int32(0), "limit": np.float32(10)},
 )
 CODED_FP8 = RawCall(
     "fp8_linear",
@@ -210,7 +216,7 @@ CODED_FP8 = RawCall(
         *(s("1 2", UE8M0), s("1 2", UE8M0), s("3 2 2", UE8M0)),
     ),
     (s("3 2 5", F32), s("3 2 3"), SCRATCH),
-    {"abi": ABI, "act": np.int32(1), "regime": np.int32(0)},
+    {"abi": ABI, "act": np.int32(1), "regime": np.int32(0), "limit": np.float32(0)},
 )
 LINEARS = ("dense_linear", "fp8_linear", "mxfp4_linear", "nvfp4_linear")
 TARGETS = {
@@ -331,7 +337,7 @@ TARGETS = {
             "fp8_linear",
             (s("3 32"), s("10 32", E4M3), s("1 1", UE8M0)),
             (s("3 10", F32), SCRATCH),
-            {"abi": ABI, "act": np.int32(1), "regime": np.int32(1)},
+            {"abi": ABI, "act": np.int32(1), "regime": np.int32(1), "limit": np.float32(0)},
         ),
         RawCall(
             "mxfp4_linear",
@@ -368,6 +374,11 @@ def several_fp8(mutation: Mutation) -> Mutation:
 def coded(mutation: Mutation) -> Mutation:
     """The same with ``x`` that is quantised, in two groups."""
     return lambda call: mutation(CODED_FP8)
+
+
+def gated(mutation: Mutation) -> Mutation:
+    """The same with ``x`` that is a gate, in two groups."""
+    return lambda call: mutation(GATED_FP8)
 
 
 def _nine_weights(call: RawCall) -> RawCall:
@@ -1529,7 +1540,8 @@ def _linear_faults(op: str) -> list[tuple[str, str, Mutation, str]]:
     accepted = "bfloat16" if dense else "bfloat16 or float32"
     number = {
         "dense_linear": "must have x and n weights for n results and scratch, .*got",
-        "fp8_linear": "must have x, n weights and n scales for n results and scratch, .*got",
+        "fp8_linear": "must have x, n weights and n scales, or one of each and up, for n results "
+        "and scratch, .*got",
     }.get(op, LAYER)
     return [
         (op, *fault)
@@ -1661,8 +1673,8 @@ SHAPES += [
     (
         "fp8_linear",
         "operands-too-many",
-        more((s("", F32),)),
-        "must have .* n = 1..8, got 3 operands beside x and 2 results",
+        more((s("", F32), s(""))),
+        "must have .* n = 1..8, got 4 operands beside x and 2 results",
     ),
     (
         "fp8_linear",
@@ -1717,7 +1729,39 @@ SHAPES += [
         "fp8_linear",
         "coded-x-dtype",
         coded(operand(0, "3 2 256", U8)),
-        "must have x, n weights and n scales .*got 5 operands beside x and 3 results",
+        "must have x, n weights and n scales.*got 5 operands beside x and 3 results",
+    ),
+    (
+        "fp8_linear",
+        "up-dtype",
+        gated(operand(3, "3 2 32", F32)),
+        "up must be bfloat16, got float32",
+    ),
+    (
+        "fp8_linear",
+        "up-shape",
+        gated(operand(3, "3 2 31")),
+        r"up must be \[3, 2, 32\], got \[3, 2, 31\]",
+    ),
+    ("fp8_linear", "up-rank", gated(operand(3, "6 32")), r"up must be \[3, 2, 32\], got \[6, 32\]"),
+    ("fp8_linear", "up-to-none", more((s("3 31"),)), r"up must be \[3, 32\], got \[3, 31\]"),
+    (
+        "fp8_linear",
+        "gate-dtype",
+        gated(operand(0, "3 2 32", F32)),
+        "x with up must be bfloat16, got float32",
+    ),
+    (
+        "fp8_linear",
+        "gate-act",
+        gated(attributes(act=np.int32(0))),
+        r"up must come with act 1 \(fp8\), got act 0",
+    ),
+    (
+        "fp8_linear",
+        "up-of-several",
+        several_fp8(more((s("3 32"),))),
+        "must have .* one of each and up, .*got 5 operands beside x and 3 results",
     ),
     (
         "fp8_linear",

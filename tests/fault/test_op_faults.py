@@ -169,9 +169,16 @@ def _fp8_linear(
     x: Any = s("5 192"),
     weight: Any = s("160 192", E4M3),
     scale: Any = s("2 2", UE8M0),
+    up: Any = None,
     **settings: Any,
 ) -> Any:
-    return jax.eval_shape(lambda *a: fp8_linear(*a, **settings), x, weight, scale)
+    fn = lambda *a: fp8_linear(*a[:3], up=a[3], **settings)  # noqa: E731
+    return jax.eval_shape(fn, x, weight, scale, up)
+
+
+def gated(up: Any = s("5 192"), limit: float | None = 10.0, **others: Any) -> dict[str, Any]:
+    """Operands of `_fp8_linear` with ``x`` that is a gate."""
+    return {"up": up, "limit": limit, **others}
 
 
 def coded(code: str, scale: str, **settings: Any) -> dict[str, Any]:
@@ -448,6 +455,7 @@ RANK: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_fp8_linear, "scale", {"scale": s("2", UE8M0)}),
     (_fp8_linear, "x", coded("256", "2")),
     (_fp8_linear, "scale of x", coded("5 256", "2")),
+    (_fp8_linear, "up", gated(up=s("192"))),
     (_fp8_linears, r"weights\[1\]", {"weights": [s("160 192", E4M3), s("24", E4M3)]}),
     (_fp8_linears, r"scales\[0\]", {"scales": [s("2", UE8M0), s("1 2", UE8M0)]}),
     (_mxfp4_linear, "x", {"x": s("192")}),
@@ -622,6 +630,11 @@ AXIS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     ),
     (_fp8_linear, r"x must end in weight's 256 inputs, got \[5, 384\]", coded("5 384", "5 3")),
     (_fp8_linear, r"evenly over x's 3 groups", coded("5 3 256", "5 3 2")),
+    (_fp8_linear, "up and limit must come together, got up alone", gated(limit=None)),
+    (_fp8_linear, "up and limit must come together, got limit alone", gated(up=None)),
+    (_fp8_linear, r"up must be \[5, 192\] as x, got \[5, 191\]", gated(up=s("5 191"))),
+    (_fp8_linear, r"up must be \[5, 192\] as x, got \[4, 192\]", gated(up=s("4 192"))),
+    (_fp8_linear, "act must be 'fp8' for x with up, got 'bfloat16'", gated(act="bfloat16")),
     (_fp8_linears, r"weights must hold 1\.\.8 arrays, got 0", {"weights": [], "scales": []}),
     (_fp8_linears, "scales must be as many as weights, 2, got 1", {"scales": [s("2 2", UE8M0)]}),
     (_fp8_linears, "dtype must be one or 2, .*got 3", {"dtype": (F32, BF16, F32)}),
@@ -914,6 +927,9 @@ DTYPE: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
         {"scales": [s("2 2", UE8M0), s("1 2", F32)]},
     ),
     (_fp8_linear, "x must be .*got float16", {"x": s("5 192", F16)}),
+    (_fp8_linear, "x that is quantised must not have up", coded("5 256", "5 2", **gated())),
+    (_fp8_linear, "x with up must be bfloat16, got float32", gated(x=s("5 192", F32))),
+    (_fp8_linear, "up must be bfloat16, got float32", gated(up=s("5 192", F32))),
     (_fp8_linear, "x must be bfloat16 or float32, got float8_e4m3fn", {"x": s("5 192", E4M3)}),
     (
         _fp8_linear,
@@ -1261,6 +1277,7 @@ def test_settings_of_jax(name: str) -> None:
         "dense_linear-several",
         "fp8_linear-w8a16-groups",
         "fp8_linear-quantised",
+        "fp8_linear-gated",
         "fp8_linear-several",
         "mxfp4_linear-w4a8",
         "nvfp4_linear-w4a4-static",

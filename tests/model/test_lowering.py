@@ -504,6 +504,23 @@ def test_inputs_arrive_in_fp8() -> None:
     assert arrived == {layer: [3, 3] for layer in range(LAYERS)}
 
 
+def test_shared_expert_is_two_calls() -> None:
+    """Its SwiGLU is part of ``w2``'s call, whose last operand is ``up``; not in NVFP4."""
+
+    def found(preset: str) -> tuple[list[int | None], bool]:
+        program = decode(preset)
+        last = [
+            (call.layer, list(call.operation.operands)[-1])
+            for call in program.calls()
+            if call.op == "fp8_linear"
+        ]
+        gated = [layer for layer, operand in last if "bf16" in str(operand.type)]
+        return gated, "swiglu" in program.functions
+
+    assert found("official") == (list(range(LAYERS)), False)
+    assert found("nvfp4") == ([], True)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_streams_are_written_in_place(preset: str) -> None:
     assert streams_not_in_place(decode(preset)) == []

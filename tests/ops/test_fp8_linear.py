@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from dsv4_jax.ops.fp8_linear import fp8_linear, fp8_linears
+from dsv4_jax.ops.swiglu import swiglu
 from dsv4_jax.quant import fp8
 from dsv4_jax.typing import E4M3, UE8M0
 from reference import formats
+from reference import fp8_linear as reference_fp8
 from tests.support import linears
 from tests.support.linears import SHAPES, assert_product, exact, operands
 from tests.support.numerics import assert_same_bits, f64
@@ -129,6 +131,98 @@ def test_every_quantised_x() -> None:
     bad = np.isnan(want)
     np.testing.assert_array_equal(np.isnan(got[:, 0]), bad)
     assert_same_bits(np.asarray(got)[~bad, 0], want[~bad])
+
+
+LIMIT = 10.0
+
+
+def gated(t: int, k: int, groups: int = 0) -> tuple[jax.Array, jax.Array]:
+    """Gates and up on both sides of every clamp, whose SwiGLU is near no tie of BF16.
+
+    It then has the same bits however it is computed.
+    """
+    rng = np.random.default_rng(t * k)
+    shape = (t, groups, k) if groups else (t, k)
+    size = np.exp2(rng.integers(-6, 7, shape))
+    gate, up = ((rng.standard_normal(shape) * size).astype(jnp.bfloat16) for _ in range(2))
+    wide = np.minimum(gate.astype(np.float64), LIMIT)
+    wide *= np.clip(up.astype(np.float64), -LIMIT, LIMIT) / (1 + np.exp(-wide))
+    near, far = ((wide * by).astype(np.float32).astype(jnp.bfloat16) for by in (1 - 1e-5, 1 + 1e-5))
+    gate = np.where(near == far, gate, 0).astype(jnp.bfloat16)
+    assert (gate > LIMIT).any() and (up > LIMIT).any() and (up < -LIMIT).any()
+    return jax.device_put((gate, up))
+
+
+@jax.jit
+def ungated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """`swiglu` of any shape."""
+    flat = swiglu(*(x.reshape(x.shape[0], -1) for x in (gate, up)), limit=LIMIT)
+    return flat.reshape(gate.shape)
+
+
+GATED = [
+    *((1, 2048, 0, 40), (2, 256, 0, 136), (3, 128, 0, 8), (4, 512, 0, 300), (9, 384, 0, 130)),
+    *((130, 640, 0, 136), (3, 37, 0, 19), (130, 192, 0, 40), (2, 256, 3, 256), (40, 136, 2, 24)),
+]
+"""``(t, k, groups, n)``: on a GPU one launch, or x laid out or quantised ahead of the product."""
+
+
+@pytest.mark.parametrize(("t", "k", "groups", "n"), GATED)
+def test_gated(t: int, k: int, groups: int, n: int) -> None:
+    """`swiglu` and then the linear, bit for bit, in every regime."""
+    gate, up = gated(t, k, groups)
+    weights = linears.stored(OP, n * (groups or 1), k)
+    h = ungated(gate, up)
+    regimes = linears.REGIMES if jax.default_backend() != "cpu" else ("decode",)
+    for regime in regimes:
+        dtype = jnp.float32 if regime == "exact" else jnp.bfloat16
+        got = fp8_linear(gate, *weights, up=up, limit=LIMIT, dtype=dtype, regime=regime)
+        want = fp8_linear(h, *weights, dtype=dtype, regime=regime)
+        assert_same_bits(got, want, str(regime))
+
+
+def test_gated_against_reference() -> None:
+    gate, up = gated(9, 160)
+    code, scale = linears.stored(OP, 40, 160)
+    got = fp8_linear(gate, code, scale, up=up, limit=LIMIT, regime="exact")
+    operands = f64(gate).astype(np.float32), *(np.asarray(x).view(np.uint8) for x in (code, scale))
+    with jax.default_device(jax.devices("cpu")[0]):
+        want = reference_fp8.fp8_linear(*operands, up=f64(up).astype(np.float32), limit=LIMIT)
+    assert product_problems(got, want) == []
+
+
+@pytest.mark.parametrize("k", [256, 200])
+def test_gated_bits(k: int) -> None:
+    """SwiGLUs that are quantised, one per output of an identity: the clamps, zeros, Inf and NaN."""
+    edges = [0, 1e-3, 1, 9.94, 10, 10.06, 20, 80, 90, 3e38, np.inf]
+    values = np.float32([*edges, *np.negative(edges), np.nan])
+    gate, up = (x.ravel()[:, None].astype(jnp.bfloat16) for x in np.meshgrid(values, values))
+    one = np.arange(k) == k - 1
+    gate, up = (jax.device_put(np.where(one, x, 0).astype(jnp.bfloat16)) for x in (gate, up))
+    code = jnp.asarray((one[None] * 0x38).astype(np.uint8)).view(E4M3)
+    weights = code, jnp.full((1, -(-k // 128)), 127, jnp.uint8).view(UE8M0)
+    got = fp8_linear(gate, *weights, up=up, limit=LIMIT)
+    want = fp8_linear(ungated(gate, up), *weights)
+    bad = np.isnan(want)
+    assert 0 < bad.sum() < 3 * len(values)
+    np.testing.assert_array_equal(np.isnan(got), bad)
+    assert_same_bits(np.where(bad, 0, np.asarray(got)), np.where(bad, 0, np.asarray(want)))
+
+
+def test_wrong_gated_fails() -> None:
+    """`test_gated` sees every operand and the clamps."""
+    gate, up = gated(9, 384)
+    weights = linears.stored(OP, 40, 384)
+    want = np.asarray(fp8_linear(ungated(gate, up), *weights))
+    for wrong, limit in (((up, gate), LIMIT), ((gate, up[::-1]), LIMIT), ((gate, up), 9.0)):
+        got = fp8_linear(wrong[0], *weights, up=wrong[1], limit=limit)
+        assert (np.asarray(got) != want).any()
+
+
+def test_gated_empty() -> None:
+    x = jnp.zeros((0, 96), jnp.bfloat16)
+    got = fp8_linear(x, *linears.stored(OP, 40, 96), up=x, limit=LIMIT)
+    assert got.shape == (0, 40)
 
 
 def test_empty() -> None:

@@ -292,6 +292,14 @@ def _fp8_linear_quantised() -> OpCase:
     )
 
 
+def _fp8_linear_gated() -> OpCase:
+    code, scale = jax.jit(fp8.quantize_weight)(normal(1, 160, 192))
+    return OpCase(
+        lambda gate, up: fp8_linear(gate, code, scale, up=up, limit=2.0),
+        (_linear_x(192, 0), normal(2, MAX_ROWS, 192, dtype=jnp.bfloat16)),
+    )
+
+
 def _fp8_linears() -> OpCase:
     pairs = [jax.jit(fp8.quantize_weight)(normal(i, n, 192)) for i, n in enumerate((160, 24), 1)]
     codes, scales = zip(*pairs, strict=True)
@@ -488,6 +496,7 @@ CASES: dict[str, Callable[[], OpCase]] = {
         "fp8_linear-w8a8": lambda: _fp8_linear(dtype=jnp.bfloat16, regime="decode"),
         "fp8_linear-w8a16-groups": lambda: _fp8_linear(2, act="bfloat16"),
         "fp8_linear-quantised": _fp8_linear_quantised,
+        "fp8_linear-gated": _fp8_linear_gated,
         "fp8_linear-several": _fp8_linears,
         "mxfp4_linear-w4a8": lambda: _mxfp4_linear(),
         "mxfp4_linear-w4a16": lambda: _mxfp4_linear(act="bfloat16", regime="prefill"),
