@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from dsv4_jax.ops.dense_linear import dense_linear, dense_linears
 from dsv4_jax.ops.fp8_linear import fp8_linear, fp8_linears
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
-from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
+from dsv4_jax.ops.nvfp4_linear import nvfp4_linear, nvfp4_linears
 from dsv4_jax.ops.rmsnorm import rmsnorm
 from dsv4_jax.ops.rmsnorm_fp8 import rmsnorm_fp8
 from dsv4_jax.precision import SCALE_LEAVES, LinearFormat, Regime, act_format, weight_format
@@ -143,7 +143,7 @@ def linears(
     dtype = jnp.bfloat16 if isinstance(x, Fp8) else x.dtype
     stored = weight_format(first.form)
     alike = all((m.form, m.regime) == (first.form, first.regime) for m in modules)
-    if not alike or stored in ("mxfp4", "nvfp4"):
+    if not alike or stored == "mxfp4":
         return tuple(linear(read_by(m.form), m.leaves, m.form, dtype, m.regime) for m in modules)
     weights = [module.leaves["weight"] for module in modules]
     settings: dict[str, Any] = {"dtype": dtype, "regime": first.regime}
@@ -151,6 +151,11 @@ def linears(
         scales = [module.leaves["scale"] for module in modules]
         settings["act"] = act_format(first.form)
         return fp8_linears(read_by(first.form), weights, scales, **settings)
+    if isinstance(x, Fp8):
+        raise TypeError(f"linears: x of {first.form} must not be quantised")
+    if stored == "nvfp4":
+        scales = [[m.leaves[name] for m in modules] for name in SCALE_LEAVES[stored]]
+        return nvfp4_linears(x, weights, *scales, act=act_format(first.form), **settings)
     return dense_linears(x, weights, **settings)
 
 

@@ -1,18 +1,19 @@
 """Linear with NVFP4 weights: E2M1, E4M3 per 16 inputs, one FP32 global scale (model.md 9)."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from dsv4_jax.ops._check import check_choice, check_operand
-from dsv4_jax.ops._linear import check_linear, check_scalar, linear_call
+from dsv4_jax.ops._linear import check_count, check_linear, check_scalar, dtypes_of, linear_call
 from dsv4_jax.precision import ActFormat, Regime
 from dsv4_jax.quant import nvfp4
 from dsv4_jax.typing import E2M1, E4M3, Array, Float, Float4e2m1fn, Float8e4m3fn, Float32
 
-__all__ = ["nvfp4_linear"]
+__all__ = ["nvfp4_linear", "nvfp4_linears"]
 
 
 @functools.partial(jax.jit, static_argnames=("act", "dtype", "regime"))
@@ -56,25 +57,92 @@ def nvfp4_linear(
         ValueError: ``act`` or ``regime`` is unknown, ``act_scale`` is given with another ``act``,
             or shapes of ``x``, ``weight`` and the scales disagree.
     """
-    check_linear("nvfp4_linear", x, weight, E2M1, dtype, regime)
-    check_operand("nvfp4_linear", "block_scale", block_scale, "n kb", (E4M3,))
-    check_scalar("nvfp4_linear", "global_scale", global_scale)
-    check_choice("nvfp4_linear", "act", act, ("nvfp4", "fp8", "bfloat16"))
+    op = "nvfp4_linear"
+    _check(op, x, weight, block_scale, global_scale, act, dtype, regime)
+    more = _check_act_scale(op, act_scale, act)
+    scales = (block_scale, global_scale)
+    (y,) = linear_call(op, x, (weight,), scales, act=act, dtypes=(dtype,), regime=regime, more=more)
+    return y
+
+
+@functools.partial(jax.jit, static_argnames=("act", "dtype", "regime"))
+def nvfp4_linears(
+    x: Float[Array, "t *g k"],
+    weights: Sequence[Float4e2m1fn[Array, "_ k"]],
+    block_scales: Sequence[Float8e4m3fn[Array, "_ kb"]],
+    global_scales: Sequence[Float32[Array, ""]],
+    act_scale: Float32[Array, ""] | None = None,
+    *,
+    act: ActFormat = "nvfp4",
+    dtype: DTypeLike | tuple[DTypeLike, ...] = jnp.float32,
+    regime: Regime | None = None,
+) -> tuple[Float[Array, "t *g _"], ...]:
+    """``nvfp4_linear`` of ``x`` and each of several weights, the same bits, in one call.
+
+    Args:
+        x: activations, as in `nvfp4_linear`; with a group axis every weight's rows are split evenly
+            over the groups.
+        weights: 1 to 8, each with one row per output.
+        block_scales: of the weights.
+        global_scales: of the weights.
+        act_scale: as in `nvfp4_linear`, of the one ``x``.
+        act: as in `nvfp4_linear`.
+        dtype: of the results: one for all or one each.
+        regime: as in `nvfp4_linear`.
+
+    Raises:
+        TypeError: a dtype is not accepted.
+        ValueError: there are no weights or more than 8, or another number of scales of either kind
+            or of dtypes; or as in `nvfp4_linear`.
+    """
+    op = "nvfp4_linears"
+    check_count(op, weights)
+    for name, given in (("block_scales", block_scales), ("global_scales", global_scales)):
+        if len(given) != len(weights):
+            raise ValueError(
+                f"{op}: {name} must be as many as weights, {len(weights)}, got {len(given)}"
+            )
+    dtypes = dtypes_of(op, dtype, len(weights))
+    for i, leaves in enumerate(zip(weights, block_scales, global_scales, strict=True)):
+        _check(op, x, *leaves, act, dtypes[i], regime, f"s[{i}]")
+    more = _check_act_scale(op, act_scale, act)
+    scales = (*block_scales, *global_scales)
+    return tuple(
+        linear_call(
+            "nvfp4_linear", x, weights, scales, act=act, dtypes=dtypes, regime=regime, more=more
+        )
+    )
+
+
+def _check(
+    op: str,
+    x: Array,
+    weight: Array,
+    block_scale: Array,
+    global_scale: Array,
+    act: str,
+    dtype: DTypeLike,
+    regime: Regime | None,
+    index: str = "",
+) -> None:
+    """Of one weight; ``index`` follows its name in messages."""
+    check_linear(op, x, weight, E2M1, dtype, regime, f"weight{index}")
+    check_operand(op, f"block_scale{index}", block_scale, "n kb", (E4M3,))
+    check_scalar(op, f"global_scale{index}", global_scale)
+    check_choice(op, "act", act, ("nvfp4", "fp8", "bfloat16"))
     n, k = weight.shape
     if k % nvfp4.BLOCK or block_scale.shape != (n, k // nvfp4.BLOCK):
         raise ValueError(
-            f"nvfp4_linear: block_scale must be [{n}, {k} / {nvfp4.BLOCK}] for weight {[n, k]}, "
-            f"got {list(block_scale.shape)}"
+            f"{op}: block_scale{index} must be [{n}, {k} / {nvfp4.BLOCK}] for weight{index} "
+            f"{[n, k]}, got {list(block_scale.shape)}"
         )
-    scales = (block_scale, global_scale)
-    if act_scale is not None:
-        check_scalar("nvfp4_linear", "act_scale", act_scale)
-        if act != "nvfp4":
-            raise ValueError(
-                f"nvfp4_linear: act_scale must be None unless act is 'nvfp4', got act {act!r}"
-            )
-        scales = (*scales, act_scale)
-    (y,) = linear_call(
-        "nvfp4_linear", x, (weight,), scales, act=act, dtypes=(dtype,), regime=regime
-    )
-    return y
+
+
+def _check_act_scale(op: str, act_scale: Array | None, act: str) -> tuple[Array, ...]:
+    """As the operands that it is."""
+    if act_scale is None:
+        return ()
+    check_scalar(op, "act_scale", act_scale)
+    if act != "nvfp4":
+        raise ValueError(f"{op}: act_scale must be None unless act is 'nvfp4', got act {act!r}")
+    return (act_scale,)

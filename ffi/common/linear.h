@@ -51,8 +51,8 @@ struct LinearParams {
 
 constexpr int kMaxLinearParts = 8;
 
-// One x times several weights: the parts differ in weight, scale, y, its dtype and n alone, and
-// none is empty.
+// One x times several weights: the parts differ in weight, scales of it, y, its dtype and n alone,
+// and none is empty.
 struct LinearsParams {
   LinearParams parts[kMaxLinearParts];
   int n_parts;
@@ -68,7 +68,7 @@ inline int64_t LinearScratchBytes(int64_t t, int64_t groups, int64_t k) {
 cudaError_t DenseLinearCuda(const LinearsParams& params, cudaStream_t stream);
 cudaError_t Fp8LinearCuda(const LinearsParams& params, cudaStream_t stream);
 cudaError_t Mxfp4LinearCuda(const LinearParams& params, cudaStream_t stream);
-cudaError_t Nvfp4LinearCuda(const LinearParams& params, cudaStream_t stream);
+cudaError_t Nvfp4LinearCuda(const LinearsParams& params, cudaStream_t stream);
 #endif
 
 }  // namespace dsv4

@@ -16,14 +16,14 @@ using LinearResult = ffi::Result<ffi::AnyBuffer>;
 struct LinearOperands {
   const char* op;
   WeightForm form;
-  const ffi::AnyBuffer& x;                        // [t, k] or [t, g, k]
-  const ffi::AnyBuffer& weight;                   // [n, k]
-  const ffi::AnyBuffer* scale = nullptr;          // all but kBf16
-  const ffi::AnyBuffer* global_scale = nullptr;   // kNvfp4: []
-  const ffi::RemainingArgs* act_scale = nullptr;  // kNvfp4: [], if static
-  const ffi::AnyBuffer* x_scale = nullptr;        // of x as codes (kFp8): [t, k / 128], [t, g, ..]
-  const ffi::AnyBuffer* up = nullptr;             // beside x that is its gate (kFp8): as x
-  std::string index = {};                         // of weight, scale and y in messages, if several
+  const ffi::AnyBuffer& x;                       // [t, k] or [t, g, k]
+  const ffi::AnyBuffer& weight;                  // [n, k]
+  const ffi::AnyBuffer* scale = nullptr;         // all but kBf16
+  const ffi::AnyBuffer* global_scale = nullptr;  // kNvfp4: []
+  const ffi::AnyBuffer* act_scale = nullptr;     // kNvfp4: [], if static
+  const ffi::AnyBuffer* x_scale = nullptr;       // of x as codes (kFp8): [t, k / 128], [t, g, ..]
+  const ffi::AnyBuffer* up = nullptr;            // beside x that is its gate (kFp8): as x
+  std::string index = {};                        // of weight, scales and y in messages, if several
 };
 
 inline ffi::DataType LinearWeightDtype(WeightForm form) {
@@ -170,19 +170,14 @@ inline ffi::Error FillLinear(const LinearOperands& in, int32_t act, int32_t regi
   }
   if (in.global_scale != nullptr) {
     DSV4_RETURN_IF_ERROR(
-        CheckLinearScalar(in, "global_scale", *in.global_scale, params.global_scale));
+        CheckLinearScalar(in, "global_scale" + in.index, *in.global_scale, params.global_scale));
   }
-  const size_t act_scales = in.act_scale != nullptr ? in.act_scale->size() : 0;
-  if (act_scales > 1 || (act_scales == 1 && params.act != ActForm::kNvfp4)) {
-    return InvalidArgument(in.op,
-                           "must have at most one act_scale, and with act 2 (nvfp4) only, "
-                           "got " +
-                               std::to_string(act_scales) + " and act " + std::to_string(act));
-  }
-  if (act_scales == 1) {
-    auto scale = in.act_scale->get<ffi::AnyBuffer>(0);
-    if (!scale) return InvalidArgument(in.op, "act_scale must be a buffer");
-    DSV4_RETURN_IF_ERROR(CheckLinearScalar(in, "act_scale", *scale, params.act_scale));
+  if (in.act_scale != nullptr) {
+    if (params.act != ActForm::kNvfp4) {
+      return InvalidArgument(
+          in.op, "act_scale must come with act 2 (nvfp4), got act " + std::to_string(act));
+    }
+    DSV4_RETURN_IF_ERROR(CheckLinearScalar(in, "act_scale", *in.act_scale, params.act_scale));
   }
   DSV4_RETURN_IF_ERROR(grouped ? CheckShape(in.op, y_name, y->dimensions(), {t, g, n / g})
                                : CheckShape(in.op, y_name, y->dimensions(), {t, n}));
@@ -205,21 +200,25 @@ inline ffi::Error FillLinear(const LinearOperands& in, int32_t act, int32_t regi
   return ffi::Error::Success();
 }
 
-// A call with several weights: operands are those, then as many scales (all but kBf16), then that
-// of x if it is E4M3 (kFp8), or of one weight maybe up (kFp8), which `limit` belongs to; results y
-// of each, then scratch. Parts without rows or tokens are left out.
+// A call with several weights: operands are those, then as many scales (all but kBf16), as many
+// global scales and maybe one act_scale (kNvfp4), then that of x if it is E4M3 (kFp8), or of one
+// weight maybe up (kFp8), which `limit` belongs to; results y of each, then scratch. Parts without
+// rows or tokens are left out.
 inline ffi::Error FillLinears(const char* op, WeightForm form, int32_t act, int32_t regime,
                               const ffi::AnyBuffer& x, const ffi::RemainingArgs& operands,
                               const ffi::RemainingRets& results, LinearsParams& params,
                               float limit = 0.0f) {
-  const bool scaled = form != WeightForm::kBf16;
+  const bool scaled = form != WeightForm::kBf16, nvfp4 = form == WeightForm::kNvfp4;
   const bool coded = form == WeightForm::kFp8 && x.element_type() == ffi::DataType::F8E4M3FN;
-  const size_t each = scaled ? 2 : 1, n = operands.size() / each;
+  const size_t each = nvfp4 ? 3 : scaled ? 2 : 1, n = operands.size() / each;
   const bool gated = form == WeightForm::kFp8 && !coded && operands.size() == 3;
-  if (operands.size() % each != (coded || gated ? 1 : 0) || n < 1 || n > kMaxLinearParts ||
+  const bool fixed = nvfp4 && operands.size() % each == 1;  // act_scale
+  if (operands.size() % each != (coded || gated || fixed ? 1 : 0) || n < 1 || n > kMaxLinearParts ||
       results.size() != n + 1) {
     return InvalidArgument(op, std::string("must have x") +
                                    (coded    ? ", n weights, n scales and x_scale"
+                                    : nvfp4  ? ", n weights, n block_scales, n global_scales"
+                                               " and maybe act_scale,"
                                     : scaled ? ", n weights and n scales, or one of each and up,"
                                              : " and n weights") +
                                    " for n results and scratch, n = 1.." +
@@ -232,13 +231,16 @@ inline ffi::Error FillLinears(const char* op, WeightForm form, int32_t act, int3
   for (size_t i = 0; i < n; ++i) {
     auto weight = operands.get<ffi::AnyBuffer>(i);
     auto scale = operands.get<ffi::AnyBuffer>(scaled ? n + i : i);
+    auto global_scale = operands.get<ffi::AnyBuffer>(nvfp4 ? 2 * n + i : i);
     auto y = results.get<ffi::AnyBuffer>(i);
-    auto last = operands.get<ffi::AnyBuffer>(operands.size() - 1);  // of x, if coded or gated
-    if (!weight || !scale || !y || !scratch || !last) {
+    auto last = operands.get<ffi::AnyBuffer>(operands.size() - 1);  // of x, if any
+    if (!weight || !scale || !global_scale || !y || !scratch || !last) {
       return InvalidArgument(op, "operands and results must be buffers");
     }
     LinearOperands in{op, form, x, *weight};
     if (scaled) in.scale = &*scale;
+    if (nvfp4) in.global_scale = &*global_scale;
+    if (fixed) in.act_scale = &*last;
     if (coded) in.x_scale = &*last;
     if (gated) in.up = &*last;
     if (n > 1) in.index = "[" + std::to_string(i) + "]";

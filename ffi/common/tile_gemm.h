@@ -107,8 +107,8 @@ int TileGemmSplit(const TileGemm& gemm);
 bool TileGemmTakes(const TileGemm& gemm);
 cudaError_t TileGemmSm90(const TileGemm& gemm, cudaStream_t stream);
 
-// Products that differ in weight, scale, rows, y and its dtype alone, and agree on TileGemmSplit,
-// by the kernel that lays out raw_x.
+// Products that differ in weight, scales of it, rows, y and its dtype alone, and agree on
+// TileGemmSplit, by the kernel that lays out raw_x.
 cudaError_t RawGemmSm90(const TileGemm* gemms, int count, cudaStream_t stream);
 
 // Whether the Hopper kernel is there, for this device, and takes the product.

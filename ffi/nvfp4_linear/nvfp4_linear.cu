@@ -2,8 +2,8 @@
 
 namespace dsv4 {
 
-cudaError_t Nvfp4LinearCuda(const LinearParams& params, cudaStream_t stream) {
-  return LinearTiles(WeightForm::kNvfp4, &params, 1, stream);
+cudaError_t Nvfp4LinearCuda(const LinearsParams& params, cudaStream_t stream) {
+  return LinearTiles(WeightForm::kNvfp4, params.parts, params.n_parts, stream);
 }
 
 }  // namespace dsv4

@@ -29,7 +29,7 @@ from dsv4_jax.ops.key_finish import QueryNorm, key_finish
 from dsv4_jax.ops.mhc import Read, Write, mhc
 from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
-from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
+from dsv4_jax.ops.nvfp4_linear import nvfp4_linear, nvfp4_linears
 from dsv4_jax.ops.query_finish import query_finish
 from dsv4_jax.ops.rmsnorm_fp8 import rmsnorm_fp8
 from dsv4_jax.ops.rmsnorm_nvfp4 import rmsnorm_nvfp4
@@ -346,14 +346,20 @@ def _mxfp4_linear() -> Iterator[Any]:
 
 
 def _nvfp4_linear() -> Iterator[Any]:
-    """Rows of 16 inputs more than a multiple of 32, too."""
+    """Rows of 16 inputs more than a multiple of 32, too, and two weights at once."""
 
     def weights(n: int, k: int) -> tuple[Any, ...]:
         codes, scales = random_bytes(0, (n, k), E2M1), random_bytes(1, (n, k // 16), E4M3)
         return codes, scales, jnp.float32(0.01)
 
     shapes = (*LINEAR_SHAPES, (3, 0, 16, 8), (20, 0, 176, 24))
-    return _linear(nvfp4_linear, weights, ("nvfp4", "fp8", "bfloat16"), shapes)
+    acts = "nvfp4", "fp8", "bfloat16"
+    yield from _linear(nvfp4_linear, weights, acts, shapes)
+
+    def two(x: Any, w: Any, s: Any, s2: Any, *act_scale: Any, **settings: Any) -> Any:
+        return nvfp4_linears(x, (w, w), (s, s), (s2, s2), *act_scale, **settings)
+
+    yield from _linear(two, weights, acts)
 
 
 def _query_finish() -> Iterator[Any]:

@@ -203,6 +203,15 @@ SEVERAL_FP8 = RawCall(
     (s("3 10", F32), s("3 5"), SCRATCH),
     {"abi": ABI, "act": np.int32(1), "regime": np.int32(0), "limit": np.float32(0)},
 )
+SEVERAL_NVFP4 = RawCall(
+    "nvfp4_linear",
+    (
+        *(s("3 32"), s("10 32", E2M1), s("5 32", E2M1)),
+        *(s("10 2", E4M3), s("5 2", E4M3), s("", F32), s("", F32)),
+    ),
+    (s("3 10", F32), s("3 5"), SCRATCH),
+    {"abi": ABI, "act": np.int32(2), "regime": np.int32(0)},
+)
 GATED_FP8 = RawCall(
     "fp8_linear",
     (s("3 2 32"), s("10 32", E4M3), s("1 1", UE8M0), s("3 2 32")),
@@ -369,6 +378,11 @@ def several(mutation: Mutation) -> Mutation:
 def several_fp8(mutation: Mutation) -> Mutation:
     """The same of `fp8_linear`."""
     return lambda call: mutation(SEVERAL_FP8)
+
+
+def several_nvfp4(mutation: Mutation) -> Mutation:
+    """The same of `nvfp4_linear`."""
+    return lambda call: mutation(SEVERAL_NVFP4)
 
 
 def coded(mutation: Mutation) -> Mutation:
@@ -1542,6 +1556,8 @@ def _linear_faults(op: str) -> list[tuple[str, str, Mutation, str]]:
         "dense_linear": "must have x and n weights for n results and scratch, .*got",
         "fp8_linear": "must have x, n weights and n scales, or one of each and up, for n results "
         "and scratch, .*got",
+        "nvfp4_linear": "must have x, n weights, n block_scales, n global_scales and maybe "
+        "act_scale, for n results and scratch, .*got",
     }.get(op, LAYER)
     return [
         (op, *fault)
@@ -1848,13 +1864,53 @@ SHAPES += [
         "nvfp4_linear",
         "act_scale-of-another-act",
         all_of(more((s("", F32),)), attributes(act=np.int32(1))),
-        r"must have at most one act_scale, and with act 2 \(nvfp4\) only, got 1 and act 1",
+        r"act_scale must come with act 2 \(nvfp4\), got act 1",
     ),
     (
         "nvfp4_linear",
         "operands-too-many",
         more((s("", F32), s("", F32))),
-        "must have at most one act_scale, .*got 2 and act 2",
+        "must have .* n = 1..8, got 5 operands beside x and 2 results",
+    ),
+    (
+        "nvfp4_linear",
+        "weights-too-many",
+        lambda call: dataclasses.replace(
+            call,
+            operands=(call.operands[0], *call.operands[1:] * 9),
+            results=(*call.results[:1] * 9, SCRATCH),
+        ),
+        "must have .* n = 1..8, got 27 operands beside x and 10 results",
+    ),
+    (
+        "nvfp4_linear",
+        "several-results-too-few",
+        several_nvfp4(first(results=2)),
+        "must have .*got 6 operands beside x and 2 results",
+    ),
+    (
+        "nvfp4_linear",
+        "several-block_scale-shape",
+        several_nvfp4(operand(4, "10 2", E4M3)),
+        r"block_scale\[1\] must be \[5, 2\], got \[10, 2\]",
+    ),
+    (
+        "nvfp4_linear",
+        "several-global_scale-rank",
+        several_nvfp4(operand(6, "1", F32)),
+        r"global_scale\[1\] must be \[\], got \[1\]",
+    ),
+    (
+        "nvfp4_linear",
+        "several-act_scale-dtype",
+        several_nvfp4(more((s("", BF16),))),
+        "act_scale must be float32, got bfloat16",
+    ),
+    (
+        "nvfp4_linear",
+        "several-y-shape",
+        several_nvfp4(result(0, "3 5", F32)),
+        r"y\[0\] must be \[3, 10\], got \[3, 5\]",
     ),
 ]
 

@@ -29,7 +29,7 @@ from dsv4_jax.ops.mhc_post import mhc_post
 from dsv4_jax.ops.mhc_pre import mhc_pre
 from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
-from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
+from dsv4_jax.ops.nvfp4_linear import nvfp4_linear, nvfp4_linears
 from dsv4_jax.ops.query_finish import query_finish
 from dsv4_jax.ops.rmsnorm import rmsnorm
 from dsv4_jax.ops.rmsnorm_fp8 import rmsnorm_fp8
@@ -217,6 +217,18 @@ def _nvfp4_linear(
     return jax.eval_shape(op, x, weight, block_scale, global_scale, act_scale)
 
 
+def _nvfp4_linears(
+    x: Any = s("5 192"),
+    weights: Any = (s("40 192", E2M1), s("24 192", E2M1)),
+    block_scales: Any = (s("40 12", E4M3), s("24 12", E4M3)),
+    global_scales: Any = (s("", F32),) * 2,
+    act_scale: Any = s("", F32),
+    **settings: Any,
+) -> Any:
+    op = lambda *a: nvfp4_linears(*a, **settings)  # noqa: E731
+    return jax.eval_shape(op, x, weights, block_scales, global_scales, act_scale)
+
+
 def _swiglu(gate: Any = s("5 48"), up: Any = s("5 48")) -> Any:
     return jax.eval_shape(lambda g, u: swiglu(g, u, limit=10.0), gate, up)
 
@@ -401,6 +413,7 @@ CALLS: list[Callable[..., Any]] = [
     _fp8_linears,
     _mxfp4_linear,
     _nvfp4_linear,
+    _nvfp4_linears,
     _swiglu,
     _moe,
     _compressor,
@@ -464,6 +477,10 @@ RANK: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_nvfp4_linear, "global_scale", {"global_scale": s("1", F32)}),
     (_nvfp4_linear, "act_scale", {"act_scale": s("1", F32)}),
     (_nvfp4_linear, "act_scale", {"act_scale": s("5", F32)}),
+    (_nvfp4_linears, r"weights\[1\]", {"weights": [s("40 192", E2M1), s("24", E2M1)]}),
+    (_nvfp4_linears, r"block_scales\[0\]", {"block_scales": [s("40", E4M3), s("24 12", E4M3)]}),
+    (_nvfp4_linears, r"global_scales\[1\]", {"global_scales": [s("", F32), s("1", F32)]}),
+    (_nvfp4_linears, "act_scale", {"act_scale": s("2", F32)}),
     (_swiglu, "gate", {"gate": s("48")}),
     (_moe, "x", {"x": s("1 5 96")}),
     (_moe, "expert_idx", {"expert_idx": s("5", I32)}),
@@ -650,6 +667,25 @@ AXIS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_nvfp4_linear, r"act_scale must be None unless .*got act 'fp8'", {"act": "fp8"}),
     (_nvfp4_linear, r"act_scale must be None unless .*got act 'bfloat16'", {"act": "bfloat16"}),
     (_nvfp4_linear, r"regime must be one of .*got 'any'", {"regime": "any"}),
+    (
+        _nvfp4_linears,
+        r"weights must hold 1\.\.8 arrays, got 0",
+        {"weights": [], "block_scales": [], "global_scales": []},
+    ),
+    (
+        _nvfp4_linears,
+        "block_scales must be as many as weights, 2, got 1",
+        {"block_scales": [s("40 12", E4M3)]},
+    ),
+    (
+        _nvfp4_linears,
+        "global_scales must be as many as weights, 2, got 3",
+        {"global_scales": [s("", F32)] * 3},
+    ),
+    (_nvfp4_linears, "dtype must be one or 2, .*got 3", {"dtype": (F32, BF16, F32)}),
+    (_nvfp4_linears, r"x must end in weights\[0\]'s 192 inputs, got", {"x": s("5 191")}),
+    (_nvfp4_linears, r"act must be one of .*got 'fp4'", {"act": "fp4"}),
+    (_nvfp4_linears, r"act_scale must be None unless .*got act 'fp8'", {"act": "fp8"}),
     (_head_norm, r"rounding must be one of .*got 'float16'", {"rounding": "float16"}),
     (_swiglu, r"gate and up must agree, got \[5, 48\] and \[5, 47\]", {"up": s("5 47")}),
     (_moe, r"x must be \[5, 96\], got \[5, 64\]", {"x": s("5 64")}),
@@ -959,6 +995,12 @@ DTYPE: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     ),
     (_nvfp4_linear, "act_scale must be float32, got bfloat16", {"act_scale": s("", BF16)}),
     (_nvfp4_linear, "dtype must be .*got int32", {"dtype": I32}),
+    (
+        _nvfp4_linears,
+        r"global_scales\[0\] must be float32, got bfloat16",
+        {"global_scales": [s("", BF16), s("", F32)]},
+    ),
+    (_nvfp4_linears, "dtype must be .*got float16", {"dtype": (F16, F32)}),
     (_mxfp4_linear, "dtype must be .*got float16", {"dtype": F16}),
     (_swiglu, "up must be .*got float16", {"up": s("5 48", F16)}),
     (_moe, "x must be .*got float16", {"x": s("5 96", F16)}),
@@ -1113,6 +1155,11 @@ SCALES: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_mxfp4_linear, r"scale must be .*got \[40, 5\]", {"scale": s("40 5", UE8M0)}),
     (_mxfp4_linear, r"scale must be .*got \[39, 6\]", {"scale": s("39 6", UE8M0)}),
     (_nvfp4_linear, r"block_scale must be .*got \[40, 6\]", {"block_scale": s("40 6", E4M3)}),
+    (
+        _nvfp4_linears,
+        r"block_scales\[1\] must be \[24, 192 / 16\] for weights\[1\] .*got \[40, 12\]",
+        {"block_scales": [s("40 12", E4M3)] * 2},
+    ),
     (_moe, r"w3 scale must be \[4, 64, 3\] .*got \[4, 64, 4\]", {"w3_scale": s("4 64 4", UE8M0)}),
     (
         _index_topk,
@@ -1219,6 +1266,7 @@ AHEAD_OF_TIME = (
     "dense_linear-several",
     "fp8_linear-several",
     "nvfp4_linear-w4a4",
+    "nvfp4_linear-several",
     "cache_write-store",
     "key_finish-ring",
 )
@@ -1281,6 +1329,7 @@ def test_settings_of_jax(name: str) -> None:
         "fp8_linear-several",
         "mxfp4_linear-w4a8",
         "nvfp4_linear-w4a4-static",
+        "nvfp4_linear-several",
         "moe-mxfp4_w4a8",
         "moe-nvfp4_w4a16-shared",
         "compressor-4",

@@ -70,7 +70,7 @@ DENSE: dict[LayerKind | None, Counter[str]] = {
 # wq_a, wq_b, wkv, wo_a, wo_b and three of the shared expert; CSA layers have the indexer's wq_b.
 LINEARS = {None: 0, SWA: 8, HCA: 8, CSA: 9}
 # wq_a and wkv, w1 and w3 of the shared expert; both wq_b.
-TOGETHER = {"fp8_linear": {SWA: 2, HCA: 2, CSA: 3}}
+TOGETHER = {SWA: 2, HCA: 2, CSA: 3}
 QUERIES: dict[LayerKind | None, Counter[str]] = {
     None: Counter(),
     SWA: Counter(query_finish=1),
@@ -85,7 +85,7 @@ def _calls(linear: str) -> dict[LayerKind | None, Counter[str]]:
         + EVERY
         + DENSE[kind]
         + QUERIES[kind]
-        + Counter({linear: count - TOGETHER.get(linear, {}).get(kind, 0)})
+        + Counter({linear: count - TOGETHER[kind]})
         if kind
         else DENSE[kind] + Counter(mhc=1)
         for kind, count in LINEARS.items()
@@ -118,7 +118,7 @@ ALIASES: dict[str, Callable[[int], dict[int, int]]] = {
 }
 """Result -> operand with the same buffer, by variant, for a call with ``n`` results."""
 
-FUNCTIONS = {"dense_linears": "dense_linear", "fp8_linears": "fp8_linear"}
+FUNCTIONS = {f"{form}_linears": f"{form}_linear" for form in ("dense", "fp8", "nvfp4")}
 """Ops by their functions that are not named like them."""
 
 # Work that an op with a kernel must not leave to XLA on anything larger than this.

@@ -18,7 +18,7 @@ from dsv4_jax.ops.dense_linear import dense_linear, dense_linears
 from dsv4_jax.ops.fp8_linear import fp8_linear, fp8_linears
 from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
-from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
+from dsv4_jax.ops.nvfp4_linear import nvfp4_linear, nvfp4_linears
 from dsv4_jax.ops.router import router
 from dsv4_jax.precision import act_format, weight_format
 from dsv4_jax.quant import bits, fp8
@@ -389,6 +389,25 @@ def test_several_fp8_weights(t: int, k: int, act: Any) -> None:
         for y, weight, scale, dtype in zip(several, weights, scales, MIXED, strict=True):
             alone = fp8_linear(x, weight, scale, act=act, dtype=dtype, regime=regime)
             assert_same_bits(y, alone, f"{regime} {weight.shape}")
+
+
+@pytest.mark.parametrize("act", ["nvfp4", "static", "fp8", "bfloat16"])
+@pytest.mark.parametrize("k", [416, 2048])
+@pytest.mark.parametrize("t", TOKENS)
+def test_several_nvfp4_weights(t: int, k: int, act: Any) -> None:
+    """The same; tiles of the large weight are wider than those of the others from 40 tokens on."""
+    x = jnp.asarray(tokens(1, t, k))
+    more = (jnp.float32(0.01),) if act == "static" else ()
+    act = "nvfp4" if more else act
+    names = products.leaves_of("nvfp4")
+    leaves = [products.random_weight(n, "nvfp4", (n, k)) for n in (512, 1024, 200, 4, 17408)]
+    stored = [[leaf[name] for leaf in leaves] for name in names]
+    for regime in (None, *REGIMES):
+        several = nvfp4_linears(x, *stored, *more, act=act, dtype=MIXED, regime=regime)
+        for y, leaf, dtype in zip(several, leaves, MIXED, strict=True):
+            own = [leaf[name] for name in names]
+            alone = nvfp4_linear(x, *own, *more, act=act, dtype=dtype, regime=regime)
+            assert_same_bits(y, alone, f"{regime} {leaf['weight'].shape}")
 
 
 def test_more_rows_and_tokens_than_a_grid() -> None:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
+from dsv4_jax.ops.nvfp4_linear import nvfp4_linear, nvfp4_linears
 from dsv4_jax.quant import bits
 from dsv4_jax.typing import E4M3
 from reference import formats
@@ -94,6 +94,29 @@ def test_rows(act: str) -> None:
 @pytest.mark.parametrize("act", ACTS)
 def test_regimes(act: str) -> None:
     linears.check_regimes(OP, act=act)
+
+
+@pytest.mark.parametrize(
+    ("act", "static"), [("nvfp4", False), ("nvfp4", True), ("fp8", False), ("bfloat16", False)]
+)
+@pytest.mark.parametrize(("t", "groups"), [(1, 0), (5, 3), (40, 0), (130, 0), (0, 0)])
+def test_several_weights(t: int, groups: int, act: Any, static: bool) -> None:
+    """One foreign call, each result bit for bit that of a call of its own; any numbers of rows."""
+    x, *_ = operands(OP, (t, groups, 160, 3))
+    rows = [n * (groups or 1) for n in (40, 1, 130, 0, 16)]
+    leaves = [
+        (*linears.stored(OP, n, 160, n)[:2], jnp.float32(0.01 * (1 + i)))
+        for i, n in enumerate(rows)
+    ]
+    more = (jnp.float32(0.0123),) if static else ()
+    several = (x, *zip(*leaves, strict=True), *more)
+    dtypes = jnp.float32, jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.float32
+    lowered = nvfp4_linears.lower(*several, act=act, dtype=dtypes)
+    assert lowered.as_text().count("@dsv4.nvfp4_linear") == 1
+    results = nvfp4_linears(*several, act=act, dtype=dtypes)
+    for y, own, dtype in zip(results, leaves, dtypes, strict=True):
+        alone = nvfp4_linear(x, *own, *more, act=act, dtype=dtype)
+        assert_same_bits(y, alone, str(own[0].shape))
 
 
 def test_empty() -> None:

@@ -29,7 +29,7 @@ from dsv4_jax.ops.mhc_post import mhc_post
 from dsv4_jax.ops.mhc_pre import mhc_pre
 from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
-from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
+from dsv4_jax.ops.nvfp4_linear import nvfp4_linear, nvfp4_linears
 from dsv4_jax.ops.query_finish import query_finish
 from dsv4_jax.ops.rmsnorm import rmsnorm
 from dsv4_jax.ops.rmsnorm_fp8 import rmsnorm_fp8
@@ -317,6 +317,13 @@ def _nvfp4_linear(groups: int = 0, static: bool = False, **settings: Any) -> OpC
     return OpCase(lambda x: nvfp4_linear(x, *q, *scales, **settings), (_linear_x(192, groups),))
 
 
+def _nvfp4_linears() -> OpCase:
+    quantised = jax.jit(lambda w: nvfp4.quantize(w, nvfp4.tensor_global_scale(w)))
+    weights = zip(*(quantised(normal(i, n, 192)) for i, n in enumerate((40, 24), 1)), strict=True)
+    stored = tuple(weights)
+    return OpCase(lambda x: nvfp4_linears(x, *stored), (_linear_x(192, 0),))
+
+
 def _swiglu() -> OpCase:
     gate = normal(0, MAX_ROWS, 48, scale=8.0, dtype=jnp.bfloat16)
     up = normal(1, MAX_ROWS, 48, scale=8.0, dtype=jnp.bfloat16)
@@ -504,6 +511,7 @@ CASES: dict[str, Callable[[], OpCase]] = {
         "nvfp4_linear-w4a4-static": lambda: _nvfp4_linear(static=True, dtype=jnp.bfloat16),
         "nvfp4_linear-w4a8-groups": lambda: _nvfp4_linear(2, act="fp8"),
         "nvfp4_linear-w4a16": lambda: _nvfp4_linear(act="bfloat16"),
+        "nvfp4_linear-several": _nvfp4_linears,
         "swiglu": _swiglu,
         "moe-mxfp4_w4a8": lambda: _moe("mxfp4_w4a8"),
         "moe-nvfp4_w4a4": lambda: _moe("nvfp4_w4a4"),
