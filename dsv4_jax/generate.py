@@ -25,6 +25,7 @@ __all__ = [
     "check_lengths",
     "check_request",
     "decode_step",
+    "default_chunk",
     "generate",
     "prefill",
     "stream",
@@ -37,6 +38,8 @@ FinishReason = Literal["eos", "length", "stop", "invalid_logits"]
 OnToken = Callable[[int, int], object]
 
 _SMALLEST_BUCKET = 8
+_CPU_CHUNK = 256  # and the smallest of a GPU
+_CALL_TOKENS = 4096
 
 
 class Model(Protocol):
@@ -89,6 +92,18 @@ def _check_room(where: str, lengths: np.ndarray, counts: np.ndarray, max_len: in
         )
 
 
+def default_chunk(rows: int) -> int:
+    """Tokens of a row in one call of the model: 256 on the CPU.
+
+    On a GPU as many as make 4,096 with those of all rows, a power of two, at least 256: a call
+    reads nearly all experts however few its tokens are.
+    """
+    if jax.default_backend() == "cpu":
+        return _CPU_CHUNK
+    each = max(_CPU_CHUNK, _CALL_TOKENS // max(rows, 1))
+    return 1 << (each.bit_length() - 1)
+
+
 def prefill(
     model: Model,
     params: Params,
@@ -96,7 +111,7 @@ def prefill(
     cache: Cache,
     *,
     num_tokens: Array | np.ndarray | Sequence[int] | None = None,
-    chunk_size: int = 256,
+    chunk_size: int | None = None,
 ) -> tuple[Float32[Array, "b v"], Cache]:
     """Appends a prompt, or more of one, to every row of the cache.
 
@@ -109,7 +124,7 @@ def prefill(
         tokens: int [b, t], rows padded on the right.
         cache: donated.
         num_tokens: real tokens of each row, int [b] in [0, t]; ``None``: all t.
-        chunk_size: most tokens of a row per call of the model.
+        chunk_size: most tokens of a row per call of the model; ``None``: `default_chunk`.
 
     Returns:
         The logits of each row's last real token (zeros for a row without any), and the cache.
@@ -122,6 +137,8 @@ def prefill(
     b = cache.lengths.shape[0]
     if ids.ndim != 2 or ids.shape[0] != b:
         raise ValueError(f"prefill: tokens must be [{b}, t], as the cache, got {list(ids.shape)}")
+    if chunk_size is None:
+        chunk_size = default_chunk(b)
     if chunk_size < 1:
         raise ValueError(f"prefill: chunk_size must be >= 1, got {chunk_size}")
     t = ids.shape[1]

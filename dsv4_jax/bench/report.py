@@ -27,6 +27,7 @@ from dsv4_jax.bench.profile import layer_rows
 from dsv4_jax.bench.weights import random_params
 from dsv4_jax.checkpoint.memory import Need, Plan, available
 from dsv4_jax.config import LayerKind, ModelConfig
+from dsv4_jax.generate import default_chunk
 from dsv4_jax.loop import STEPS
 from dsv4_jax.precision import Precision
 from dsv4_jax.version import __version__
@@ -50,7 +51,7 @@ class Settings:
         context: tokens that each holds before the first step; default: 4096, or what fits.
         precision: a preset; default: that of the model's files, ``official`` without any.
         prefill: tokens of a prompt to be timed; 0: none.
-        chunk: tokens of a call of the prefill.
+        chunk: tokens of a row in a call of the prefill; default: as `prefill` does it.
         tokens: steps to be timed, a multiple of `STEPS` at least.
         profile: whether to profile the launches (on a GPU).
 
@@ -64,7 +65,7 @@ class Settings:
     context: int | None = None
     precision: str | None = None
     prefill: int = 0
-    chunk: int = 256
+    chunk: int | None = None
     tokens: int = 64
     profile: bool = False
 
@@ -74,6 +75,11 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise ValueError(f"bench: {name} must be >= {minimum}, got {value}")
+
+    @property
+    def prefill_chunk(self) -> int:
+        """Tokens of a row in a call of the prefill."""
+        return self.chunk or default_chunk(self.batch)
 
     @property
     def calls(self) -> int:
@@ -336,13 +342,14 @@ def run(**settings: Any) -> dict[str, Any]:
 
 
 def _prefill(model: Any, params: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    times, first_s = time_prefill(model, params, settings.batch, settings.prefill, settings.chunk)
+    rows, tokens, chunk = settings.batch, settings.prefill, settings.prefill_chunk
+    times, first_s = time_prefill(model, params, rows, tokens, chunk)
     return {
-        "tokens": settings.prefill,
-        "chunk": settings.chunk,
+        "tokens": tokens,
+        "chunk": chunk,
         "us": times.us,
         "spread": times.spread,
-        "tokens_per_s": settings.batch * settings.prefill * 1e6 / times.us,
+        "tokens_per_s": rows * tokens * 1e6 / times.us,
         "first_s": first_s,
     }
 
@@ -355,7 +362,8 @@ def _add_floor(
     ceilings: Ceilings,
 ) -> None:
     """The longer of reading and computing."""
-    work = prefill_work(config, precision, settings.batch, settings.prefill, settings.chunk)
+    rows, tokens, chunk = settings.batch, settings.prefill, settings.prefill_chunk
+    work = prefill_work(config, precision, rows, tokens, chunk)
     compute = ceilings.us(work.fp8_flops, "fp8") + ceilings.us(work.bf16_flops, "bf16")
     floor = max(ceilings.us(work.bytes, "read"), compute)
     prompt |= dataclasses.asdict(work)

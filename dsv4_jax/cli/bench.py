@@ -127,7 +127,7 @@ def command(
         str | None, typer.Option(help="Precision preset. Default: that of the model's files.")
     ] = None,
     prefill: Annotated[int, typer.Option(help="Tokens of a prompt to be timed; 0: none.")] = 0,
-    chunk: Annotated[int, typer.Option(help="Tokens of a chunk of it.")] = _DEFAULTS.chunk,
+    chunk: Annotated[int | None, typer.Option(help="Tokens of a chunk of it.")] = None,
     tokens: Annotated[int, typer.Option(help="Decode steps to be timed.")] = _DEFAULTS.tokens,
     profile: Annotated[
         bool, typer.Option("--profile", help="Time per op and between ops (GPU).")

@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax.generate import Completion, decode_step, generate, prefill, stream
+from dsv4_jax.generate import (
+    Completion,
+    decode_step,
+    default_chunk,
+    generate,
+    prefill,
+    stream,
+)
 from tests.support.fake_model import VOCAB, FakeModel, fake_params
 
 PROMPTS = [[5, 6, 7], [9], list(range(10, 40)), [3] * 11]
@@ -245,3 +252,14 @@ def test_wide_ints_and_strict_promotion() -> None:
     wanted = generate(model, fake_params(), PROMPTS, **SAMPLED)
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
         assert generate(model, fake_params(), PROMPTS, **SAMPLED) == wanted
+
+
+@pytest.mark.parametrize(
+    ("backend", "rows", "tokens"),
+    [("cpu", 1, 256), ("gpu", 1, 4096), ("gpu", 3, 1024), ("gpu", 16, 256), ("gpu", 100, 256)],
+)
+def test_default_chunk(
+    backend: str, rows: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert default_chunk(rows) == tokens
