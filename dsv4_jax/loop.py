@@ -107,9 +107,8 @@ class Made(NamedTuple):
 @jax.jit
 def sample_next(logits: Array, lengths: Array, settings: Settings) -> Sampled:
     """A token for every row, which takes the position ``lengths``."""
-    _, *numbers = settings
-    temperature, top_p, top_k = cast(Any, numbers)
-    keys = step_keys(settings.seeds, lengths)
+    seeds, temperature, top_p, top_k = cast(Any, settings)
+    keys = step_keys(seeds, lengths)
     return choose(logits, keys, temperature=temperature, top_p=top_p, top_k=top_k)
 
 

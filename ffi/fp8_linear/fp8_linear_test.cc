@@ -9,6 +9,20 @@ namespace {
 
 constexpr WeightForm kForm = WeightForm::kFp8;
 
+// The same bits, whatever tokens are taken at a time: all, or one.
+void ExpectWhateverIsTaken(const LinearParams& params, Guarded<float>& y,
+                           const std::vector<uint32_t>& expected) {
+  for (int64_t count : {params.t, int64_t{1}}) {
+    y.Fill(0x5A);
+    for (int64_t first = 0; first < params.t; first += count) {
+      LinearActivations some(params, first, count);
+      some.Round(0, some.size());
+      Fp8LinearCpu(params, some, 0, params.n);
+    }
+    for (int64_t i = 0; i < y.size(); ++i) EXPECT_EQ(FloatBits(y[i]), expected[i], count, i);
+  }
+}
+
 TEST(AgainstDefinition) {
   ExpectLinear(kForm, Fp8LinearCpu, {ActForm::kBf16, ActForm::kFp8},
                {{5, 1, 19, 37}, {2, 1, 131, 130}, {2, 3, 21, 45}});
@@ -47,15 +61,7 @@ TEST(CodedX) {
   params.x = code.data();
   params.x_scale = scale.data();
   params.act = ActForm::kFp8;
-  for (int64_t count : {shape.t, int64_t{1}}) {
-    y.Fill(0x5A);
-    for (int64_t first = 0; first < shape.t; first += count) {
-      LinearActivations some(params, first, count);
-      some.Round(0, some.size());
-      Fp8LinearCpu(params, some, 0, shape.n);
-    }
-    for (int64_t i = 0; i < y.size(); ++i) EXPECT_EQ(FloatBits(y[i]), expected[i], count, i);
-  }
+  ExpectWhateverIsTaken(params, y, expected);
   EXPECT_EQ(y.Intact() && code.Intact() && scale.Intact(), true);
 }
 
@@ -75,15 +81,7 @@ TEST(GatedX) {
   LinearParams params = gate.Params(y.data(), false);
   params.up = up.data();
   params.limit = limit;
-  for (int64_t count : {shape.t, int64_t{1}}) {
-    y.Fill(0x5A);
-    for (int64_t first = 0; first < shape.t; first += count) {
-      LinearActivations some(params, first, count);
-      some.Round(0, some.size());
-      Fp8LinearCpu(params, some, 0, shape.n);
-    }
-    for (int64_t i = 0; i < y.size(); ++i) EXPECT_EQ(FloatBits(y[i]), expected[i], count, i);
-  }
+  ExpectWhateverIsTaken(params, y, expected);
   EXPECT_EQ(y.Intact() && up.Intact(), true);
 }
 
