@@ -59,8 +59,9 @@ struct Args {
   const int32_t* tile_count;
   int64_t inputs, scale_columns;
   bool new_tiles;
-  int cluster_log;  // log2 of the thread blocks that share the inputs
-  int slots;        // stages in shared memory
+  int cluster_log;   // log2 of the thread blocks that share the inputs
+  int slots;         // stages in shared memory
+  uint32_t nothing;  // 0, which the compiler does not know
   Output out;
   void* other_y;
 
@@ -101,6 +102,7 @@ struct RawArgs {
   const float* act_scale;
   int64_t inputs, scale_columns;
   int cluster_log, slots;
+  uint32_t nothing;    // 0, which the compiler does not know
   Picks picks;         // each a tile; their first part is a pair with the next one's weights
   bool weights_first;  // they may be read before what the kernel ahead writes
 
@@ -241,6 +243,11 @@ struct Feed {
   __device__ __forceinline__ void Release(int back) const {
     const int old = slot < back ? slot - back + args.slots : slot - back;
     Arrive(empty + 8 * old);
+  }
+  // This stage is read no more once `last` is there, the last that was read of it. Without waiting
+  // for it, an arrival can overtake a load, and the next copy with it.
+  __device__ __forceinline__ void ReleaseBehind(float last) const {
+    Arrive(empty + 8 * slot + (__float_as_uint(last) & args.nothing));
   }
 };
 

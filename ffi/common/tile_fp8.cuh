@@ -109,14 +109,16 @@ __device__ __forceinline__ void LoadOperand(Fp8Operand<kForm>& out, const char* 
   }
 }
 
-// sum += part * row scale * column scale; all rows have one scale with kFp8.
+// sum += part * row scale * column scale; all rows have one scale with kFp8. Returns the last
+// column scale that it read.
 template <WeightForm kForm, int kN>
-__device__ __forceinline__ void Promote(float (&sum)[kN / 2], const float (&part)[kN / 2],
-                                        const float (&row_scale)[2], const float* column_scale,
-                                        int c) {
+__device__ __forceinline__ float Promote(float (&sum)[kN / 2], const float (&part)[kN / 2],
+                                         const float (&row_scale)[2], const float* column_scale,
+                                         int c) {
+  float2 scale;
 #pragma unroll
   for (int j = 0; j < kN / 8; ++j) {
-    const float2 scale = *reinterpret_cast<const float2*>(column_scale + 8 * j + 2 * c);
+    scale = *reinterpret_cast<const float2*>(column_scale + 8 * j + 2 * c);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float row = row_scale[kForm == WeightForm::kFp8 ? 0 : r];
@@ -125,6 +127,7 @@ __device__ __forceinline__ void Promote(float (&sum)[kN / 2], const float (&part
       sum[i + 1] = __fmaf_rn(part[i + 1], __fmul_rn(scale.y, row), sum[i + 1]);
     }
   }
+  return scale.y;
 }
 
 // Halves whose products are on their way together: both, while there are registers for them.
@@ -160,6 +163,7 @@ __device__ __forceinline__ void MultiplyFp8(const A& args, Feed<kForm, true, kMa
     const char* const x = here + Layout::kColumnsAt;
     const uint32_t columns = SharedAddress(x);
     const float* column_scales = reinterpret_cast<const float*>(x + kStageInputs<kForm> * kN);
+    float last = 0.0f;
 #pragma unroll
     for (int k = 0; k < kBlocks; ++k) {
 #pragma unroll
@@ -187,11 +191,12 @@ __device__ __forceinline__ void MultiplyFp8(const A& args, Feed<kForm, true, kMa
         WgmmaWait<0>();
 #pragma unroll
         for (int i = 0; i < kAtOnce<kN>; ++i) {
-          Promote<kForm, kN>(sum[first + i], part[i], operand[i].scale, column_scales + k * kN, c);
+          last = Promote<kForm, kN>(sum[first + i], part[i], operand[i].scale,
+                                    column_scales + k * kN, c);
         }
       }
     }
-    feed.Release(0);
+    feed.ReleaseBehind(last);
     feed.Next();
   }
   Finish<kMany, kN>(args, feed.shared, sum, 1.0f, unit);
