@@ -14,7 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv4_jax.cache import Cache
-from dsv4_jax.loop import STEPS, Feed, Made, Settings, decode_steps, sample_next, stepwise, stop_ids
+from dsv4_jax.loop import (
+    STEPS,
+    Feed,
+    Made,
+    Settings,
+    decode_steps,
+    sample_next,
+    step_model,
+    stepwise,
+    stop_ids,
+)
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.typing import Array, Float32, Params
 
@@ -65,13 +75,7 @@ def _prefill_chunk(
 def _decode(
     model: Model, params: Params, tokens: Array, cache: Cache, active: Array
 ) -> tuple[Array, Cache]:
-    return model.apply(
-        {"params": params},
-        tokens[:, None],
-        cache,
-        num_tokens=active.astype(jnp.int32),
-        logits="last",
-    )
+    return step_model(model, params, tokens, cache, active, None)
 
 
 def _check_ids(where: str, ids: np.ndarray, vocab: int) -> None:

@@ -25,7 +25,7 @@ except ImportError as error:
         f"reference/ works without it"
     ) from error
 
-__all__ = ["build_info", "call", "cuda_driver", "launch_counts", "targets"]
+__all__ = ["build_info", "call", "call_program", "cuda_driver", "launch_counts", "targets"]
 
 ABI = 4
 """Version of the contract between the op modules and the handlers (``kAbi`` in ffi/common)."""
@@ -95,6 +95,21 @@ def call(
         vmap_method=vmap,
     )
     return list(target(*operands, abi=np.int32(ABI), **attributes))
+
+
+def call_program(
+    results: Sequence[jax.ShapeDtypeStruct],
+    operands: Sequence[Array],
+    *,
+    aliases: Mapping[int, int],
+    names: str,
+    code: np.ndarray,
+) -> list[Array]:
+    """Calls ``dsv4.program``, which makes the calls that ``names`` and ``code`` say."""
+    target = jax.ffi.ffi_call(
+        "dsv4.program", list(results), input_output_aliases=dict(aliases), vmap_method="sequential"
+    )
+    return list(target(*operands, abi=np.int32(ABI), names=names, code=code))
 
 
 check_versions(build_info(), _jaxlib)

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from dsv4_jax.cache import Cache
+from dsv4_jax.program import fused
 from dsv4_jax.sampling import Sampled, SamplingParams, choose, step_keys
 from dsv4_jax.typing import Array, Bool, Int32, Params
 
@@ -25,6 +26,7 @@ __all__ = [
     "Settings",
     "decode_steps",
     "sample_next",
+    "step_model",
     "stepwise",
     "stop_ids",
 ]
@@ -126,7 +128,27 @@ def stop_ids(ids: frozenset[int], vocab: int) -> Int32[np.ndarray, "s"]:
     return np.array(sorted(i for i in ids if 0 <= i < vocab) or [_NO_STOP], np.int32)
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+def step_model(
+    model: Any, params: Params, tokens: Array, cache: Cache, takes: Array, programs: bool | None
+) -> tuple[Array, Cache]:
+    """The logits behind one token of every row that takes it, and the cache.
+
+    ``programs``: whether the model's calls are fused (`dsv4_jax.program`); ``None``: on a GPU,
+    where it saves the pauses between them.
+    """
+
+    def apply(params: Params, tokens: Array, cache: Cache, takes: Array) -> tuple[Array, Cache]:
+        count = takes.astype(jnp.int32)
+        return model.apply(
+            {"params": params}, tokens[:, None], cache, num_tokens=count, logits="last"
+        )
+
+    if programs is None:
+        programs = jax.default_backend() != "cpu"
+    return (fused(apply) if programs else apply)(params, tokens, cache, takes)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "programs"), donate_argnames="cache")
 def decode_steps(
     model: Any,
     params: Params,
@@ -134,6 +156,7 @@ def decode_steps(
     cache: Cache,
     settings: Settings,
     stops: Int32[np.ndarray, "s"],
+    programs: bool | None = None,
 ) -> tuple[Made, Cache, Feed]:
     """`STEPS` steps; a row ends at a stop token, at invalid logits and when nothing is ``left``.
 
@@ -148,6 +171,7 @@ def decode_steps(
         cache: donated.
         settings: see `Settings`.
         stops: see `stop_ids`.
+        programs: see `step_model`.
     """
     fed, idle, silent, rows, most = map(jnp.asarray, feed)
     b = rows.shape[0]
@@ -162,13 +186,7 @@ def decode_steps(
         given = lax.dynamic_index_in_dim(fed, i, 1, keepdims=False)
         tokens = jnp.where(given >= 0, given, tokens)
         takes = active & (i >= idle)
-        logits, cache = model.apply(
-            {"params": params},
-            tokens[:, None],
-            cache,
-            num_tokens=takes.astype(jnp.int32),
-            logits="last",
-        )
+        logits, cache = step_model(model, params, tokens, cache, takes, programs)
         drawn = sample_next(logits, cache.lengths, settings)
         kept = takes & (i >= silent)
         left = left - kept.astype(jnp.int32)

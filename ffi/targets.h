@@ -19,6 +19,7 @@ Target MhcTarget();
 Target MoeTarget();
 Target Mxfp4LinearTarget();
 Target Nvfp4LinearTarget();
+Target ProgramTarget();
 Target QueryFinishTarget();
 Target RmsnormFp8Target();
 Target RmsnormNvfp4Target();
@@ -26,12 +27,12 @@ Target RouterTarget();
 
 inline auto Targets() {
   return std::array{
-      AttentionTarget(),   CacheWriteTarget(),  CompressorTarget(),
-      DenseLinearTarget(), Fp8LinearTarget(),   IndexQueryFinishTarget(),
-      IndexTopkTarget(),   KeyFinishTarget(),   MhcTarget(),
-      MoeTarget(),         Mxfp4LinearTarget(), Nvfp4LinearTarget(),
-      QueryFinishTarget(), RmsnormFp8Target(),  RmsnormNvfp4Target(),
-      RouterTarget(),
+      AttentionTarget(),    CacheWriteTarget(),  CompressorTarget(),
+      DenseLinearTarget(),  Fp8LinearTarget(),   IndexQueryFinishTarget(),
+      IndexTopkTarget(),    KeyFinishTarget(),   MhcTarget(),
+      MoeTarget(),          Mxfp4LinearTarget(), Nvfp4LinearTarget(),
+      ProgramTarget(),      QueryFinishTarget(), RmsnormFp8Target(),
+      RmsnormNvfp4Target(), RouterTarget(),
   };
 }
 

@@ -56,12 +56,16 @@ class Loop:
             "settings": Settings.of(SamplingParams(temperature=1.0), seeds),
             "stops": stop_ids(frozenset(), model.config.vocab_size),
         }
+        # Of a profile each launch is to belong to the op that makes it.
+        programs = None if graphs else False
         self._feed = Feed.of(
             [[0]] * rows, np.ones(rows, np.bool_), np.full(rows, _NO_END, np.int32)
         )
         self.cache = cache
         begin = time.perf_counter()
-        lowered = decode_steps.lower(model=model, cache=cache, feed=self._feed, **self._fixed)
+        lowered = decode_steps.lower(
+            model=model, cache=cache, feed=self._feed, programs=programs, **self._fixed
+        )
         self.compiled = lowered.compile(None if graphs else WITHOUT_GRAPHS)
         self.compile_s = time.perf_counter() - begin
 

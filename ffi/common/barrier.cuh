@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "common/program.h"
+
 namespace dsv4 {
 
 __device__ __forceinline__ uint32_t SharedAddress(const void* p) {
@@ -120,13 +122,34 @@ inline cudaLaunchAttribute ClusterOf(int thread_blocks) {
   return attribute;
 }
 
+// A dependent launch, unless the next one has to wait for whatever is ahead.
+inline cudaLaunchAttribute Dependent(bool may) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = !TakeBarrier() && may;
+  return attribute;
+}
+
+// As LaunchDependent, of the first kernel of an op, which waits before it lets the next one begin:
+// so nothing behind it has to know what is ahead. Dependent in a program alone.
+template <typename... Params, typename... Args>
+cudaError_t LaunchFirst(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes,
+                        cudaStream_t stream, int cluster, const Args&... args) {
+  cudaLaunchAttribute attributes[2] = {Dependent(CurrentProgram() != nullptr), ClusterOf(cluster)};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = cluster > 1 ? 2 : 1;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
 template <typename Params>
 cudaError_t LaunchDependent(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes,
                             cudaStream_t stream, const Params& params, int cluster = 1) {
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1] = ClusterOf(cluster);
+  cudaLaunchAttribute attributes[2] = {Dependent(true), ClusterOf(cluster)};
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));

@@ -394,6 +394,12 @@ cudaError_t LinearTiles(WeightForm form, const LinearParams* parts, int n_parts,
   [[maybe_unused]] TileGemm raw[kMaxLinearParts];  // that lay out x themselves: on Hopper
   TileGemm gemms[kMaxLinearParts];
   int n_raw = 0, n_gemms = 0;
+  bool weights_first = true;
+  for (int p = 0; p < n_parts; ++p) {
+    weights_first = weights_first && IsSettled(parts[p].weight) &&
+                    (parts[p].scale == nullptr || IsSettled(parts[p].scale)) &&
+                    (parts[p].global_scale == nullptr || IsSettled(parts[p].global_scale));
+  }
   for (int p = 0; p < n_parts; ++p) {
     TileGemm gemm = GemmOf(form, parts[p]);
     if (TakesRaw(parts[p], gemm)) {
@@ -401,6 +407,7 @@ cudaError_t LinearTiles(WeightForm form, const LinearParams* parts, int n_parts,
       gemm.raw_scale = parts[p].x_scale;
       gemm.raw_up = parts[p].up;
       gemm.limit = parts[p].limit;
+      gemm.weights_first = weights_first;
       raw[n_raw++] = gemm;
     } else {
       gemms[n_gemms++] = gemm;

@@ -25,20 +25,6 @@ Width WidthOf(int64_t d) {
 
 bool FitsGrid(int64_t blocks) { return blocks <= INT32_MAX; }
 
-template <typename Params>
-cudaError_t LaunchClusters(void (*kernel)(Params), dim3 grid, int threads, int cluster,
-                           cudaStream_t stream, const Params& params, int shared_bytes = 0) {
-  cudaLaunchAttribute attribute = ClusterOf(cluster);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, params);
-}
-
 cudaError_t LaunchOverlap(const CompressorParams& params, cudaStream_t stream) {
   OverlapParams kernel{};
   kernel.p = params;
@@ -53,8 +39,8 @@ cudaError_t LaunchOverlap(const CompressorParams& params, cudaStream_t stream) {
   }
   if (!FitsGrid(params.b * items) || !FitsGrid(blocks)) return cudaErrorInvalidConfiguration;
   kernel.items = static_cast<uint32_t>(items);
-  return LaunchClusters(OverlapKernel, dim3(static_cast<unsigned>(blocks)), kOverlapThreads,
-                        kOverlapCluster, stream, kernel);
+  return LaunchFirst(OverlapKernel, dim3(static_cast<unsigned>(blocks)), kOverlapThreads, 0, stream,
+                     kOverlapCluster, kernel);
 }
 
 cudaError_t LaunchOverlapToken(const CompressorParams& params, cudaStream_t stream) {
@@ -72,8 +58,8 @@ cudaError_t LaunchOverlapToken(const CompressorParams& params, cudaStream_t stre
     if (j == 0) kernel.first_job_blocks = static_cast<uint32_t>(blocks);
   }
   if (!FitsGrid(blocks)) return cudaErrorInvalidConfiguration;
-  return LaunchClusters(OverlapTokenKernel, dim3(static_cast<unsigned>(blocks)), kTokenThreads,
-                        cluster, stream, kernel);
+  return LaunchFirst(OverlapTokenKernel, dim3(static_cast<unsigned>(blocks)), kTokenThreads, 0,
+                     stream, cluster, kernel);
 }
 
 template <bool kModel, int kOwn>
@@ -90,9 +76,9 @@ cudaError_t RunWhole(const WholeParams& params, cudaStream_t stream) {
   const cudaError_t error = PrepareWhole<kModel, kOwn>();
   if (error != cudaSuccess) return error;
   const int64_t blocks = params.p.b * params.windows * params.cluster;
-  return LaunchClusters(WholeKernel<kModel, kOwn>,
-                        dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(params.p.n_jobs)),
-                        kWholeThreads, params.cluster, stream, params, sizeof(WholeShared<kOwn>));
+  return LaunchFirst(WholeKernel<kModel, kOwn>,
+                     dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(params.p.n_jobs)),
+                     kWholeThreads, sizeof(WholeShared<kOwn>), stream, params.cluster, params);
 }
 
 // Windows that may take clusters twice as large: those that run at once, where any do, of the

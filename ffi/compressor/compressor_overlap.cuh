@@ -246,6 +246,8 @@ __device__ __forceinline__ void RunOverlap(const OverlapParams& params, int whic
 __global__ void __launch_bounds__(kOverlapThreads, kOverlapBlocks)
     OverlapKernel(const __grid_constant__ OverlapParams params) {
   __shared__ OverlapShared shared;
+  WaitForPrevious();
+  LetNextBegin();
   const int which = blockIdx.x >= params.first_job_blocks ? 1 : 0;
   const int d = static_cast<int>(params.p.jobs[which].d);
   if (d == kModelWidth) {
@@ -389,6 +391,8 @@ __device__ __forceinline__ void RunToken(const TokenParams& params, int which, i
 __global__ void __launch_bounds__(kTokenThreads)
     OverlapTokenKernel(const __grid_constant__ TokenParams params) {
   __shared__ TokenShared shared;
+  WaitForPrevious();
+  LetNextBegin();
   const int which = blockIdx.x >= params.first_job_blocks ? 1 : 0;
   const int d = static_cast<int>(params.p.jobs[which].d);
   if (d == kModelWidth) {

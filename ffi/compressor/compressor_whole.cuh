@@ -225,6 +225,8 @@ __global__ void __launch_bounds__(kWholeThreads, kModel&& kOwn == 2 ? 3 : 2)
   const int tile = kOwn == 1 ? rank / 2 : rank;
   const int pair = tile * kSumChannels + lane * kChannels;  // of what is stored
   const bool mine = kModel || first < d;
+  WaitForPrevious();
+  LetNextBegin();
   AskForLengths(p, b, shared.lengths);
   Rows rows(p, job, b, d, mine ? first : 0);
   Constants constants = {};

@@ -149,6 +149,8 @@ template <bool kFp8, bool kSteps>
 __global__ void __launch_bounds__(kThreads)
     BothQueriesKernel(const __grid_constant__ IndexQueryFinishParams p,
                       const __grid_constant__ QueryFinishParams heads, uint32_t blocks) {
+  WaitForPrevious();
+  LetNextBegin();
   if (blockIdx.x < blocks) {
     FinishIndexHeads<kModelLanes, kFp8, true>(p, kModelHeads);
   } else {
@@ -205,11 +207,11 @@ cudaError_t LaunchBoth(const IndexQueryFinishParams& p, const QueryFinishParams&
   const auto blocks = static_cast<unsigned>(p.t * ((p.h + kModelHeads - 1) / kModelHeads));
   const auto grid = blocks + static_cast<unsigned>(heads.t * ((heads.h + kWarps - 1) / kWarps));
   if (heads.bf16_steps) {
-    BothQueriesKernel<kFp8, true><<<grid, kThreads, 0, stream>>>(p, heads, blocks);
-  } else {
-    BothQueriesKernel<kFp8, false><<<grid, kThreads, 0, stream>>>(p, heads, blocks);
+    return LaunchFirst(BothQueriesKernel<kFp8, true>, grid, kThreads, 0, stream, 1, p, heads,
+                       blocks);
   }
-  return cudaGetLastError();
+  return LaunchFirst(BothQueriesKernel<kFp8, false>, grid, kThreads, 0, stream, 1, p, heads,
+                     blocks);
 }
 
 }  // namespace

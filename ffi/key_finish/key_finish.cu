@@ -4,6 +4,7 @@
 // of a norm, one per token, which share nothing with them but the launch.
 #include <cuda_runtime.h>
 
+#include "common/barrier.cuh"
 #include "common/channels.cuh"
 #include "common/ue8m0.h"
 #include "key_finish/key_finish.h"
@@ -150,6 +151,8 @@ __device__ __forceinline__ void FinishKeys(const KeyFinishParams& p) {
 template <bool kWhole, bool kAligned>
 __global__ void __launch_bounds__(kThreads)
     KeyFinishKernel(const __grid_constant__ KeyFinishParams p) {
+  WaitForPrevious();
+  LetNextBegin();
   FinishKeys<kWhole, kAligned>(p);
 }
 
@@ -157,6 +160,8 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     KeyFinishNormKernel(const __grid_constant__ KeyFinishParams p,
                         const __grid_constant__ RmsnormFp8Params norm, uint32_t keys) {
+  WaitForPrevious();
+  LetNextBegin();
   if (blockIdx.x < keys) {
     FinishKeys<true, true>(p);
   } else {
@@ -171,8 +176,7 @@ unsigned KeyBlocks(const KeyFinishParams& params) {
 template <bool kWhole, bool kAligned>
 cudaError_t Launch(const KeyFinishParams& params, cudaStream_t stream) {
   const unsigned grid = KeyBlocks(params);
-  KeyFinishKernel<kWhole, kAligned><<<grid, kThreads, 0, stream>>>(params);
-  return cudaGetLastError();
+  return LaunchFirst(KeyFinishKernel<kWhole, kAligned>, dim3(grid), kThreads, 0, stream, 1, params);
 }
 
 uintptr_t Addresses(const uint16_t* x, const uint16_t* weight) {
@@ -210,8 +214,7 @@ cudaError_t KeyFinishNormCuda(const KeyFinishParams& params, const RmsnormFp8Par
     return error != cudaSuccess ? error : RmsnormFp8Cuda(norm, stream);
   }
   const unsigned keys = KeyBlocks(params), grid = keys + static_cast<unsigned>(norm.t);
-  KeyFinishNormKernel<<<grid, kThreads, 0, stream>>>(params, norm, keys);
-  return cudaGetLastError();
+  return LaunchFirst(KeyFinishNormKernel, dim3(grid), kThreads, 0, stream, 1, params, norm, keys);
 }
 
 }  // namespace dsv4

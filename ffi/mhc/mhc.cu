@@ -316,12 +316,12 @@ constexpr int kMaxSumsTokens = 32;  // of a thread block
 struct SumsParams {
   MhcParams p;
   int tiles, per_group;  // tokens of a thread block, for one tile
+  bool weights_first;    // fn may be read before what the kernel ahead writes
 };
 
 __global__ void __launch_bounds__(kSumsThreads, 2)
     SumsKernel(const __grid_constant__ SumsParams params) {
   extern __shared__ uint2 streams[];  // [token][stream][lane]
-  LetNextBegin();
   const MhcParams& p = params.p;
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const int tile = static_cast<int>(blockIdx.x % params.tiles);
@@ -329,8 +329,11 @@ __global__ void __launch_bounds__(kSumsThreads, 2)
   const int count = min(params.per_group, static_cast<int>(p.t) - first_token);
   const int64_t first = first_token;
   const int channel = tile * kMhcTile + lane * kChannels;
+  if (!params.weights_first) WaitForPrevious();
   Weights weights;
   weights.Load(p, warp * kWarpMixes, channel);
+  WaitForPrevious();
+  LetNextBegin();
   float* const sums = p.scratch + (first * params.tiles + tile) * kMhcSumStride;
   const int64_t stride = int64_t{params.tiles} * kMhcSumStride;
   for (int g = warp; g < count; g += kMixWarps) {
@@ -388,6 +391,7 @@ __global__ void __launch_bounds__(kSumsThreads, 2)
   constexpr int kWarpTokens = kTokens / kMixWarps;
   extern __shared__ __align__(16) uint8_t dynamic[];
   auto& shared = *reinterpret_cast<MmaShared<kTokens>*>(dynamic);
+  WaitForPrevious();
   LetNextBegin();
   const MhcParams& p = params.p;
   const int warp = UniformWarp(), lane = threadIdx.x % kLanes;
@@ -721,8 +725,7 @@ cudaError_t LaunchMma(const SumsParams& params, unsigned grid, cudaStream_t stre
   const cudaError_t error = cudaFuncSetAttribute(
       MmaSumsKernel<kTokens>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
-  MmaSumsKernel<kTokens><<<grid, kSumsThreads, kBytes, stream>>>(params);
-  return cudaGetLastError();
+  return LaunchFirst(MmaSumsKernel<kTokens>, dim3(grid), kSumsThreads, kBytes, stream, 1, params);
 }
 
 enum class Sums { kFma, kMma };
@@ -737,8 +740,7 @@ cudaError_t LaunchSums(const SumsParams& params, Sums how, cudaStream_t stream) 
                                   : LaunchMma<32>(params, grid, stream);
   }
   const int bytes = params.per_group * kStreams * kLanes * static_cast<int>(sizeof(uint2));
-  SumsKernel<<<grid, kSumsThreads, bytes, stream>>>(params);
-  return cudaGetLastError();
+  return LaunchFirst(SumsKernel, dim3(grid), kSumsThreads, bytes, stream, 1, params);
 }
 
 cudaError_t LaunchFinish(const MhcParams& p, cudaStream_t stream) {
@@ -755,7 +757,7 @@ cudaError_t LaunchFinish(const MhcParams& p, cudaStream_t stream) {
 
 cudaError_t Launch(const MhcParams& p, cudaStream_t stream, Sums how, int per_group) {
   if (p.t > INT32_MAX - kMaxSumsTokens) return cudaErrorInvalidConfiguration;
-  const SumsParams params{p, static_cast<int>(p.d / kMhcTile), per_group};
+  const SumsParams params{p, static_cast<int>(p.d / kMhcTile), per_group, IsSettled(p.fn)};
   const cudaError_t error = LaunchSums(params, how, stream);
   return error == cudaSuccess ? LaunchFinish(p, stream) : error;
 }

@@ -538,6 +538,8 @@ cudaError_t MoeCuda(const MoeParams& params, cudaStream_t stream) {
   down.fp8_mma = args.fp8_mma[1] = fp8 && HopperTakes(down);
 
   const auto combine = [&] {
+    const cudaError_t error = AwaitLate(stream);  // for the shared expert's
+    if (error != cudaSuccess) return error;
     const int64_t chunks = (params.d + kChunk - 1) / kChunk;
     const dim3 grid(static_cast<unsigned>(params.t),
                     static_cast<unsigned>((chunks + kThreads - 1) / kThreads));

@@ -19,6 +19,8 @@ constexpr int kThreads = kWarps * kRowLanes;
 template <bool kWhole, bool kAligned, bool kSteps>
 __global__ void __launch_bounds__(kThreads)
     QueryFinishKernel(const __grid_constant__ QueryFinishParams p, int heads) {
+  WaitForPrevious();
+  LetNextBegin();
   FinishHeads<kWarps, kWhole, kAligned, kSteps>(p, heads, blockIdx.x);
 }
 
@@ -26,13 +28,13 @@ template <bool kWhole, bool kAligned>
 cudaError_t Launch(const QueryFinishParams& params, int heads, cudaStream_t stream) {
   const int64_t blocks = params.t * ((params.h + heads - 1) / heads);
   if (blocks > INT32_MAX || params.h > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const auto grid = static_cast<unsigned>(blocks);
+  const dim3 grid(static_cast<unsigned>(blocks));
   if (params.bf16_steps) {
-    QueryFinishKernel<kWhole, kAligned, true><<<grid, kThreads, 0, stream>>>(params, heads);
-  } else {
-    QueryFinishKernel<kWhole, kAligned, false><<<grid, kThreads, 0, stream>>>(params, heads);
+    return LaunchFirst(QueryFinishKernel<kWhole, kAligned, true>, grid, kThreads, 0, stream, 1,
+                       params, heads);
   }
-  return cudaGetLastError();
+  return LaunchFirst(QueryFinishKernel<kWhole, kAligned, false>, grid, kThreads, 0, stream, 1,
+                     params, heads);
 }
 
 // Thread blocks that an SM holds at a time: where there are more, a warp takes several heads.

@@ -1,0 +1,328 @@
+"""The calls of a function's ops as few calls: `fused`.
+
+XLA puts every foreign call into a graph of its own and runs these one after another: each begins
+when all of the one before has ended. ``dsv4.program`` makes many calls as one. Their kernels stand
+in one graph, where a kernel begins while the one ahead ends, and reads its weights meanwhile; and
+what does not wait for each other runs side by side, in two lanes.
+
+The function is traced, its jitted parts are opened, and calls of ``dsv4`` targets are collected, as
+far as no operation of XLA reads one's results, and within a layer. Every call has the kernels and
+the bits that it has by itself.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, ParamSpec, TypeVar
+
+import jax
+import numpy as np
+from jax.extend import core
+
+from dsv4_jax import library
+
+__all__ = ["fused"]
+
+_PREFIX: Final = "dsv4."
+_OPENED: Final = frozenset({"jit", "pjit", "closed_call"})
+_VIEWS: Final = frozenset({"reshape", "squeeze"})
+# An estimate is enough to tell which of two chains of calls is the longer one.
+_CALL_US: Final = 5.0
+_BYTES_A_US: Final = 3e6
+_MOST_BYTES: Final = 64 << 20
+"""Of a call that counts: experts are not read whole."""
+_NVFP4: Final = 3  # WeightForm::kNvfp4
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def fused(fun: Callable[P, R]) -> Callable[P, R]:
+    """``fun`` with its calls of ``dsv4`` targets in programs.
+
+    To be called inside of ``jax.jit``; arguments and results are trees of arrays.
+    """
+
+    @functools.wraps(fun)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        traced, shapes = jax.make_jaxpr(fun, return_shape=True)(*args, **kwargs)
+        collector = _Collector()
+        leaves = jax.tree.leaves((args, kwargs))
+        results = collector.run(traced, leaves)
+        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+    return wrapped
+
+
+@dataclasses.dataclass(eq=False)
+class _Buffer:
+    """What a call of the open program made of a buffer: results count from 0 on, operands of the
+    program from -1 down."""
+
+    index: int
+    value: jax.Array | None = None  # once the program is called
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _View:
+    """A buffer as an array of some shape."""
+
+    buffer: _Buffer
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+@dataclasses.dataclass
+class _Call:
+    eqn: core.JaxprEqn
+    operands: list[tuple[int, tuple[int, ...]]]
+    results: list[tuple[int, tuple[int, ...]]]
+    waits: set[int]
+    late: set[int]
+    us: float
+    lane: int = 0
+
+
+Value = jax.Array | np.ndarray | _View
+
+
+class _Collector:
+    """Evaluates a jaxpr; calls wait in the program that is open until their results are read."""
+
+    def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        self._layer: str | None = None
+        self._calls: list[_Call] = []
+        self._operands: list[Any] = []
+        self._results: list[jax.ShapeDtypeStruct] = []
+        self._made: list[_View] = []
+        self._buffers: dict[int, _Buffer] = {}
+        self._writer: dict[int, int] = {}  # of a buffer: the call that made what it holds
+        self._readers: dict[int, set[int]] = {}
+
+    def run(self, traced: core.ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
+        """The results for the arguments."""
+        results = self._evaluate(traced, arguments, "", frozenset())
+        return [self._real(value) for value in results]
+
+    def _evaluate(
+        self, traced: core.ClosedJaxpr, arguments: Sequence[Any], scope: str, kept: frozenset[int]
+    ) -> list[Any]:
+        """``kept``: places of arguments that are read again behind this."""
+        jaxpr = traced.jaxpr
+        values: dict[core.Var, Any] = dict(zip(jaxpr.constvars, traced.consts, strict=True))
+        values |= zip(jaxpr.invars, arguments, strict=True)
+        last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in _variables(eqn.invars)}
+        last |= dict.fromkeys(_variables(jaxpr.outvars), len(jaxpr.eqns))
+        last |= {jaxpr.invars[i]: len(jaxpr.eqns) for i in kept}
+
+        def of(atom: Any) -> Any:
+            return atom.val if isinstance(atom, core.Literal) else values[atom]
+
+        for i, eqn in enumerate(jaxpr.eqns):
+            operands = [of(atom) for atom in eqn.invars]
+            again = frozenset(
+                n
+                for n, atom in enumerate(eqn.invars)
+                if isinstance(atom, core.Literal) or last[atom] > i or eqn.invars.count(atom) > 1
+            )
+            here = _joined(scope, str(eqn.source_info.name_stack))
+            results = self._equation(eqn, operands, again, here)
+            values |= zip(eqn.outvars, results, strict=True)
+        return [of(atom) for atom in jaxpr.outvars]
+
+    def _equation(
+        self, eqn: core.JaxprEqn, operands: list[Any], again: frozenset[int], scope: str
+    ) -> Sequence[Any]:
+        name = eqn.primitive.name
+        if name in _OPENED and _has_calls(_inner(eqn)):
+            return self._evaluate(
+                _inner(eqn), operands, _joined(scope, f"jit({eqn.params.get('name')})"), again
+            )
+        if name == "ffi_call" and eqn.params["target_name"].startswith(_PREFIX):
+            return self._call(eqn, operands, again, scope)
+        if name in _VIEWS and isinstance(operands[0], _View) and operands[0].buffer.value is None:
+            shape = eqn.outvars[0].aval.shape
+            return [dataclasses.replace(operands[0], shape=shape)]
+        return self._bind(eqn, [self._real(value) for value in operands], scope)
+
+    def _bind(self, eqn: core.JaxprEqn, operands: list[Any], scope: str) -> Sequence[Any]:
+        params: Any = eqn.primitive.get_bind_params(eqn.params)
+        functions, params = (
+            params if isinstance(params, tuple) else ((), params)
+        )  # by JAX's version
+        with jax.named_scope(scope), eqn.ctx.manager:
+            results = eqn.primitive.bind(*functions, *operands, **params)
+        return results if eqn.primitive.multiple_results else [results]
+
+    def _real(self, value: Value) -> Any:
+        """The array itself: the program that makes it is called, if it was not yet."""
+        if not isinstance(value, _View):
+            return value
+        if value.buffer.value is None:
+            self._flush()
+        made = value.buffer.value
+        if made is None:
+            raise AssertionError("program: a result was written over before it was read")
+        return made if made.shape == value.shape else made.reshape(value.shape)
+
+    def _call(
+        self, eqn: core.JaxprEqn, operands: list[Any], again: frozenset[int], scope: str
+    ) -> Sequence[Any]:
+        found = re.search(r"layers?_\d+", scope)
+        layer = found[0] if found else ""
+        in_place = dict(eqn.params["input_output_aliases"])
+        if layer != self._layer or again & in_place.keys():
+            self._flush()
+        if again & in_place.keys():  # XLA makes a copy for it
+            return self._bind(eqn, [self._real(value) for value in operands], scope)
+        self._layer = layer
+        this, views = len(self._calls), [self._view(value) for value in operands]
+        late = _late(eqn)
+        call = _Call(eqn, [], [], set(), set(), _CALL_US)
+        for n, view in enumerate(views):
+            buffer = view.buffer.index
+            call.operands.append((buffer, view.shape))
+            if buffer in self._writer:
+                (call.late if n in late else call.waits).add(self._writer[buffer])
+            else:
+                size = int(np.prod(view.shape, dtype=np.int64)) * np.dtype(view.dtype).itemsize
+                call.us += min(size, _MOST_BYTES) / _BYTES_A_US
+            if n in in_place:
+                call.waits |= self._readers.get(buffer, set())
+            self._readers.setdefault(buffer, set()).add(this)
+        made: dict[int, _View] = {}
+        for n, var in enumerate(eqn.outvars):
+            shape, dtype = tuple(var.aval.shape), var.aval.dtype
+            source = next((views[i] for i, result in in_place.items() if result == n), None)
+            buffer = source.buffer.index if source is not None else self._new(shape, dtype)
+            made[n] = _View(_Buffer(buffer), shape, dtype)
+            self._writer[buffer] = this
+            self._readers[buffer] = set()
+            call.results.append((buffer, shape))
+            self._hold(made[n])
+        call.waits.discard(this)
+        call.late -= call.waits
+        self._calls.append(call)
+        return [made[n] for n in range(len(eqn.outvars))]
+
+    def _view(self, value: Value) -> _View:
+        if isinstance(value, _View) and value.buffer.value is None:
+            if all(view.buffer is not value.buffer for view in self._made):
+                raise AssertionError("program: a result was written over before it was read")
+            return value
+        value = self._real(value)
+        for i, operand in enumerate(self._operands):
+            if operand is value:
+                return _View(_Buffer(-1 - i), value.shape, value.dtype)
+        self._operands.append(value)
+        return _View(_Buffer(-len(self._operands)), value.shape, value.dtype)
+
+    def _new(self, shape: tuple[int, ...], dtype: Any) -> int:
+        self._results.append(jax.ShapeDtypeStruct(shape, dtype))
+        return len(self._results) - 1
+
+    def _hold(self, view: _View) -> None:
+        """Results are given out when the program is called; the last one of a buffer wins."""
+        self._made = [old for old in self._made if old.buffer.index != view.buffer.index]
+        self._made.append(view)
+
+    def _flush(self) -> None:
+        calls = self._calls
+        if not calls:
+            return
+        operands, results, held = self._operands, list(self._results), list(self._made)
+        # An operand that is written in place is a result as well, behind the others.
+        place: dict[int, int] = {}
+        for view in held:
+            if view.buffer.index < 0:
+                place[view.buffer.index] = len(results)
+                results.append(operands[-1 - view.buffer.index])
+        aliases = {-1 - buffer: result for buffer, result in place.items()}
+
+        def number(buffer: int) -> int:
+            return -1 - buffer if buffer < 0 else len(operands) + buffer
+
+        layer = self._layer
+        self._clear()
+        _assign_lanes(calls)
+        names, code = _encode(calls, number)
+        shapes = [jax.ShapeDtypeStruct(r.shape, r.dtype) for r in results]
+        with jax.named_scope(layer or "calls"):
+            made = library.call_program(shapes, operands, aliases=aliases, names=names, code=code)
+        for view in held:
+            index = view.buffer.index
+            view.buffer.value = made[place[index] if index < 0 else index]
+
+
+def _variables(atoms: Sequence[Any]) -> Iterator[Any]:
+    return (atom for atom in atoms if not isinstance(atom, core.Literal))
+
+
+def _joined(scope: str, name: str) -> str:
+    return "/".join(filter(None, (scope, name)))
+
+
+def _inner(eqn: core.JaxprEqn) -> core.ClosedJaxpr:
+    return eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
+
+
+def _has_calls(traced: core.ClosedJaxpr) -> bool:
+    for eqn in traced.jaxpr.eqns:
+        if eqn.primitive.name == "ffi_call" and eqn.params["target_name"].startswith(_PREFIX):
+            return True
+        if eqn.primitive.name in _OPENED and _has_calls(_inner(eqn)):
+            return True
+    return False
+
+
+def _late(eqn: core.JaxprEqn) -> frozenset[int]:
+    """Operands that only the last launches of a call read, behind an ``AwaitLate``."""
+    attributes = dict(eqn.params["attributes"])
+    if eqn.params["target_name"] != "dsv4.moe" or not attributes["has_shared"]:
+        return frozenset()
+    leaves = 3 if attributes["form"] == _NVFP4 else 2
+    return frozenset({4 + 3 * leaves})  # shared, behind x, picks, valid and three weights
+
+
+def _assign_lanes(calls: Sequence[_Call]) -> None:
+    """Each call where it begins first; the first lane in doubt."""
+    free, end = [0.0, 0.0], list[float]()
+    for call in calls:
+        ready = max((end[i] for i in call.waits), default=0.0)
+        begins = [max(ready, at) for at in free]
+        call.lane = 1 if begins[1] < begins[0] else 0
+        end.append(begins[call.lane] + call.us)
+        free[call.lane] = end[-1]
+
+
+def _encode(calls: Sequence[_Call], number: Callable[[int], int]) -> tuple[str, np.ndarray]:
+    """``names`` and ``code`` of ``dsv4.program`` (ffi/program/program_ffi.cc)."""
+    names: dict[str, int] = {}
+
+    def name(text: str) -> int:
+        return names.setdefault(text, len(names))
+
+    needed = {i for call in calls for i in call.waits | call.late}
+    code = [len(calls)]
+    for n, call in enumerate(calls):
+        code += [name(call.eqn.params["target_name"]), call.lane, int(n in needed)]
+        for others in (call.waits, call.late):
+            code += [len(others), *sorted(others)]
+        for buffers in (call.operands, call.results):
+            code.append(len(buffers))
+            for buffer, shape in buffers:
+                code += [number(buffer), len(shape), *shape]
+        attributes = sorted(dict(call.eqn.params["attributes"]).items())
+        code.append(len(attributes))
+        for key, value in attributes:
+            if not isinstance(value, np.int32 | np.float32):
+                raise TypeError(
+                    f"program: attribute {key} must be int32 or float32, got {type(value)}"
+                )
+            code += [name(key), int(isinstance(value, np.float32)), int(value.view(np.int32))]
+    return "\n".join(names), np.array(code, np.int32)
