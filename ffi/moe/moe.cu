@@ -581,7 +581,7 @@ cudaError_t MoeCuda(const MoeParams& params, cudaStream_t stream) {
                         kThreads, 0, stream, args);
     if (gathered != cudaSuccess) return gathered;
   }
-  cudaError_t error = RunTileGemm(gemm, stream);
+  cudaError_t error = RunTileGemms(&gemm, 1, stream);
   if (error != cudaSuccess) return error;
 
   const bool few_pairs = pairs <= kFewPairs;
@@ -590,7 +590,7 @@ cudaError_t MoeCuda(const MoeParams& params, cudaStream_t stream) {
       dim3(static_cast<unsigned>(few_pairs ? slots : (slots + kTeams - 1) / kTeams)), kThreads, 0,
       stream, args);
   if (error != cudaSuccess) return error;
-  error = RunTileGemm(down, stream);
+  error = RunTileGemms(&down, 1, stream);
   if (error != cudaSuccess) return error;
   return combine();
 }
