@@ -4,7 +4,6 @@
 #include <cuda.h>
 
 #include <cstdint>
-#include <type_traits>
 
 #include "common/barrier.cuh"
 #include "common/tile_gemm.h"
@@ -59,8 +58,11 @@ struct Part {
   Output out;
 };
 
+// Without kSeveral what belongs to the only one is found at fixed places.
+template <bool kSeveral>
 struct Parts {
-  Part parts[kMaxLinearParts];  // of a pair (kSwiglu) the second has the other half's weights
+  // Of a pair (kSwiglu) the second has the other half's weights.
+  Part parts[kSeveral ? kMaxLinearParts : 2];
   int n_parts;
   int cluster_log;  // log2 of the thread blocks that share the inputs
   int slots;        // stages in shared memory
@@ -68,22 +70,28 @@ struct Parts {
 
   // Whose block of rows, counted over all parts, a thread block's is.
   __device__ __forceinline__ void FindPart(Unit& unit) const {
-    while (static_cast<int>(unit.weight) + 1 < n_parts &&
-           unit.block >= parts[unit.weight + 1].first_block) {
-      ++unit.weight;
+    if constexpr (kSeveral) {
+      while (static_cast<int>(unit.weight) + 1 < n_parts &&
+             unit.block >= parts[unit.weight + 1].first_block) {
+        ++unit.weight;
+      }
+      unit.block -= parts[unit.weight].first_block;
     }
-    unit.block -= parts[unit.weight].first_block;
+  }
+  __device__ __forceinline__ const Part& PartOf(const Unit& unit) const {
+    return parts[kSeveral ? unit.weight : 0];
   }
   __device__ __forceinline__ const Output& OutputOf(const Unit& unit) const {
-    return parts[unit.weight].out;
+    return PartOf(unit).out;
   }
   __device__ __forceinline__ void* YOf(const Unit& unit) const { return OutputOf(unit).y; }
   __device__ __forceinline__ const uint8_t* Fp8ScaleOf(const Unit& unit) const {
-    return parts[unit.weight].fp8_scale;
+    return PartOf(unit).fp8_scale;
   }
+  // Of a half's weights; a pair has two.
   __device__ __forceinline__ const Part& PartOf(const Unit& unit, int half) const {
     const bool pair = parts[0].out.store == Store::kSwiglu;
-    return parts[half > 0 && pair ? 1 : unit.weight];
+    return half > 0 && pair ? parts[1] : PartOf(unit);
   }
   __device__ __forceinline__ const CUtensorMap* WeightOf(const Unit& unit, int half) const {
     return &PartOf(unit, half).weight;
@@ -93,7 +101,10 @@ struct Parts {
   }
 };
 
-struct Args : Parts {
+template <bool kSeveral>
+struct Args : Parts<kSeveral> {
+  static constexpr bool kCopiesX = true;
+
   const void* x;
   const Tile* tiles;
   const int32_t* tile_count;
@@ -101,12 +112,14 @@ struct Args : Parts {
 
   __device__ __forceinline__ float ScaleOf(const Unit& unit, const Scales& scales, int half,
                                            int column) const {
-    return scales.Of(OutputOf(unit), half, unit.tile, column);
+    return scales.Of(this->OutputOf(unit), half, unit.tile, column);
   }
 };
 
 // Of a kernel that lays out x itself (tile_raw.cuh): of few tokens.
-struct RawArgs : Parts {
+struct RawArgs : Parts<true> {
+  static constexpr bool kCopiesX = false;
+
   const void* x;           // BF16 [tokens, groups, inputs], or E4M3 codes
   const uint8_t* x_scale;  // of codes: UE8M0 [tokens, groups, inputs / 128]
   const void* up;          // beside x that is its gate: the same
@@ -135,12 +148,11 @@ template <WeightForm kForm, bool kFp8Mma, bool kMany, typename A>
 __device__ __forceinline__ void Fill(const A& args, const Unit& unit, int stage, uint32_t to,
                                      uint32_t full, Filling what) {
   using Layout = Stage<kForm, kFp8Mma, kMany>;
-  constexpr bool kCopiesX = std::is_same_v<A, Args>;
   const Tile& tile = unit.tile;
   const Output& out = args.OutputOf(unit);
-  const uint32_t column_bytes = kCopiesX ? Layout::ColumnBytes(tile.width) : 0;
+  const uint32_t column_bytes = A::kCopiesX ? Layout::ColumnBytes(tile.width) : 0;
   if (what == Filling::kColumns) {
-    if constexpr (kCopiesX) {
+    if constexpr (A::kCopiesX) {
       const char* x =
           static_cast<const char*>(args.x) + tile.first * dsv4::ColumnBytes(kFp8Mma, args.inputs);
       CopyBytes(to + Layout::kColumnsAt, x + static_cast<int64_t>(stage) * column_bytes,
@@ -169,7 +181,7 @@ __device__ __forceinline__ void Fill(const A& args, const Unit& unit, int stage,
 }
 
 // The stages of a thread block, in order: every one, or those that are its share of a cluster's.
-template <WeightForm kForm, bool kFp8Mma, bool kMany, typename A = Args>
+template <WeightForm kForm, bool kFp8Mma, bool kMany, typename A>
 struct Feed {
   const A& args;
   const Unit& unit;
@@ -375,9 +387,7 @@ __device__ __forceinline__ void Finish(const A& args, char* shared, float (&acc)
       }
     }
   };
-  if constexpr (!kMany) {
-    store(cluster > 1);
-  } else if (cluster > 1) {
+  if (cluster > 1) {
     store(true);
   } else {
     store(false);

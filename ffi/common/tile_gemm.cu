@@ -218,7 +218,8 @@ cudaError_t Prepare(const LinearParams& params, int width, int64_t padded, char*
   const int64_t blocks =
       (params.t + kPrepareTokens<kAct> - 1) / kPrepareTokens<kAct> * params.groups * parts;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  PrepareArgs args = {params};
+  PrepareArgs args = {};
+  args.params = params;
   args.width = static_cast<unsigned>(width);
   args.parts = static_cast<unsigned>(parts);
   args.padded = padded;

@@ -27,9 +27,9 @@ using namespace tile;
 template <bool kMany>
 constexpr int kThreads = kMany ? 3 * 128 : 128 + 32;
 
-template <WeightForm kForm, bool kFp8Mma, bool kMany>
+template <WeightForm kForm, bool kFp8Mma, bool kMany, bool kSeveral>
 __global__ void __launch_bounds__(kThreads<kMany>, kMany ? 1 : 3)
-    TileGemmKernel(const __grid_constant__ Args args) {
+    TileGemmKernel(const __grid_constant__ Args<kSeveral> args) {
   extern __shared__ char raw[];
   __shared__ uint64_t barriers[2 * kMaxSlots];  // full, then empty
   __shared__ uint2 tables[kTables];
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads<kMany>, kMany ? 1 : 3)
   }
   __syncthreads();
 
-  Feed<kForm, kFp8Mma, kMany> feed(args, unit, shared, SharedAddress(barriers));
+  Feed<kForm, kFp8Mma, kMany, Args<kSeveral>> feed(args, unit, shared, SharedAddress(barriers));
   // Of many, the copying warp is one of a warpgroup that hands its registers to the others.
   constexpr int kMultiplying = kMany ? 256 : 128;
   if (threadIdx.x >= kMultiplying) {
@@ -184,8 +184,8 @@ bool MapWeights(CUtensorMap& weight_map, CUtensorMap& scale_map, const void* wei
 
 // What the products and their kernel's thread blocks, of `rows` in each half, are; how many of them
 // share nothing.
-template <WeightForm kForm>
-bool FillParts(Parts& args, const TileGemm* gemms, int count, int rows, int64_t& blocks) {
+template <WeightForm kForm, bool kSeveral>
+bool FillParts(Parts<kSeveral>& args, const TileGemm* gemms, int count, int rows, int64_t& blocks) {
   const TileGemm& gemm = gemms[0];
   const bool pair = gemm.store == Store::kSwiglu;
   const int64_t block_rows = rows * (pair ? 1 : 2);
@@ -211,12 +211,12 @@ bool FillParts(Parts& args, const TileGemm* gemms, int count, int rows, int64_t&
                                     gemm.groups * gemm.rows, gemm.inputs, rows);
 }
 
-template <WeightForm kForm, bool kFp8Mma, bool kMany>
+template <WeightForm kForm, bool kFp8Mma, bool kMany, bool kSeveral>
 cudaError_t Launch(const TileGemm* gemms, int count, cudaStream_t stream) {
   using Layout = Stage<kForm, kFp8Mma, kMany>;
-  static_assert(sizeof(Args) <= 4096);
+  static_assert(sizeof(Args<kSeveral>) <= 4096);
   const TileGemm& gemm = gemms[0];
-  Args args = {};
+  Args<kSeveral> args = {};
   int64_t blocks;
   if (!FillParts<kForm>(args, gemms, count, Layout::kRows, blocks)) return cudaErrorInvalidValue;
   args.x = gemm.x;
@@ -233,12 +233,12 @@ cudaError_t Launch(const TileGemm* gemms, int count, cudaStream_t stream) {
                      : SlotsOf(stage, grid_blocks, cluster);
   const int sums = (kMany ? 2 : 1) * 2 * gemm.width * kSumPitch * 4;
   const int bytes = std::max(args.slots * stage, sums) + 1024;
-  const cudaError_t error = cudaFuncSetAttribute(
-      TileGemmKernel<kForm, kFp8Mma, kMany>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const auto kernel = TileGemmKernel<kForm, kFp8Mma, kMany, kSeveral>;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(blocks * cluster), static_cast<unsigned>(gemm.max_tiles));
-  return LaunchDependent(TileGemmKernel<kForm, kFp8Mma, kMany>, grid, kThreads<kMany>, bytes,
-                         stream, args, cluster);
+  return LaunchDependent(kernel, grid, kThreads<kMany>, bytes, stream, args, cluster);
 }
 
 template <WeightForm kForm, bool kFp8Mma, Input kInput = Input::kPlain>
@@ -276,10 +276,21 @@ cudaError_t LaunchRaw(const TileGemm* gemms, int count, cudaStream_t stream) {
   return LaunchDependent(kernel, grid, kRawThreads, bytes, stream, args, cluster);
 }
 
+template <WeightForm kForm, bool kFp8Mma, bool kSeveral>
+cudaError_t LaunchWidth(const TileGemm* gemms, int count, cudaStream_t stream) {
+  return gemms[0].width <= kFewWidth ? Launch<kForm, kFp8Mma, false, kSeveral>(gemms, count, stream)
+                                     : Launch<kForm, kFp8Mma, true, kSeveral>(gemms, count, stream);
+}
+
+// Experts are 4 bits and one product, linears of 4 bits never several with E4M3 on both sides.
 template <WeightForm kForm, bool kFp8Mma>
 cudaError_t LaunchForm(const TileGemm* gemms, int count, cudaStream_t stream) {
-  return gemms[0].width <= kFewWidth ? Launch<kForm, kFp8Mma, false>(gemms, count, stream)
-                                     : Launch<kForm, kFp8Mma, true>(gemms, count, stream);
+  constexpr bool kAlways = !kFourBits<kForm>;
+  if constexpr (kForm == WeightForm::kNvfp4 && !kFp8Mma) {
+    if (count > 1) return LaunchWidth<kForm, kFp8Mma, true>(gemms, count, stream);
+  }
+  if (count > 1 && !kAlways) return cudaErrorInvalidValue;
+  return LaunchWidth<kForm, kFp8Mma, kAlways>(gemms, count, stream);
 }
 
 }  // namespace

@@ -117,7 +117,9 @@ __global__ void __launch_bounds__(kScaleThreads)
   }
 }
 
-// Tile `index` of all: bands of kTokenTiles tiles of tokens, weights one after another in each.
+// Tile `index` of all, of one weight or several: bands of kTokenTiles tiles of tokens, weights one
+// after another in each.
+template <bool kSeveral>
 struct Place {
   int token, row;  // the tile's first; tokens in units of a cluster's thread blocks
   int part;
@@ -128,8 +130,11 @@ struct Place {
     const int at = index - band * in_band, tile = at / width;
     token = (band * kTokenTiles + at % width) * kTokens;
     part = 0;
-    while (part + 1 < args.n_parts && tile >= args.parts[part + 1].first_tile) ++part;
-    row = (tile - args.parts[part].first_tile) * kRows;
+    row = tile * kRows;
+    if constexpr (kSeveral) {
+      while (part + 1 < args.n_parts && tile >= args.parts[part + 1].first_tile) ++part;
+      row -= args.parts[part].first_tile * kRows;
+    }
   }
 };
 
@@ -159,9 +164,9 @@ struct Ring {
   }
 };
 
-template <int kCluster>
+template <int kCluster, bool kSeveral>
 __device__ __forceinline__ void CopyWeight(const Args& args, const Ring& ring, int input,
-                                           const Place& place, int rank) {
+                                           const Place<kSeveral>& place, int rank) {
   const CUtensorMap* const weight = &args.parts[place.part].weight;
   ArriveExpecting(ring.Full(), 2 * kTileBytes + kScaleBytes);
   if constexpr (kCluster == 1) {
@@ -180,13 +185,13 @@ __device__ __forceinline__ void CopyX(const Args& args, const Ring& ring, int in
 }
 
 // All copies of a thread block, by one thread. Weights do not wait for the kernel that rounds x.
-template <int kCluster>
+template <int kCluster, bool kSeveral>
 __device__ void FillAll(const Args& args, Ring ring, int first, int step, int tiles,
                         int token_tiles, int rank) {
   const int stages = args.k / kInputs;
   const int ahead = first < tiles ? min(kStages, stages) : 0;
   {
-    const Place place(args, first, token_tiles);
+    const Place<kSeveral> place(args, first, token_tiles);
     Ring early = ring;
     for (int i = 0; i < ahead; ++i, early.Next()) {
       CopyWeight<kCluster>(args, early, i * kInputs, place, rank);
@@ -195,7 +200,7 @@ __device__ void FillAll(const Args& args, Ring ring, int first, int step, int ti
   WaitForPrevious();
   int copied = 0;
   for (int index = first; index < tiles; index += step) {
-    const Place place(args, index, token_tiles);
+    const Place<kSeveral> place(args, index, token_tiles);
     const int token = place.token * kCluster + rank * kTokens;
     for (int i = 0; i < stages; ++i, ++copied, ring.Next()) {
       if (copied >= kStages) Wait(ring.Empty(), ring.phase ^ 1);
@@ -290,9 +295,9 @@ __device__ __forceinline__ void End(const Product& product, int other, float (&s
 }
 
 // One tile by a warpgroup, two stages at a time: one is added while the tensor cores do the other.
-template <int kCluster>
+template <int kCluster, bool kSeveral>
 __device__ __forceinline__ void MultiplyTile(const Args& args, Ring& ring, int token,
-                                             const Place& place, int other) {
+                                             const Place<kSeveral>& place, int other) {
   const Part& part = args.parts[place.part];
   const int stages = args.k / kInputs;
   const uint8_t* scales = part.scale + place.row / kRows * stages;
@@ -319,7 +324,7 @@ __device__ __forceinline__ void MultiplyTile(const Args& args, Ring& ring, int t
   StoreSums(part, args.t, sum, token + threadIdx.x / 32 * 16 + lane / 4, place.row);
 }
 
-template <int kCluster>
+template <int kCluster, bool kSeveral>
 __global__ void __launch_bounds__(kThreads, 1) Fp8PrefillKernel(const __grid_constant__ Args args) {
   extern __shared__ char raw[];
   __shared__ uint64_t barriers[2 * kStages];  // full, then empty
@@ -350,12 +355,12 @@ __global__ void __launch_bounds__(kThreads, 1) Fp8PrefillKernel(const __grid_con
   if (threadIdx.x >= 128 * kWarpgroups) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 128 * kWarpgroups) {
-      FillAll<kCluster>(args, ring, first, step, tiles, token_tiles, rank);
+      FillAll<kCluster, kSeveral>(args, ring, first, step, tiles, token_tiles, rank);
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     for (int index = first; index < tiles; index += step) {
-      const Place place(args, index, token_tiles);
+      const Place<kSeveral> place(args, index, token_tiles);
       MultiplyTile<kCluster>(args, ring, place.token * kCluster + rank * kTokens, place, rank ^ 1);
     }
   }
@@ -366,9 +371,9 @@ int64_t Tiles(const LinearParams& params) {
   return (params.t + kTokens - 1) / kTokens * ((params.n + kRows - 1) / kRows);
 }
 
-template <int kCluster>
+template <int kCluster, bool kSeveral>
 cudaError_t Launch(const Args& args, cudaStream_t stream) {
-  const auto kernel = Fp8PrefillKernel<kCluster>;
+  const auto kernel = Fp8PrefillKernel<kCluster, kSeveral>;
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
@@ -447,7 +452,8 @@ cudaError_t Fp8PrefillSm90(const LinearParams* parts, int n_parts, cudaStream_t 
       return cudaErrorInvalidValue;
     }
   }
-  return many ? Launch<2>(args, stream) : Launch<1>(args, stream);
+  if (n_parts > 1) return many ? Launch<2, true>(args, stream) : Launch<1, true>(args, stream);
+  return many ? Launch<2, false>(args, stream) : Launch<1, false>(args, stream);
 }
 
 }  // namespace dsv4
