@@ -452,6 +452,7 @@ cudaError_t LinearTiles(WeightForm form, const LinearParams* parts, int n_parts,
 #ifdef DSV4_SM90
   for (int at = 0, taken; at < n_raw; at += taken) {
     taken = TakeTogether(raw + at, n_raw - at);
+    raw[at].weights_first = at > 0;
     const cudaError_t error = RawGemmSm90(raw + at, taken, stream);
     if (error != cudaSuccess) return error;
   }
