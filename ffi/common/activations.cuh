@@ -402,23 +402,34 @@ __device__ __forceinline__ void StoreCodes(const uint8_t* row, const uint8_t* sc
   constexpr int kTeamChunk = kLanes * kChunk, kStage = kFp8Stage<kForm>;
   static_assert(kTeamChunk == 128);
   const int lane = threadIdx.x % kLanes;
-#pragma unroll kBatch
-  for (int64_t base = first * kTeamChunk; base < padded; base += step_chunks * kTeamChunk) {
-    const int64_t at = base + lane * kChunk;
-    Fp8Chunk chunk = {};
-    if (there) chunk = LoadFp8(row + at, scale + base / 128);
-    if constexpr (kFp8Mma) {
-      const Fp8Line line = Fp8LineOf<kForm>(chunk, lane);
-      if (!there) continue;
-      StoreFp8Line<kForm>(line,
-                          reinterpret_cast<uint8_t*>(tile) + at / kStage * kStage / 32 * 33 * width,
-                          static_cast<int>(at % kStage), width, column, lane);
-    } else {
-      float v[kChunk];
-      DecodeFp8(chunk, v);
-      const uint4 line = LineOf<kForm>(v, lane);
-      if (!there) continue;
-      reinterpret_cast<uint4*>(tile)[LineAt<kForm>(at, lane) * width + column] = line;
+  const int stride = step_chunks * kTeamChunk;
+  for (int64_t first_base = first * kTeamChunk; first_base < padded;
+       first_base += kBatch * stride) {
+    Fp8Chunk chunks[kBatch] = {};
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int64_t base = first_base + i * stride;
+      if (there && base < padded) {
+        chunks[i] = LoadFp8(row + base + lane * kChunk, scale + base / 128);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int64_t base = first_base + i * stride, at = base + lane * kChunk;
+      if (base >= padded) break;
+      if constexpr (kFp8Mma) {
+        const Fp8Line line = Fp8LineOf<kForm>(chunks[i], lane);
+        if (!there) continue;
+        uint8_t* const stage =
+            reinterpret_cast<uint8_t*>(tile) + at / kStage * kStage / 32 * 33 * width;
+        StoreFp8Line<kForm>(line, stage, static_cast<int>(at % kStage), width, column, lane);
+      } else {
+        float v[kChunk];
+        DecodeFp8(chunks[i], v);
+        const uint4 line = LineOf<kForm>(v, lane);
+        if (!there) continue;
+        reinterpret_cast<uint4*>(tile)[LineAt<kForm>(at, lane) * width + column] = line;
+      }
     }
   }
 }

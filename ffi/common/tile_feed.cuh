@@ -4,7 +4,6 @@
 #include <cuda.h>
 
 #include <cstdint>
-#include <type_traits>
 
 #include "common/barrier.cuh"
 #include "common/tile_gemm.h"
@@ -51,40 +50,7 @@ struct Unit {
   const float* x_scale = nullptr;  // RawArgs, NVFP4 activations: of the tile's columns
 };
 
-struct Args {
-  CUtensorMap weight[2], scale[2];
-  const uint8_t* fp8_scale;
-  const void* x;
-  const Tile* tiles;
-  const int32_t* tile_count;
-  int64_t inputs, scale_columns;
-  bool new_tiles;
-  int cluster_log;   // log2 of the thread blocks that share the inputs
-  int slots;         // stages in shared memory
-  uint32_t nothing;  // 0, which the compiler does not know
-  Output out;
-  void* other_y;
-
-  __device__ __forceinline__ const Output& OutputOf(const Unit&) const { return out; }
-  __device__ __forceinline__ void* YOf(const Unit& unit) const {
-    return unit.weight > 0 ? other_y : out.y;
-  }
-  __device__ __forceinline__ const uint8_t* Fp8ScaleOf(const Unit&) const { return fp8_scale; }
-  // Of a half's weights; a pair has two.
-  __device__ __forceinline__ const CUtensorMap* WeightOf(const Unit& unit, int half) const {
-    const bool pair = out.store == Store::kSwiglu;
-    return &weight[(half > 0 && pair) || unit.weight > 0];
-  }
-  __device__ __forceinline__ const CUtensorMap* WeightScaleOf(const Unit&, int half) const {
-    return &scale[half];
-  }
-  __device__ __forceinline__ float ScaleOf(const Unit& unit, const Scales& scales, int half,
-                                           int column) const {
-    return scales.Of(out, half, unit.tile, column);
-  }
-};
-
-// Of a kernel that lays out x itself (tile_raw.cuh): of few tokens, times one weight or several.
+// One weight of several for the same x.
 struct Part {
   CUtensorMap weight, scale;
   const uint8_t* fp8_scale;
@@ -92,30 +58,41 @@ struct Part {
   Output out;
 };
 
-struct RawArgs {
-  Part parts[kMaxLinearParts];
+// Without kSeveral what belongs to the only one is found at fixed places.
+template <bool kSeveral>
+struct Parts {
+  // Of a pair (kSwiglu) the second has the other half's weights.
+  Part parts[kSeveral ? kMaxLinearParts : 2];
   int n_parts;
-  const void* x;           // BF16 [tokens, groups, inputs], or E4M3 codes
-  const uint8_t* x_scale;  // of codes: UE8M0 [tokens, groups, inputs / 128]
-  const void* up;          // beside x that is its gate: the same
-  ActForm act;
-  const float* act_scale;
+  int cluster_log;   // log2 of the thread blocks that share the inputs
+  int slots;         // stages in shared memory
+  uint32_t nothing;  // 0, which the compiler does not know
   int64_t inputs, scale_columns;
-  int cluster_log, slots;
-  uint32_t nothing;    // 0, which the compiler does not know
-  Picks picks;         // each a tile; their first part is a pair with the next one's weights
-  bool weights_first;  // they may be read before what the kernel ahead writes
 
+  // Whose block of rows, counted over all parts, a thread block's is.
+  __device__ __forceinline__ void FindPart(Unit& unit) const {
+    if constexpr (kSeveral) {
+      while (static_cast<int>(unit.weight) + 1 < n_parts &&
+             unit.block >= parts[unit.weight + 1].first_block) {
+        ++unit.weight;
+      }
+      unit.block -= parts[unit.weight].first_block;
+    }
+  }
+  __device__ __forceinline__ const Part& PartOf(const Unit& unit) const {
+    return parts[kSeveral ? unit.weight : 0];
+  }
   __device__ __forceinline__ const Output& OutputOf(const Unit& unit) const {
-    return parts[unit.weight].out;
+    return PartOf(unit).out;
   }
   __device__ __forceinline__ void* YOf(const Unit& unit) const { return OutputOf(unit).y; }
   __device__ __forceinline__ const uint8_t* Fp8ScaleOf(const Unit& unit) const {
-    return parts[unit.weight].fp8_scale;
+    return PartOf(unit).fp8_scale;
   }
+  // Of a half's weights; a pair has two.
   __device__ __forceinline__ const Part& PartOf(const Unit& unit, int half) const {
     const bool pair = parts[0].out.store == Store::kSwiglu;
-    return parts[half > 0 && pair ? 1 : unit.weight];
+    return half > 0 && pair ? parts[1] : PartOf(unit);
   }
   __device__ __forceinline__ const CUtensorMap* WeightOf(const Unit& unit, int half) const {
     return &PartOf(unit, half).weight;
@@ -123,6 +100,35 @@ struct RawArgs {
   __device__ __forceinline__ const CUtensorMap* WeightScaleOf(const Unit& unit, int half) const {
     return &PartOf(unit, half).scale;
   }
+};
+
+template <bool kSeveral>
+struct Args : Parts<kSeveral> {
+  static constexpr bool kCopiesX = true;
+
+  const void* x;
+  const Tile* tiles;
+  const int32_t* tile_count;
+  bool new_tiles;
+
+  __device__ __forceinline__ float ScaleOf(const Unit& unit, const Scales& scales, int half,
+                                           int column) const {
+    return scales.Of(this->OutputOf(unit), half, unit.tile, column);
+  }
+};
+
+// Of a kernel that lays out x itself (tile_raw.cuh): of few tokens.
+struct RawArgs : Parts<true> {
+  static constexpr bool kCopiesX = false;
+
+  const void* x;           // BF16 [tokens, groups, inputs], or E4M3 codes
+  const uint8_t* x_scale;  // of codes: UE8M0 [tokens, groups, inputs / 128]
+  const void* up;          // beside x that is its gate: the same
+  ActForm act;
+  const float* act_scale;
+  Picks picks;         // each a tile
+  bool weights_first;  // they may be read before what the kernel ahead writes
+
   __device__ __forceinline__ float ScaleOf(const Unit& unit, const Scales& scales, int half,
                                            int column) const {
     const float global = scales.global[half];
@@ -143,12 +149,11 @@ template <WeightForm kForm, bool kFp8Mma, bool kMany, typename A>
 __device__ __forceinline__ void Fill(const A& args, const Unit& unit, int stage, uint32_t to,
                                      uint32_t full, Filling what) {
   using Layout = Stage<kForm, kFp8Mma, kMany>;
-  constexpr bool kCopiesX = std::is_same_v<A, Args>;
   const Tile& tile = unit.tile;
   const Output& out = args.OutputOf(unit);
-  const uint32_t column_bytes = kCopiesX ? Layout::ColumnBytes(tile.width) : 0;
+  const uint32_t column_bytes = A::kCopiesX ? Layout::ColumnBytes(tile.width) : 0;
   if (what == Filling::kColumns) {
-    if constexpr (kCopiesX) {
+    if constexpr (A::kCopiesX) {
       const char* x =
           static_cast<const char*>(args.x) + tile.first * dsv4::ColumnBytes(kFp8Mma, args.inputs);
       CopyBytes(to + Layout::kColumnsAt, x + static_cast<int64_t>(stage) * column_bytes,
@@ -177,7 +182,7 @@ __device__ __forceinline__ void Fill(const A& args, const Unit& unit, int stage,
 }
 
 // The stages of a thread block, in order: every one, or those that are its share of a cluster's.
-template <WeightForm kForm, bool kFp8Mma, bool kMany, typename A = Args>
+template <WeightForm kForm, bool kFp8Mma, bool kMany, typename A>
 struct Feed {
   const A& args;
   const Unit& unit;
@@ -299,6 +304,29 @@ __device__ __forceinline__ float2 LoadFrom(uint32_t address, int rank) {
   return value;
 }
 
+// Two rows' sums of both halves, added over the kCluster thread blocks in their order; all on their
+// way together.
+template <int kCluster>
+__device__ __forceinline__ void AddUp(float2 (&value)[2], const float* from, int other_half) {
+  float2 part[2][kCluster];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int i = 0; i < kCluster; ++i) {
+      part[half][i] = LoadFrom(SharedAddress(from + half * other_half), i);
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    value[half] = make_float2(0.0f, 0.0f);
+#pragma unroll
+    for (int i = 0; i < kCluster; ++i) {
+      value[half].x = __fadd_rn(value[half].x, part[half][i].x);
+      value[half].y = __fadd_rn(value[half].y, part[half][i].y);
+    }
+  }
+}
+
 // Sums through shared memory, column by column, so that rows lie side by side.
 template <bool kMany, int kN, typename A>
 __device__ __forceinline__ void Finish(const A& args, char* shared, float (&acc)[2][kN / 2],
@@ -335,20 +363,20 @@ __device__ __forceinline__ void Finish(const A& args, char* shared, float (&acc)
 #pragma unroll 2
     for (int column = 4 * rank + warp; column < tile.count; column += shared ? 4 * cluster : 4) {
       float2 value[2];
+      const float* const from = sums + column * kSumPitch + 2 * lane;
+      constexpr int kOtherHalf = kN * kSumPitch;
+      if (!shared) {
+        value[0] = *reinterpret_cast<const float2*>(from);
+        value[1] = *reinterpret_cast<const float2*>(from + kOtherHalf);
+      } else if (cluster == 8) {
+        AddUp<8>(value, from, kOtherHalf);
+      } else if (cluster == 4) {
+        AddUp<4>(value, from, kOtherHalf);
+      } else {
+        AddUp<2>(value, from, kOtherHalf);
+      }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float* from = sums + (half * kN + column) * kSumPitch + 2 * lane;
-        if (!shared) {
-          value[half] = *reinterpret_cast<const float2*>(from);
-        } else {  // of every thread block of the cluster, in their order
-          value[half] = make_float2(0.0f, 0.0f);
-#pragma unroll 4
-          for (int i = 0; i < cluster; ++i) {
-            const float2 part = LoadFrom(SharedAddress(from), i);
-            value[half].x = __fadd_rn(value[half].x, part.x);
-            value[half].y = __fadd_rn(value[half].y, part.y);
-          }
-        }
         const float scale = __fmul_rn(unit_scale, args.ScaleOf(unit, scales, half, column));
         value[half].x = __fmul_rn(value[half].x, scale);
         value[half].y = __fmul_rn(value[half].y, scale);
@@ -365,9 +393,7 @@ __device__ __forceinline__ void Finish(const A& args, char* shared, float (&acc)
       }
     }
   };
-  if constexpr (!kMany) {
-    store(cluster > 1);
-  } else if (cluster > 1) {
+  if (cluster > 1) {
     store(true);
   } else {
     store(false);

@@ -20,7 +20,7 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kColumns = 8;
 constexpr int kPrepareThreads = 256;
-constexpr int kTeams = 4096;        // that lay out x, if there is so much
+constexpr int kTeams = 8192;        // that lay out x, if there is so much
 constexpr int kFullGrid = 128;      // thread blocks that keep the memory busy
 constexpr int kRoundedTokens = 3;   // that every thread block may round for itself
 constexpr int kWideBlocks = 66;     // of 256 rows and a tile, that keep half of the chip busy
@@ -142,11 +142,22 @@ __device__ __forceinline__ float ScaleOfRow(const LinearParams& params, const ch
   return TokenGlobalScale(__uint_as_float(largest));
 }
 
+struct PrepareArgs {
+  LinearParams params;
+  unsigned width, parts;  // of a tile; of a row, which teams share
+  int64_t padded;
+  char* out;
+  float* column_scale;
+};
+
 // x [tokens, groups, inputs] into tiles of `width` tokens.
 template <WeightForm kForm, ActForm kAct, bool kFp8Mma, Input kInput>
 __global__ void __launch_bounds__(kPrepareThreads)
-    PrepareKernel(const __grid_constant__ LinearParams params, unsigned width, int64_t padded,
-                  unsigned parts, char* out, float* column_scale) {
+    PrepareKernel(const __grid_constant__ PrepareArgs args) {
+  const LinearParams& params = args.params;
+  const unsigned width = args.width, parts = args.parts;
+  const int64_t padded = args.padded;
+  WaitForPrevious();
   LetNextBegin();
   // A team per row, or per part of one: tokens of a group, whose columns lie side by side.
   const unsigned block = blockIdx.x / parts, groups = static_cast<unsigned>(params.groups);
@@ -172,9 +183,9 @@ __global__ void __launch_bounds__(kPrepareThreads)
   const int column = static_cast<int>(token - token_tile * width);
   const int64_t first = (int64_t{token_tile} * groups + group) * width;
   if (kAct == ActForm::kNvfp4 && part == 0 && threadIdx.x % kTeam<kAct> == 0 && k > 0) {
-    column_scale[first + column] = global;
+    args.column_scale[first + column] = global;
   }
-  char* const tile = out + first * ColumnBytes(kFp8Mma, padded);
+  char* const tile = args.out + first * ColumnBytes(kFp8Mma, padded);
   if constexpr (kCoded) {
     const int64_t at = (int64_t{token} * groups + group) * (padded / 128);
     StoreCodes<kForm, kFp8Mma, kTeam<kAct>>(reinterpret_cast<const uint8_t*>(row),
@@ -202,16 +213,20 @@ __global__ void __launch_bounds__(kPrepareThreads)
 template <WeightForm kForm, ActForm kAct, bool kFp8Mma, Input kInput = Input::kPlain>
 cudaError_t Prepare(const LinearParams& params, int width, int64_t padded, char* out,
                     float* column_scale, cudaStream_t stream) {
-  constexpr int kAtOnce = kInput == Input::kGated ? 1 : kBatch;  // chunks: gates take long
-  const int64_t most = std::max<int64_t>(1, padded / (kAtOnce * kTeam<kAct> * kChunk));
+  const int64_t most = std::max<int64_t>(1, padded / (kTeam<kAct> * kChunk));
   const int64_t parts = std::clamp<int64_t>(kTeams / (params.t * params.groups), 1, most);
   const int64_t blocks =
       (params.t + kPrepareTokens<kAct> - 1) / kPrepareTokens<kAct> * params.groups * parts;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  PrepareKernel<kForm, kAct, kFp8Mma, kInput>
-      <<<static_cast<unsigned>(blocks), kPrepareThreads, 0, stream>>>(
-          params, width, padded, static_cast<unsigned>(parts), out, column_scale);
-  return cudaGetLastError();
+  PrepareArgs args = {};
+  args.params = params;
+  args.width = static_cast<unsigned>(width);
+  args.parts = static_cast<unsigned>(parts);
+  args.padded = padded;
+  args.out = out;
+  args.column_scale = column_scale;
+  return LaunchDependent(PrepareKernel<kForm, kAct, kFp8Mma, kInput>,
+                         dim3(static_cast<unsigned>(blocks)), kPrepareThreads, 0, stream, args);
 }
 
 template <WeightForm kForm>
@@ -287,35 +302,32 @@ bool HopperTakes(const TileGemm& gemm) {
 #endif
 }
 
-cudaError_t RunTileGemm(const TileGemm& gemm, cudaStream_t stream) {
+cudaError_t RunTileGemms(const TileGemm* gemms, int count, cudaStream_t stream) {
 #ifdef DSV4_SM90
-  if (HopperTakes(gemm)) return TileGemmSm90(gemm, stream);
+  if (HopperTakes(gemms[0])) return TileGemmSm90(gemms, count, stream);
 #endif
-  if (gemm.fp8_mma) return cudaErrorInvalidValue;
-  if (gemm.other_weight != nullptr) {
-    TileGemm one = gemm, two = gemm;
-    one.other_weight = two.other_weight = nullptr;
-    two.weight[0] = two.weight[1] = gemm.other_weight;
-    two.y = gemm.other_y;
-    const cudaError_t error = RunTileGemm(one, stream);
-    return error != cudaSuccess ? error : RunTileGemm(two, stream);
-  }
-  switch (gemm.form) {
-    case WeightForm::kBf16:
-      return LaunchAny<WeightForm::kBf16>(gemm, stream);
-    case WeightForm::kFp8:
-      return LaunchAny<WeightForm::kFp8>(gemm, stream);
-    case WeightForm::kMxfp4:
-      return LaunchAny<WeightForm::kMxfp4>(gemm, stream);
-    case WeightForm::kNvfp4:
-      return LaunchAny<WeightForm::kNvfp4>(gemm, stream);
-  }
-  return cudaErrorInvalidValue;
+  if (gemms[0].fp8_mma) return cudaErrorInvalidValue;
+  const auto launch = [](const TileGemm& gemm, cudaStream_t into) {
+    switch (gemm.form) {
+      case WeightForm::kBf16:
+        return LaunchAny<WeightForm::kBf16>(gemm, into);
+      case WeightForm::kFp8:
+        return LaunchAny<WeightForm::kFp8>(gemm, into);
+      case WeightForm::kMxfp4:
+        return LaunchAny<WeightForm::kMxfp4>(gemm, into);
+      case WeightForm::kNvfp4:
+        return LaunchAny<WeightForm::kNvfp4>(gemm, into);
+    }
+    return cudaErrorInvalidValue;
+  };
+  cudaError_t error = cudaSuccess;
+  for (int i = 0; i < count && error == cudaSuccess; ++i) error = launch(gemms[i], stream);
+  return error;
 }
 
 namespace {
 
-// The product of a linear; where its x is comes later.
+// The product of a linear; the width of its tiles and where its x is come later.
 TileGemm GemmOf(WeightForm form, const LinearParams& params) {
   // The inputs are shared where wide tiles would not keep the chip busy: what a token gets depends
   // on that, not on the width of tiles. Narrow ones serve few tokens, and the smallest weights.
@@ -331,19 +343,12 @@ TileGemm GemmOf(WeightForm form, const LinearParams& params) {
   gemm.rows = params.n / params.groups;
   gemm.inputs = params.k;
   gemm.split = !prefill;
-  const int64_t narrow_blocks =
-      TileGemmRowBlocks(gemm) * TileGemmSplit(gemm) * ((params.t + kFewWidth - 1) / kFewWidth);
-  const bool narrow = !prefill && (params.t <= kFewWidth || narrow_blocks <= kNarrowBlocks);
-  const int64_t most = narrow ? kFewWidth : kMaxTileWidth;
-  gemm.width = TileWidth(static_cast<int>(std::min(params.t, most)));
-  if (!narrow) gemm.width = std::max(gemm.width, kFewWidth + 32);
   gemm.weight[0] = gemm.weight[1] = params.weight;
   gemm.scale[0] = gemm.scale[1] = params.scale;
   gemm.global_scale[0] = gemm.global_scale[1] = params.global_scale;
   gemm.one_global_scale = true;
   gemm.padded_inputs = (params.k + 127) / 128 * 128;
   gemm.tokens = params.t;
-  gemm.max_tiles = (params.t + gemm.width - 1) / gemm.width * params.groups;
   const bool fp8 = form == WeightForm::kFp8 || form == WeightForm::kMxfp4;
   gemm.fp8_mma =
       fp8 && params.act == ActForm::kFp8 && params.regime != Regime::kExact && HopperTakes(gemm);
@@ -352,6 +357,32 @@ TileGemm GemmOf(WeightForm form, const LinearParams& params) {
   gemm.y = params.y;
   gemm.y_bf16 = params.y_bf16;
   return gemm;
+}
+
+// Tiles as wide as are fastest for all products of one x together.
+void SetWidths(TileGemm* gemms, int count) {
+  constexpr int64_t kHalfWidth = kFewWidth + 32;
+  const int64_t tokens = gemms[0].tokens;
+  int64_t narrow_blocks = 0, half_blocks = 0;
+  int cluster = 1;
+  for (int i = 0; i < count; ++i) {
+    const TileGemm& gemm = gemms[i];
+    if (!gemm.split) continue;
+    const int split = TileGemmSplit(gemm);
+    narrow_blocks += TileGemmRowBlocks(gemm) * split * ((tokens + kFewWidth - 1) / kFewWidth);
+    half_blocks +=
+        (gemm.rows + 255) / 256 * gemm.groups * split * ((tokens + kHalfWidth - 1) / kHalfWidth);
+    cluster = std::max(cluster, split);
+  }
+  const int64_t wide = half_blocks <= MostAlone(cluster) ? kHalfWidth : kMaxTileWidth;
+  for (int i = 0; i < count; ++i) {
+    TileGemm& gemm = gemms[i];
+    const bool narrow = gemm.split && (tokens <= kFewWidth || narrow_blocks <= kNarrowBlocks);
+    const int64_t most = narrow ? kFewWidth : gemm.split ? wide : kMaxTileWidth;
+    gemm.width = TileWidth(static_cast<int>(std::min(tokens, most)));
+    if (!narrow) gemm.width = std::max<int>(gemm.width, kHalfWidth);
+    gemm.max_tiles = (tokens + gemm.width - 1) / gemm.width * gemm.groups;
+  }
 }
 
 // Whether the kernel of few tokens lays out x itself; else one of its own does, into scratch.
@@ -381,16 +412,28 @@ cudaError_t PrepareX(const LinearParams& params, const TileGemm& gemm, char* x, 
   }
 }
 
-// Two neighbours of one shape share a launch (kBf16).
-bool ArePair(const TileGemm& first, const TileGemm& second) {
-  return first.form == WeightForm::kBf16 && first.rows == second.rows &&
-         first.y_bf16 == second.y_bf16;
+bool SameX(const TileGemm& first, const TileGemm& second) {
+  return first.width == second.width && first.fp8_mma == second.fp8_mma;
+}
+
+// Those that share a launch with the first, of products of one x: moved to the front, and their
+// number. A thread block's share of the inputs is the same in all.
+int TakeTogether(TileGemm* gemms, int count) {
+  const TileGemm first = gemms[0];
+  const auto together = [&](const TileGemm& gemm) {
+    return SameX(gemm, first) && TileGemmSplit(gemm) == TileGemmSplit(first) &&
+           HopperTakes(gemm) == HopperTakes(first);
+  };
+  return static_cast<int>(std::stable_partition(gemms, gemms + count, together) - gemms);
 }
 
 }  // namespace
 
 cudaError_t LinearTiles(WeightForm form, const LinearParams* parts, int n_parts,
                         cudaStream_t stream) {
+  TileGemm all[kMaxLinearParts];
+  for (int p = 0; p < n_parts; ++p) all[p] = GemmOf(form, parts[p]);
+  SetWidths(all, n_parts);
   [[maybe_unused]] TileGemm raw[kMaxLinearParts];  // that lay out x themselves: on Hopper
   TileGemm gemms[kMaxLinearParts];
   int n_raw = 0, n_gemms = 0;
@@ -401,7 +444,7 @@ cudaError_t LinearTiles(WeightForm form, const LinearParams* parts, int n_parts,
                     (parts[p].global_scale == nullptr || IsSettled(parts[p].global_scale));
   }
   for (int p = 0; p < n_parts; ++p) {
-    TileGemm gemm = GemmOf(form, parts[p]);
+    TileGemm& gemm = all[p];
     if (TakesRaw(parts[p], gemm)) {
       gemm.raw_x = parts[p].x;
       gemm.raw_scale = parts[p].x_scale;
@@ -414,33 +457,29 @@ cudaError_t LinearTiles(WeightForm form, const LinearParams* parts, int n_parts,
     }
   }
 #ifdef DSV4_SM90
-  while (n_raw > 0) {  // those whose inputs as many thread blocks share as the first one's
-    const int split = TileGemmSplit(raw[0]);
-    TileGemm* const rest = std::partition(
-        raw, raw + n_raw, [&](const TileGemm& gemm) { return TileGemmSplit(gemm) == split; });
-    const cudaError_t error = RawGemmSm90(raw, static_cast<int>(rest - raw), stream);
+  for (int at = 0, taken; at < n_raw; at += taken) {
+    taken = TakeTogether(raw + at, n_raw - at);
+    raw[at].weights_first = weights_first || at > 0;
+    const cudaError_t error = RawGemmSm90(raw + at, taken, stream);
     if (error != cudaSuccess) return error;
-    n_raw = static_cast<int>(std::copy(rest, raw + n_raw, raw) - raw);
   }
 #endif
-  for (int i = 0; i < n_gemms; ++i) {
-    TileGemm& gemm = gemms[i];
-    const int64_t columns = gemm.max_tiles * gemm.width;
-    char* const x = static_cast<char*>(parts[0].scratch);
+  char* const x = static_cast<char*>(parts[0].scratch);
+  for (int at = 0, taken; at < n_gemms; at += taken) {
+    TileGemm* const now = gemms + at;
+    taken = TakeTogether(now, n_gemms - at);
+    const int64_t columns = now->max_tiles * now->width;
     float* const scales =
-        reinterpret_cast<float*>(x + columns * ColumnBytes(gemm.fp8_mma, gemm.padded_inputs));
-    if (i == 0 || gemm.width != gemms[i - 1].width || gemm.fp8_mma != gemms[i - 1].fp8_mma) {
-      const cudaError_t error = PrepareX(parts[0], gemm, x, scales, stream);
+        reinterpret_cast<float*>(x + columns * ColumnBytes(now->fp8_mma, now->padded_inputs));
+    if (at == 0 || !SameX(*now, now[-1])) {
+      const cudaError_t error = PrepareX(parts[0], *now, x, scales, stream);
       if (error != cudaSuccess) return error;
     }
-    gemm.x = x;
-    gemm.column_scale = gemm.act == ActForm::kNvfp4 ? scales : nullptr;
-    if (i + 1 < n_gemms && ArePair(gemm, gemms[i + 1])) {
-      gemm.other_weight = gemms[i + 1].weight[0];
-      gemm.other_y = gemms[i + 1].y;
-      ++i;
+    for (int i = 0; i < taken; ++i) {
+      now[i].x = x;
+      now[i].column_scale = now[i].act == ActForm::kNvfp4 ? scales : nullptr;
     }
-    const cudaError_t error = RunTileGemm(gemm, stream);
+    const cudaError_t error = RunTileGemms(now, taken, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -87,8 +87,6 @@ struct TileGemm {
   float limit;                 // kSwiglu, raw_up
   void* y;
   bool y_bf16;
-  const void* other_weight;  // kBf16: one more of the same shape for the same x, or nullptr
-  void* other_y;
   int64_t tokens;     // kTokens
   int width;          // kTokens: of every tile; else the largest there may be
   const Tile* tiles;  // kSlots, kSwiglu: with their number; nullptr for kTokens
@@ -103,12 +101,16 @@ struct TileGemm {
 int64_t TileGemmRowBlocks(const TileGemm& gemm);
 int TileGemmSplit(const TileGemm& gemm);
 
+// Thread blocks, in clusters, of which each finds a multiprocessor of its own: those of a cluster
+// are neighbours, of whom some have no use for the rest.
+inline int64_t MostAlone(int cluster) { return cluster > 2 ? 112 : cluster > 1 ? 128 : 132; }
+
 // Whether the Hopper kernel takes these shapes and addresses.
 bool TileGemmTakes(const TileGemm& gemm);
-cudaError_t TileGemmSm90(const TileGemm& gemm, cudaStream_t stream);
 
 // Products that differ in weight, scales of it, rows, y and its dtype alone, and agree on
-// TileGemmSplit, by the kernel that lays out raw_x.
+// TileGemmSplit: of x that is laid out, and by the kernel that lays out raw_x.
+cudaError_t TileGemmSm90(const TileGemm* gemms, int count, cudaStream_t stream);
 cudaError_t RawGemmSm90(const TileGemm* gemms, int count, cudaStream_t stream);
 
 // Whether the Hopper kernel is there, for this device, and takes the product.
@@ -119,8 +121,9 @@ inline __host__ __device__ int64_t ColumnBytes(bool fp8_mma, int64_t padded_inpu
   return fp8_mma ? padded_inputs + padded_inputs / 32 : 2 * padded_inputs;
 }
 
-// By the Hopper kernel where it can be, else by one that takes anything.
-cudaError_t RunTileGemm(const TileGemm& gemm, cudaStream_t stream);
+// By the Hopper kernel where it can be, else by one that takes anything; products as TileGemmSm90
+// takes them, all or none of which it does.
+cudaError_t RunTileGemms(const TileGemm* gemms, int count, cudaStream_t stream);
 
 // Linears of one x (LinearsParams) as tiles of tokens: x into its order, then the products; of few
 // tokens all in one, as far as their inputs are shared alike.

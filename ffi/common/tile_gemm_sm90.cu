@@ -27,16 +27,17 @@ using namespace tile;
 template <bool kMany>
 constexpr int kThreads = kMany ? 3 * 128 : 128 + 32;
 
-template <WeightForm kForm, bool kFp8Mma, bool kMany>
+template <WeightForm kForm, bool kFp8Mma, bool kMany, bool kSeveral>
 __global__ void __launch_bounds__(kThreads<kMany>, kMany ? 1 : 3)
-    TileGemmKernel(const __grid_constant__ Args args) {
+    TileGemmKernel(const __grid_constant__ Args<kSeveral> args) {
   extern __shared__ char raw[];
   __shared__ uint64_t barriers[2 * kMaxSlots];  // full, then empty
   __shared__ uint2 tables[kTables];
-  Unit unit = {{}, blockIdx.y, blockIdx.x >> args.cluster_log, blockIdx.z};
+  Unit unit = {{}, blockIdx.y, blockIdx.x >> args.cluster_log, 0};
+  args.FindPart(unit);
   // The table of tiles is older than the kernel just ahead, or that kernel's.
   if (args.tiles != nullptr && args.new_tiles) WaitForPrevious();
-  if (!FindTile(args.out, args.tiles, args.tile_count, unit.index, unit.tile)) return;
+  if (!FindTile(args.OutputOf(unit), args.tiles, args.tile_count, unit.index, unit.tile)) return;
   char* const shared = raw + (1024 - (SharedAddress(raw) & 1023)) % 1024;  // the swizzle's pattern
   if (kFp8Mma && threadIdx.x < kTables) tables[threadIdx.x] = Magnitudes(threadIdx.x);
   if (threadIdx.x == 0) {
@@ -48,7 +49,7 @@ __global__ void __launch_bounds__(kThreads<kMany>, kMany ? 1 : 3)
   }
   __syncthreads();
 
-  Feed<kForm, kFp8Mma, kMany> feed(args, unit, shared, SharedAddress(barriers));
+  Feed<kForm, kFp8Mma, kMany, Args<kSeveral>> feed(args, unit, shared, SharedAddress(barriers));
   // Of many, the copying warp is one of a warpgroup that hands its registers to the others.
   constexpr int kMultiplying = kMany ? 256 : 128;
   if (threadIdx.x >= kMultiplying) {
@@ -105,11 +106,7 @@ __global__ void __launch_bounds__(kRawThreads, 3)
   __shared__ uint2 tables[kTables];
   __shared__ float x_scale[kRawWidth];
   Unit unit = {{}, blockIdx.y, blockIdx.x >> args.cluster_log, 0};
-  while (static_cast<int>(unit.weight) + 1 < args.n_parts &&
-         unit.block >= args.parts[unit.weight + 1].first_block) {
-    ++unit.weight;
-  }
-  unit.block -= args.parts[unit.weight].first_block;
+  args.FindPart(unit);
   // The kernel ahead is any, and may have written what is read here, weights and picks included.
   if (!args.weights_first) WaitForPrevious();
   if (args.picks.expert != nullptr) {
@@ -185,46 +182,63 @@ bool MapWeights(CUtensorMap& weight_map, CUtensorMap& scale_map, const void* wei
                  CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
-template <WeightForm kForm, bool kFp8Mma, bool kMany>
-cudaError_t Launch(const TileGemm& gemm, cudaStream_t stream) {
-  using Layout = Stage<kForm, kFp8Mma, kMany>;
-  Args args = {};
-  const int64_t rows = gemm.groups * gemm.rows;
-  for (int half = 0; half < 2; ++half) {
-    const bool other = half > 0 && gemm.other_weight != nullptr;
-    const void* weight = other ? gemm.other_weight : gemm.weight[half];
-    if (!MapWeights<kForm>(args.weight[half], args.scale[half], weight, gemm.scale[half], rows,
-                           gemm.inputs, Layout::kRows)) {
-      return cudaErrorInvalidValue;
-    }
-  }
-  args.fp8_scale = gemm.scale[0];
+// What the products and their kernel's thread blocks, of `rows` in each half, are; how many of them
+// share nothing.
+template <WeightForm kForm, bool kSeveral>
+bool FillParts(Parts<kSeveral>& args, const TileGemm* gemms, int count, int rows, int64_t& blocks) {
+  const TileGemm& gemm = gemms[0];
+  const bool pair = gemm.store == Store::kSwiglu;
+  const int64_t block_rows = rows * (pair ? 1 : 2);
+  args.n_parts = count;
+  args.inputs = gemm.inputs;
   args.scale_columns = (gemm.inputs + 127) / 128;
+  blocks = 0;
+  for (int i = 0; i < count; ++i) {
+    const TileGemm& one = gemms[i];
+    Part& part = args.parts[i];
+    part.fp8_scale = one.scale[0];
+    part.first_block = static_cast<unsigned>(blocks);
+    part.out = Output(one);
+    if (!MapWeights<kForm>(part.weight, part.scale, one.weight[0], one.scale[0],
+                           one.groups * one.rows, one.inputs, rows)) {
+      return false;
+    }
+    blocks += (one.rows + block_rows - 1) / block_rows;
+  }
+  while (1 << args.cluster_log < TileGemmSplit(gemm)) ++args.cluster_log;
+  Part& other = args.parts[1];
+  return !pair || MapWeights<kForm>(other.weight, other.scale, gemm.weight[1], gemm.scale[1],
+                                    gemm.groups * gemm.rows, gemm.inputs, rows);
+}
+
+template <WeightForm kForm, bool kFp8Mma, bool kMany, bool kSeveral>
+cudaError_t Launch(const TileGemm* gemms, int count, cudaStream_t stream) {
+  using Layout = Stage<kForm, kFp8Mma, kMany>;
+  static_assert(sizeof(Args<kSeveral>) <= 4096);
+  const TileGemm& gemm = gemms[0];
+  Args<kSeveral> args = {};
+  int64_t blocks;
+  if (!FillParts<kForm>(args, gemms, count, Layout::kRows, blocks)) return cudaErrorInvalidValue;
   args.x = gemm.x;
   args.tiles = gemm.tiles;
   args.tile_count = gemm.tile_count;
   args.new_tiles = gemm.new_tiles;
-  args.inputs = gemm.inputs;
-  args.out = Output(gemm);
-  args.other_y = gemm.other_y;
-  const unsigned weights = gemm.other_weight != nullptr ? 2 : 1;
-  const int64_t block_rows = Layout::kRows * (gemm.store == Store::kSwiglu ? 1 : 2);
-  const int64_t blocks = (gemm.rows + block_rows - 1) / block_rows;
-  const int cluster = TileGemmSplit(gemm);
-  while (1 << args.cluster_log < cluster) ++args.cluster_log;
-  const int64_t grid_blocks = blocks * cluster * gemm.max_tiles * weights;
+  const int cluster = 1 << args.cluster_log;
+  const int64_t grid_blocks = blocks * cluster * gemm.max_tiles;
   const int stage = Layout::Bytes(gemm.width);
-  args.slots = kMany ? std::min(kMaxSlots, (kAllBytes - 1024) / stage)
+  // Where there is an SM for each thread block none should join another, as it would where the
+  // kernel ahead still fills some SMs.
+  const bool alone = kMany || grid_blocks <= MostAlone(cluster);
+  args.slots = alone ? std::min(kMaxSlots, (kAllBytes - 1024) / stage)
                      : SlotsOf(stage, grid_blocks, cluster);
   const int sums = (kMany ? 2 : 1) * 2 * gemm.width * kSumPitch * 4;
   const int bytes = std::max(args.slots * stage, sums) + 1024;
-  const cudaError_t error = cudaFuncSetAttribute(
-      TileGemmKernel<kForm, kFp8Mma, kMany>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const auto kernel = TileGemmKernel<kForm, kFp8Mma, kMany, kSeveral>;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  const dim3 grid(static_cast<unsigned>(blocks * cluster), static_cast<unsigned>(gemm.max_tiles),
-                  weights);
-  return LaunchDependent(TileGemmKernel<kForm, kFp8Mma, kMany>, grid, kThreads<kMany>, bytes,
-                         stream, args, cluster);
+  const dim3 grid(static_cast<unsigned>(blocks * cluster), static_cast<unsigned>(gemm.max_tiles));
+  return LaunchDependent(kernel, grid, kThreads<kMany>, bytes, stream, args, cluster);
 }
 
 template <WeightForm kForm, bool kFp8Mma, Input kInput = Input::kPlain>
@@ -240,28 +254,9 @@ cudaError_t LaunchRaw(const TileGemm* gemms, int count, cudaStream_t stream) {
     }
   }
   const TileGemm& gemm = gemms[0];
-  const bool pair = gemm.store == Store::kSwiglu;
-  const int64_t block_rows = Layout::kRows * (pair ? 1 : 2);
   RawArgs args = {};
-  int64_t blocks = 0;
-  args.n_parts = count;
-  for (int i = 0; i < count; ++i) {
-    const TileGemm& one = gemms[i];
-    Part& part = args.parts[i];
-    part.fp8_scale = one.scale[0];
-    part.first_block = static_cast<unsigned>(blocks);
-    part.out = Output(one);
-    if (!MapWeights<kForm>(part.weight, part.scale, one.weight[0], one.scale[0],
-                           one.groups * one.rows, one.inputs, Layout::kRows)) {
-      return cudaErrorInvalidValue;
-    }
-    blocks += (one.rows + block_rows - 1) / block_rows;
-  }
-  if (pair &&
-      !MapWeights<kForm>(args.parts[1].weight, args.parts[1].scale, gemm.weight[1], gemm.scale[1],
-                         gemm.groups * gemm.rows, gemm.inputs, Layout::kRows)) {
-    return cudaErrorInvalidValue;
-  }
+  int64_t blocks;
+  if (!FillParts<kForm>(args, gemms, count, Layout::kRows, blocks)) return cudaErrorInvalidValue;
   args.x = gemm.raw_x;
   args.x_scale = gemm.raw_scale;
   args.up = gemm.raw_up;
@@ -269,10 +264,7 @@ cudaError_t LaunchRaw(const TileGemm* gemms, int count, cudaStream_t stream) {
   args.act_scale = gemm.act_scale;
   args.picks = gemm.picks;
   args.weights_first = gemm.weights_first;
-  args.inputs = gemm.inputs;
-  args.scale_columns = (gemm.inputs + 127) / 128;
-  const int cluster = TileGemmSplit(gemm);
-  while (1 << args.cluster_log < cluster) ++args.cluster_log;
+  const int cluster = 1 << args.cluster_log;
   const int stage = Layout::Bytes(kRawWidth);
   args.slots = SlotsOf(stage, blocks * cluster * gemm.max_tiles, cluster);
   const int bytes = std::max(args.slots * stage, 2 * kRawWidth * kSumPitch * 4) + 1024;
@@ -284,10 +276,21 @@ cudaError_t LaunchRaw(const TileGemm* gemms, int count, cudaStream_t stream) {
   return LaunchDependent(kernel, grid, kRawThreads, bytes, stream, args, cluster);
 }
 
+template <WeightForm kForm, bool kFp8Mma, bool kSeveral>
+cudaError_t LaunchWidth(const TileGemm* gemms, int count, cudaStream_t stream) {
+  return gemms[0].width <= kFewWidth ? Launch<kForm, kFp8Mma, false, kSeveral>(gemms, count, stream)
+                                     : Launch<kForm, kFp8Mma, true, kSeveral>(gemms, count, stream);
+}
+
+// Experts are 4 bits and one product, linears of 4 bits never several with E4M3 on both sides.
 template <WeightForm kForm, bool kFp8Mma>
-cudaError_t LaunchForm(const TileGemm& gemm, cudaStream_t stream) {
-  return gemm.width <= kFewWidth ? Launch<kForm, kFp8Mma, false>(gemm, stream)
-                                 : Launch<kForm, kFp8Mma, true>(gemm, stream);
+cudaError_t LaunchForm(const TileGemm* gemms, int count, cudaStream_t stream) {
+  constexpr bool kAlways = !kFourBits<kForm>;
+  if constexpr (kForm == WeightForm::kNvfp4 && !kFp8Mma) {
+    if (count > 1) return LaunchWidth<kForm, kFp8Mma, true>(gemms, count, stream);
+  }
+  if (count > 1 && !kAlways) return cudaErrorInvalidValue;
+  return LaunchWidth<kForm, kFp8Mma, kAlways>(gemms, count, stream);
 }
 
 }  // namespace
@@ -295,7 +298,7 @@ cudaError_t LaunchForm(const TileGemm& gemm, cudaStream_t stream) {
 bool TileGemmTakes(const TileGemm& gemm) {
   const bool four_bits = gemm.form == WeightForm::kMxfp4 || gemm.form == WeightForm::kNvfp4;
   const int64_t inputs = four_bits ? 256 : 128;  // whole stages, and x without padding
-  uintptr_t addresses = reinterpret_cast<uintptr_t>(gemm.other_weight);
+  uintptr_t addresses = 0;
   for (int half = 0; half < 2; ++half) {
     addresses |= reinterpret_cast<uintptr_t>(gemm.weight[half]);
     if (four_bits) addresses |= reinterpret_cast<uintptr_t>(gemm.scale[half]);
@@ -307,19 +310,20 @@ bool TileGemmTakes(const TileGemm& gemm) {
   return TensorMapEncoder() != nullptr;
 }
 
-cudaError_t TileGemmSm90(const TileGemm& gemm, cudaStream_t stream) {
-  switch (gemm.form) {
+cudaError_t TileGemmSm90(const TileGemm* gemms, int count, cudaStream_t stream) {
+  const bool fp8_mma = gemms[0].fp8_mma;
+  switch (gemms[0].form) {
     case WeightForm::kBf16:
-      return LaunchForm<WeightForm::kBf16, false>(gemm, stream);
+      return LaunchForm<WeightForm::kBf16, false>(gemms, count, stream);
     case WeightForm::kFp8:
-      return gemm.fp8_mma ? LaunchForm<WeightForm::kFp8, true>(gemm, stream)
-                          : LaunchForm<WeightForm::kFp8, false>(gemm, stream);
+      return fp8_mma ? LaunchForm<WeightForm::kFp8, true>(gemms, count, stream)
+                     : LaunchForm<WeightForm::kFp8, false>(gemms, count, stream);
     case WeightForm::kMxfp4:
-      return gemm.fp8_mma ? LaunchForm<WeightForm::kMxfp4, true>(gemm, stream)
-                          : LaunchForm<WeightForm::kMxfp4, false>(gemm, stream);
+      return fp8_mma ? LaunchForm<WeightForm::kMxfp4, true>(gemms, count, stream)
+                     : LaunchForm<WeightForm::kMxfp4, false>(gemms, count, stream);
     case WeightForm::kNvfp4:
-      return gemm.fp8_mma ? LaunchForm<WeightForm::kNvfp4, true>(gemm, stream)
-                          : LaunchForm<WeightForm::kNvfp4, false>(gemm, stream);
+      return fp8_mma ? LaunchForm<WeightForm::kNvfp4, true>(gemms, count, stream)
+                     : LaunchForm<WeightForm::kNvfp4, false>(gemms, count, stream);
   }
   return cudaErrorInvalidValue;
 }

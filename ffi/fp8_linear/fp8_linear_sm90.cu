@@ -30,25 +30,45 @@ constexpr int kScaleBytes = kTokens * 4;
 constexpr int kSharedBytes = kStages * (2 * kTileBytes + kScaleBytes) + 1024;
 constexpr int kFewTokens = 32;     // that the tile kernel serves by one tile
 constexpr int kTilesThatPay = 32;  // against thread blocks that share the inputs
+constexpr int kManyRows = 2048;    // that pay too, if tiles are short or have all their tokens
+constexpr int kFewInputs = 4096;   // of a short one
 constexpr int kTokenTiles = 16;    // side by side, so that neighbours find x and weights in the L2
 
-struct Args {
-  CUtensorMap x, weight;
-  const float* x_scale;         // [k / 128, padded tokens]
-  const uint8_t* weight_scale;  // [ceil(n / 128), k / 128]
+// One weight of several for the same x.
+struct Part {
+  CUtensorMap weight;
+  const uint8_t* scale;  // [ceil(n / 128), k / 128]
   void* y;
-  int64_t padded;  // tokens
-  int t, n, k;
+  int n, first_tile;  // of rows, counted over all parts
   bool y_bf16;
 };
 
-// x as E4M3 [t, k], and its scales: eight tokens a thread block, a warp each.
+struct Args {
+  Part parts[kMaxLinearParts];
+  CUtensorMap x;
+  const float* x_scale;  // [k / 128, padded tokens]
+  int64_t padded;        // tokens
+  int n_parts, row_tiles;
+  int t, k;
+};
+
+// x as E4M3 [t, k], and its scales: eight tokens a thread block, a warp each, which takes every
+// gridDim.y-th chunk.
 constexpr int kPrepareTokens = 8, kWarpInputs = 32 * kChunk;
+constexpr int kPrepareBlocks = 512;  // thread blocks that hide what a chunk takes
+
+struct QuantizeArgs {
+  LinearParams params;
+  uint8_t* codes;
+  float* scales;  // [k / 128, padded]
+  int64_t padded;
+};
 
 template <bool kGated>
 __global__ void __launch_bounds__(32 * kPrepareTokens)
-    QuantizeKernel(const __grid_constant__ LinearParams params, uint8_t* codes_out, float* scales,
-                   int64_t padded) {
+    QuantizeKernel(const __grid_constant__ QuantizeArgs args) {
+  const LinearParams& params = args.params;
+  WaitForPrevious();
   LetNextBegin();
   const int64_t token = int64_t{blockIdx.x} * kPrepareTokens + threadIdx.x / 32;
   if (token >= params.t) return;
@@ -62,17 +82,18 @@ __global__ void __launch_bounds__(32 * kPrepareTokens)
     const int64_t bytes = params.k * (params.x_float32 ? 4 : 2);
     x = {static_cast<const char*>(params.x) + token * bytes, params.x_float32};
   }
-  const int64_t first = int64_t{blockIdx.y} * kBatch * kWarpInputs + lane * kChunk;
+  const int64_t base = int64_t{blockIdx.y} * kWarpInputs, stride = gridDim.y * kWarpInputs;
   typename decltype(x)::Batch batch;
-  x.Load(first, kWarpInputs, params.k, batch);
+  x.Load(base + lane * kChunk, stride, params.k, batch);
 #pragma unroll
   for (int i = 0; i < kBatch; ++i) {
-    const int64_t at = first + i * kWarpInputs;
+    if (base + i * stride >= params.k) break;
+    const int64_t at = base + i * stride + lane * kChunk;
     x.Finish(batch, i);
     const Fp8Chunk chunk = EncodeFp8(batch[i]);
     if (at >= params.k) continue;
-    *reinterpret_cast<uint2*>(codes_out + token * params.k + at) = chunk.codes;
-    if (lane % 16 == 0) scales[at / kInputs * padded + token] = chunk.scale;
+    *reinterpret_cast<uint2*>(args.codes + token * params.k + at) = chunk.codes;
+    if (lane % 16 == 0) args.scales[at / kInputs * args.padded + token] = chunk.scale;
   }
 }
 
@@ -80,7 +101,9 @@ __global__ void __launch_bounds__(32 * kPrepareTokens)
 constexpr int kScaleThreads = 128, kThreadScales = 8;
 
 __global__ void __launch_bounds__(kScaleThreads)
-    ScaleKernel(const __grid_constant__ LinearParams params, float* scales, int64_t padded) {
+    ScaleKernel(const __grid_constant__ QuantizeArgs args) {
+  const LinearParams& params = args.params;
+  WaitForPrevious();
   LetNextBegin();
   const int64_t token = int64_t{blockIdx.x} * kScaleThreads + threadIdx.x;
   if (token >= params.t) return;
@@ -89,20 +112,29 @@ __global__ void __launch_bounds__(kScaleThreads)
   for (int i = 0; i < kThreadScales; ++i) {
     const int64_t at = first + i;
     if (at >= blocks) break;
-    scales[at * padded + token] = DecodeUe8m0(__ldg(params.x_scale + token * blocks + at));
+    args.scales[at * args.padded + token] =
+        DecodeUe8m0(__ldg(params.x_scale + token * blocks + at));
   }
 }
 
-// Tile `index` of all: bands of kTokenTiles tiles of tokens, weights one after another in each.
+// Tile `index` of all, of one weight or several: bands of kTokenTiles tiles of tokens, weights one
+// after another in each.
+template <bool kSeveral>
 struct Place {
   int token, row;  // the tile's first; tokens in units of a cluster's thread blocks
+  int part;
 
-  __device__ __forceinline__ Place(int index, int token_tiles, int row_tiles) {
-    const int in_band = kTokenTiles * row_tiles, band = index / in_band;
+  __device__ __forceinline__ Place(const Args& args, int index, int token_tiles) {
+    const int in_band = kTokenTiles * args.row_tiles, band = index / in_band;
     const int width = min(kTokenTiles, token_tiles - band * kTokenTiles);
-    const int at = index - band * in_band;
+    const int at = index - band * in_band, tile = at / width;
     token = (band * kTokenTiles + at % width) * kTokens;
-    row = at / width * kRows;
+    part = 0;
+    row = tile * kRows;
+    if constexpr (kSeveral) {
+      while (part + 1 < args.n_parts && tile >= args.parts[part + 1].first_tile) ++part;
+      row -= args.parts[part].first_tile * kRows;
+    }
   }
 };
 
@@ -132,15 +164,16 @@ struct Ring {
   }
 };
 
-template <int kCluster>
-__device__ __forceinline__ void CopyWeight(const Args& args, const Ring& ring, int input, int row,
-                                           int rank) {
+template <int kCluster, bool kSeveral>
+__device__ __forceinline__ void CopyWeight(const Args& args, const Ring& ring, int input,
+                                           const Place<kSeveral>& place, int rank) {
+  const CUtensorMap* const weight = &args.parts[place.part].weight;
   ArriveExpecting(ring.Full(), 2 * kTileBytes + kScaleBytes);
   if constexpr (kCluster == 1) {
-    CopyTile(ring.Weight(), &args.weight, input, row, ring.Full());
+    CopyTile(ring.Weight(), weight, input, place.row, ring.Full());
   } else {
     constexpr int kShare = kRows / kCluster;
-    CopyTileToAll(ring.Weight() + rank * kShare * kInputs, &args.weight, input, row + rank * kShare,
+    CopyTileToAll(ring.Weight() + rank * kShare * kInputs, weight, input, place.row + rank * kShare,
                   ring.Full(), (1 << kCluster) - 1);
   }
 }
@@ -152,26 +185,26 @@ __device__ __forceinline__ void CopyX(const Args& args, const Ring& ring, int in
 }
 
 // All copies of a thread block, by one thread. Weights do not wait for the kernel that rounds x.
-template <int kCluster>
+template <int kCluster, bool kSeveral>
 __device__ void FillAll(const Args& args, Ring ring, int first, int step, int tiles,
-                        int token_tiles, int row_tiles, int rank) {
+                        int token_tiles, int rank) {
   const int stages = args.k / kInputs;
   const int ahead = first < tiles ? min(kStages, stages) : 0;
   {
-    const Place place(first, token_tiles, row_tiles);
+    const Place<kSeveral> place(args, first, token_tiles);
     Ring early = ring;
     for (int i = 0; i < ahead; ++i, early.Next()) {
-      CopyWeight<kCluster>(args, early, i * kInputs, place.row, rank);
+      CopyWeight<kCluster>(args, early, i * kInputs, place, rank);
     }
   }
   WaitForPrevious();
   int copied = 0;
   for (int index = first; index < tiles; index += step) {
-    const Place place(index, token_tiles, row_tiles);
+    const Place<kSeveral> place(args, index, token_tiles);
     const int token = place.token * kCluster + rank * kTokens;
     for (int i = 0; i < stages; ++i, ++copied, ring.Next()) {
       if (copied >= kStages) Wait(ring.Empty(), ring.phase ^ 1);
-      if (copied >= ahead) CopyWeight<kCluster>(args, ring, i * kInputs, place.row, rank);
+      if (copied >= ahead) CopyWeight<kCluster>(args, ring, i * kInputs, place, rank);
       CopyX(args, ring, i * kInputs, token);
     }
   }
@@ -184,16 +217,16 @@ __device__ __forceinline__ float LoadShared(uint32_t address) {
 }
 
 // A lane's sums: rows g and g + 8 of the warp's 16, columns 8 j + 2 c and the next.
-__device__ __forceinline__ void StoreSums(const Args& args, const float (&sum)[64], int token,
-                                          int row) {
+__device__ __forceinline__ void StoreSums(const Part& part, int tokens, const float (&sum)[64],
+                                          int token, int row) {
   const int c = threadIdx.x % 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int line = token + 8 * r;
-    const int64_t at = int64_t{line} * args.n + row;
+    const int64_t at = int64_t{line} * part.n + row;
 #pragma unroll
     for (int j = 0; j < kRows / 8; j += 4) {
-      if (args.y_bf16) {  // four lanes trade pairs for whole blocks of eight
+      if (part.y_bf16) {  // four lanes trade pairs for whole blocks of eight
         uint32_t pairs[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -201,16 +234,16 @@ __device__ __forceinline__ void StoreSums(const Args& args, const float (&sum)[6
         }
         Transpose<0>(pairs, c);
         const int column = 8 * (j + c);
-        if (line < args.t && row + column < args.n) {
-          *reinterpret_cast<uint4*>(static_cast<uint16_t*>(args.y) + at + column) =
+        if (line < tokens && row + column < part.n) {
+          *reinterpret_cast<uint4*>(static_cast<uint16_t*>(part.y) + at + column) =
               make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
         }
       } else {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int column = 8 * (j + i) + 2 * c;
-          if (line < args.t && row + column < args.n) {
-            *reinterpret_cast<float2*>(static_cast<float*>(args.y) + at + column) =
+          if (line < tokens && row + column < part.n) {
+            *reinterpret_cast<float2*>(static_cast<float*>(part.y) + at + column) =
                 make_float2(sum[4 * (j + i) + 2 * r], sum[4 * (j + i) + 2 * r + 1]);
           }
         }
@@ -262,11 +295,12 @@ __device__ __forceinline__ void End(const Product& product, int other, float (&s
 }
 
 // One tile by a warpgroup, two stages at a time: one is added while the tensor cores do the other.
-template <int kCluster>
-__device__ __forceinline__ void MultiplyTile(const Args& args, Ring& ring, int token, int row,
-                                             int other) {
+template <int kCluster, bool kSeveral>
+__device__ __forceinline__ void MultiplyTile(const Args& args, Ring& ring, int token,
+                                             const Place<kSeveral>& place, int other) {
+  const Part& part = args.parts[place.part];
   const int stages = args.k / kInputs;
-  const uint8_t* scales = args.weight_scale + row / kRows * stages;
+  const uint8_t* scales = part.scale + place.row / kRows * stages;
   float sum[64] = {};
   Product first, second;
   for (int i = 0; i + 1 < stages; i += 2, scales += 2) {
@@ -287,10 +321,10 @@ __device__ __forceinline__ void MultiplyTile(const Args& args, Ring& ring, int t
     End<kCluster>(first, other, sum);
   }
   const int lane = threadIdx.x % 32;
-  StoreSums(args, sum, token + threadIdx.x / 32 * 16 + lane / 4, row);
+  StoreSums(part, args.t, sum, token + threadIdx.x / 32 * 16 + lane / 4, place.row);
 }
 
-template <int kCluster>
+template <int kCluster, bool kSeveral>
 __global__ void __launch_bounds__(kThreads, 1) Fp8PrefillKernel(const __grid_constant__ Args args) {
   extern __shared__ char raw[];
   __shared__ uint64_t barriers[2 * kStages];  // full, then empty
@@ -314,21 +348,20 @@ __global__ void __launch_bounds__(kThreads, 1) Fp8PrefillKernel(const __grid_con
   // A cluster takes kCluster tiles of tokens together.
   constexpr int kTogether = kCluster * kTokens;
   const int token_tiles = (args.t + kTogether - 1) / kTogether;
-  const int row_tiles = (args.n + kRows - 1) / kRows, tiles = token_tiles * row_tiles;
+  const int tiles = token_tiles * args.row_tiles;
   const int first = static_cast<int>(blockIdx.x) / kCluster;
   const int step = static_cast<int>(gridDim.x) / kCluster;
   // The copying warp is one of a warpgroup that hands its registers to the others.
   if (threadIdx.x >= 128 * kWarpgroups) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 128 * kWarpgroups) {
-      FillAll<kCluster>(args, ring, first, step, tiles, token_tiles, row_tiles, rank);
+      FillAll<kCluster, kSeveral>(args, ring, first, step, tiles, token_tiles, rank);
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     for (int index = first; index < tiles; index += step) {
-      const Place place(index, token_tiles, row_tiles);
-      MultiplyTile<kCluster>(args, ring, place.token * kCluster + rank * kTokens, place.row,
-                             rank ^ 1);
+      const Place<kSeveral> place(args, index, token_tiles);
+      MultiplyTile<kCluster>(args, ring, place.token * kCluster + rank * kTokens, place, rank ^ 1);
     }
   }
   if constexpr (kCluster > 1) SyncCluster();  // the other may still arrive here
@@ -338,14 +371,14 @@ int64_t Tiles(const LinearParams& params) {
   return (params.t + kTokens - 1) / kTokens * ((params.n + kRows - 1) / kRows);
 }
 
-template <int kCluster>
+template <int kCluster, bool kSeveral>
 cudaError_t Launch(const Args& args, cudaStream_t stream) {
-  const auto kernel = Fp8PrefillKernel<kCluster>;
+  const auto kernel = Fp8PrefillKernel<kCluster, kSeveral>;
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
   const int64_t together = kCluster * kTokens;
-  const int64_t tiles = (args.t + together - 1) / together * ((args.n + kRows - 1) / kRows);
+  const int64_t tiles = (args.t + together - 1) / together * args.row_tiles;
   int clusters = 0;  // that run at once: SMs that have no partner may be left over
   error = MostClusters(kernel, kThreads, kSharedBytes, kCluster, clusters);
   if (error != cudaSuccess) return error;
@@ -364,11 +397,13 @@ bool Fp8PrefillTakes(const LinearParams& params) {
 }
 
 bool Fp8PrefillPays(const LinearParams& params) {
-  return params.t > kFewTokens &&
-         Tiles(params) * std::min<int64_t>(params.t, kTokens) >= kTilesThatPay * kTokens;
+  if (params.t <= kFewTokens) return false;
+  const bool large = params.n >= kManyRows && (params.k <= kFewInputs || params.t >= kTokens);
+  return large || Tiles(params) * std::min<int64_t>(params.t, kTokens) >= kTilesThatPay * kTokens;
 }
 
 cudaError_t Fp8PrefillSm90(const LinearParams* parts, int n_parts, cudaStream_t stream) {
+  static_assert(sizeof(Args) <= 4096);
   const LinearParams& params = parts[0];
   Args args = {};
   args.t = static_cast<int>(params.t);
@@ -387,29 +422,38 @@ cudaError_t Fp8PrefillSm90(const LinearParams* parts, int n_parts, cudaStream_t 
   const auto count = [](int64_t whole, int64_t part) {
     return static_cast<unsigned>((whole + part - 1) / part);
   };
+  const QuantizeArgs quantize = {params, scratch, scales, args.padded};
+  cudaError_t error;
   if (coded) {
     const dim3 grid(count(params.t, kScaleThreads),
                     count(params.k, int64_t{kThreadScales} * kInputs));
-    ScaleKernel<<<grid, kScaleThreads, 0, stream>>>(params, scales, args.padded);
+    error = LaunchDependent(ScaleKernel, grid, kScaleThreads, 0, stream, quantize);
   } else {
-    const dim3 grid(count(params.t, kPrepareTokens), count(params.k, kBatch * kWarpInputs));
+    const unsigned tokens = count(params.t, kPrepareTokens);
+    const dim3 grid(tokens,
+                    std::clamp(kPrepareBlocks / tokens, count(params.k, kBatch * kWarpInputs),
+                               count(params.k, kWarpInputs)));
     const auto kernel = params.up != nullptr ? QuantizeKernel<true> : QuantizeKernel<false>;
-    kernel<<<grid, 32 * kPrepareTokens, 0, stream>>>(params, scratch, scales, args.padded);
+    error = LaunchDependent(kernel, grid, 32 * kPrepareTokens, 0, stream, quantize);
   }
-  cudaError_t error = cudaGetLastError();
-  for (int p = 0; p < n_parts && error == cudaSuccess; ++p) {
-    const LinearParams& part = parts[p];
-    args.n = static_cast<int>(part.n);
-    args.weight_scale = part.scale;
-    args.y = part.y;
-    args.y_bf16 = part.y_bf16;
-    if (!MakeMap(args.weight, part.weight, part.n, part.k, kInputs, many ? kRows / 2 : kRows,
+  if (error != cudaSuccess) return error;
+  args.n_parts = n_parts;
+  for (int p = 0; p < n_parts; ++p) {
+    const LinearParams& from = parts[p];
+    Part& part = args.parts[p];
+    part.scale = from.scale;
+    part.y = from.y;
+    part.y_bf16 = from.y_bf16;
+    part.n = static_cast<int>(from.n);
+    part.first_tile = args.row_tiles;
+    args.row_tiles += (part.n + kRows - 1) / kRows;
+    if (!MakeMap(part.weight, from.weight, from.n, from.k, kInputs, many ? kRows / 2 : kRows,
                  CU_TENSOR_MAP_SWIZZLE_128B)) {
       return cudaErrorInvalidValue;
     }
-    error = many ? Launch<2>(args, stream) : Launch<1>(args, stream);
   }
-  return error;
+  if (n_parts > 1) return many ? Launch<2, true>(args, stream) : Launch<1, true>(args, stream);
+  return many ? Launch<2, false>(args, stream) : Launch<1, false>(args, stream);
 }
 
 }  // namespace dsv4

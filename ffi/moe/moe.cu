@@ -23,6 +23,8 @@ constexpr int kMaxExperts = 1024;
 constexpr int kFewPairs = 2048;  // that every thread block may go through
 constexpr int kRankThreads = 1024, kRankBlocks = 64;
 constexpr int kRankBatch = 8;  // pairs of a thread on their way at a time
+constexpr int kPickBatch = 4;  // the same, of few
+constexpr int kScan = 8;       // experts a lane looks through at a time
 
 struct SlotPlace {
   int32_t tile_first;
@@ -33,7 +35,7 @@ struct SlotPlace {
 struct Work {
   int32_t* counts;  // tiles, slots
   Tile* tiles;
-  SlotPlace* places;   // [slots]
+  SlotPlace* places;   // [slots]; of few pairs [pairs]
   int32_t* pair_slot;  // [pairs], -1: no part
   int32_t* slot_pair;  // [slots], of many pairs
   float* x_scale;      // [slots]
@@ -67,20 +69,21 @@ __device__ __forceinline__ int Slots(const Args& args, int count) {
   return full + Width(args, count - full);
 }
 
-// A row into its column, or parts of it, by a team. `global`: the row's FP32 scale, 1 unless NVFP4.
+// Both 4-bit forms take x in the same order.
+constexpr WeightForm kLineForm = WeightForm::kNvfp4;
+
+// A row into its column, by a team. `global`: the row's FP32 scale, 1 unless NVFP4.
 template <int kLanes>
 __device__ __forceinline__ void LayOut(const Args& args, const uint16_t* row, int64_t k,
                                        int64_t padded, bool fp8_mma, int width, int column,
-                                       char* tile, float global, int part, int parts) {
-  // Both 4-bit forms take x in the same order.
-  constexpr WeightForm kForm = WeightForm::kNvfp4;
+                                       char* tile, float global) {
   if (fp8_mma) {
-    StoreFp8Row<kForm, kLanes>(PlainRow{row, false}, k, padded, width, column,
-                               reinterpret_cast<uint8_t*>(tile), part, parts);
+    StoreFp8Row<kLineForm, kLanes>(PlainRow{row, false}, k, padded, width, column,
+                                   reinterpret_cast<uint8_t*>(tile), 0, 1);
     return;
   }
-  StoreRow<kForm, kLanes>(PlainRow{row, false}, k, padded, args.params.act, global, width, column,
-                          reinterpret_cast<uint16_t*>(tile), part, parts);
+  StoreRow<kLineForm, kLanes>(PlainRow{row, false}, k, padded, args.params.act, global, width,
+                              column, reinterpret_cast<uint16_t*>(tile), 0, 1);
 }
 
 // Whether rows have NVFP4 scales of their own.
@@ -98,136 +101,222 @@ __device__ __forceinline__ SlotPlace PlaceOf(const Work& work, int slot) {
   return slot < work.counts[1] ? work.places[slot] : SlotPlace{0, 0};
 }
 
-// A pair's x, or parts of it, into its slot. `largest`: of the whole row's magnitudes, if it has a
-// scale of its own. A static scale of h is written down here, where the expert is known.
+// FP32 scale of a row of x; `largest` of its magnitudes.
+__device__ __forceinline__ float UpScale(const MoeParams& params, int expert, uint32_t largest) {
+  if (params.act != ActForm::kNvfp4) return 1.0f;
+  return params.up_act_scale != nullptr ? StaticGlobalScale(__ldg(params.up_act_scale + expert))
+                                        : TokenGlobalScale(__uint_as_float(largest));
+}
+
+__device__ __forceinline__ void NoteSlot(const Args& args, int expert, int pair, int slot,
+                                         float global) {
+  const MoeParams& params = args.params;
+  args.work.x_scale[slot] = global;
+  if (params.up_act_scale != nullptr) {
+    args.work.h_scale[slot] = StaticGlobalScale(__ldg(params.down_act_scale + expert));
+  }
+  args.work.weight[slot] = params.expert_weight[pair];
+}
+
+// A pair's x into its slot. `largest`: of the row's magnitudes, if it has a scale of its own. A
+// static scale of h is written down here, where the expert is known.
 template <int kLanes>
 __device__ __forceinline__ void FillSlot(const Args& args, int expert, int pair, int slot,
-                                         SlotPlace place, uint32_t largest, int part, int parts) {
+                                         SlotPlace place, uint32_t largest) {
   const MoeParams& params = args.params;
   const Work& work = args.work;
-  const bool fixed = params.up_act_scale != nullptr;
-  float global = 1.0f;
-  if (fixed) {
-    global = StaticGlobalScale(__ldg(params.up_act_scale + expert));
-  } else if (params.act == ActForm::kNvfp4) {
-    global = TokenGlobalScale(__uint_as_float(largest));
-  }
+  const float global = UpScale(params, expert, largest);
   char* const to = work.x + place.tile_first * ColumnBytes(args.fp8_mma[0], args.padded_d);
   LayOut<kLanes>(args, RowOfPair(params, pair), place.width > 0 ? params.d : 0, args.padded_d,
-                 args.fp8_mma[0], place.width, slot - place.tile_first, to, global, part, parts);
-  if (part == 0 && threadIdx.x % kLanes == 0 && place.width > 0) {
-    work.x_scale[slot] = global;
-    if (fixed) work.h_scale[slot] = StaticGlobalScale(__ldg(params.down_act_scale + expert));
-    work.weight[slot] = params.expert_weight[pair];
+                 args.fp8_mma[0], place.width, slot - place.tile_first, to, global);
+  if (threadIdx.x % kLanes == 0 && place.width > 0) {
+    NoteSlot(args, expert, pair, slot, global);
   }
 }
 
-// Where the runs of the experts begin: counted by every thread block that wants to know.
-struct Bases {
-  int slots, tiles;  // before the expert
-  int all_slots, all_tiles;
+// Of few pairs, rows are the work of whole thread blocks, a chunk of eight inputs a lane.
+constexpr int kWarps = kThreads / 32;
+constexpr int kBlockInputs = kThreads * kChunk;
+
+// A row's chunk from input `at` on: on its way, then here.
+struct RowChunk {
+  const uint16_t* x;
+  int64_t left;
+  bool whole;
+  uint4 words;
+
+  __device__ __forceinline__ RowChunk(const uint16_t* row, int64_t at, int64_t k)
+      : x(row + at),
+        left(k - at),
+        whole(k % kChunk == 0 && reinterpret_cast<uintptr_t>(row) % 16 == 0),
+        words(make_uint4(0, 0, 0, 0)) {
+    if (whole && left > 0) words = __ldg(reinterpret_cast<const uint4*>(x));
+  }
+  __device__ __forceinline__ void Take(float (&v)[kChunk]) const {
+    UnpackChunk(words, v);
+    if (whole) return;
+    const Chunk part = LoadPart(x, false, left);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) v[i] = part.v[i];
+  }
 };
 
-__device__ __forceinline__ Bases FindBases(const Args& args, const int* count, int expert,
-                                           int (&sums)[4][kThreads / 32]) {
-  const int experts = static_cast<int>(args.params.experts);
-  int sum[4] = {};
-  for (int e = threadIdx.x; e < experts; e += blockDim.x) {
-    const int slots = Slots(args, count[e]), tiles = Tiles(args, count[e]);
-    if (e < expert) {
-      sum[0] += slots;
-      sum[1] += tiles;
-    }
-    sum[2] += slots;
-    sum[3] += tiles;
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    sum[i] = __reduce_add_sync(0xFFFFFFFFu, sum[i]);
-    if (threadIdx.x % 32 == 0) sums[i][threadIdx.x / 32] = sum[i];
-  }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    sum[i] = 0;
-    for (int w = 0; w < kThreads / 32; ++w) sum[i] += sums[i][w];
-  }
-  return {sum[0], sum[1], sum[2], sum[3]};
+// What the lane writes of it for the products, by all lanes of a warp.
+__device__ __forceinline__ Fp8Line RoundedLine(float (&v)[kChunk], ActForm act, float global,
+                                               bool fp8_mma) {
+  const int lane = threadIdx.x % 32;
+  if (fp8_mma) return Fp8LineOf<kLineForm>(EncodeFp8(v), lane);
+  RoundChunk(v, act, global);
+  return {LineOf<kLineForm>(v, lane), 0.0f};
 }
 
-// Few pairs: a thread block per expert finds its pairs and lays out their x.
-__global__ void __launch_bounds__(kThreads, 2) SortFewKernel(const __grid_constant__ Args args) {
+__device__ __forceinline__ void StoreRowLine(const Fp8Line& line, int64_t at, bool fp8_mma,
+                                             const SlotPlace& place, int column, char* tile) {
+  constexpr int kStage = kFp8Stage<kLineForm>;
+  const int lane = threadIdx.x % 32;
+  if (fp8_mma) {
+    uint8_t* const stage =
+        reinterpret_cast<uint8_t*>(tile) + at / kStage * kStage / 32 * 33 * place.width;
+    StoreFp8Line<kLineForm>(line, stage, static_cast<int>(at % kStage), place.width, column, lane);
+  } else {
+    reinterpret_cast<uint4*>(tile)[LineAt<kLineForm>(at, lane) * place.width + column] = line.codes;
+  }
+}
+
+// Largest magnitude of a row, by all warps.
+__device__ __forceinline__ uint32_t BlockMagnitude(const uint16_t* row, int64_t k) {
+  __shared__ uint32_t warp_max[kWarps];
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  uint32_t largest = RowMagnitude<32>(row, false, k, warp, kWarps);
+  if (threadIdx.x % 32 == 0) warp_max[warp] = largest;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) largest = max(largest, warp_max[i]);
+  return largest;
+}
+
+// Few pairs: a thread block per part of a token's x, which goes to all of its picks. Each counts
+// the experts of all pairs, so that it can tell the slots of its own.
+__global__ void __launch_bounds__(kThreads, 4) SortFewKernel(const __grid_constant__ Args args) {
   const MoeParams& params = args.params;
   const Work& work = args.work;
   __shared__ int count[kMaxExperts];
-  __shared__ int listed[kFewPairs];
-  __shared__ int sums[4][kThreads / 32];
-  __shared__ uint32_t row_max[kFewPairs];
+  __shared__ int2 run[kMaxExperts];  // slots, tiles
+  __shared__ alignas(16) int16_t expert_of[kFewPairs];
+  __shared__ SlotPlace places[kWarps];
+  __shared__ int2 found[kWarps];  // slots of picks, and their experts; -1: no part
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int expert = blockIdx.x, pairs = static_cast<int>(params.t * params.k);
+  const int token = blockIdx.x, k = static_cast<int>(params.k);
+  const int experts = static_cast<int>(params.experts);
+  const int pairs = static_cast<int>(params.t * params.k);
+  const bool first_part = blockIdx.y == 0;
+  const uint16_t* const row = params.x + token * params.d;
+  const int64_t at = int64_t{blockIdx.y} * kBlockInputs + thread * kChunk;
+  WaitForPrevious();
   LetNextBegin();
-  for (int e = thread; e < params.experts; e += kThreads) count[e] = 0;
+  const RowChunk chunk(row, at, params.d);
+  for (int e = thread; e < experts; e += kThreads) count[e] = 0;
   __syncthreads();
-  int before = 0;  // our pairs so far
-  for (int at = 0; at < pairs; at += kThreads) {
-    const int pair = at + thread;
-    const int e = pair < pairs ? ExpertOf(args.picks, pair) : -1;
-    if (e >= 0) atomicAdd(&count[e], 1);
-    if (expert == 0 && e < 0 && pair < pairs) work.pair_slot[pair] = -1;
-    const unsigned votes = __ballot_sync(0xFFFFFFFFu, e == expert);
-    if (lane == 0) sums[0][warp] = __popc(votes);
-    __syncthreads();
-    int rank = before + __popc(votes & ((1u << lane) - 1));
-    for (int w = 0; w < kThreads / 32; ++w) {
-      if (w < warp) rank += sums[0][w];
-      before += sums[0][w];
+  for (int first = thread; first < pairs; first += kThreads * kPickBatch) {
+    int expert[kPickBatch];
+#pragma unroll
+    for (int i = 0; i < kPickBatch; ++i) {  // without branches: all on their way
+      expert[i] = ExpertOf(args.picks, min(first + i * kThreads, pairs - 1));
     }
-    if (e == expert) listed[rank] = pair;
-    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kPickBatch; ++i) {
+      const int pair = first + i * kThreads;
+      if (pair >= pairs) break;
+      expert_of[pair] = static_cast<int16_t>(expert[i]);
+      if (expert[i] >= 0) atomicAdd(&count[expert[i]], 1);
+    }
   }
-  const Bases bases = FindBases(args, count, expert, sums);
-  if (expert == 0 && thread == 0) {
-    work.counts[0] = bases.all_tiles;
-    work.counts[1] = bases.all_slots;
+  const uint32_t largest = OwnScales(params) ? BlockMagnitude(row, params.d) : 0;
+  __syncthreads();
+  for (int e = thread; e < experts; e += kThreads) {
+    run[e] = make_int2(Slots(args, count[e]), Tiles(args, count[e]));
   }
-  const int mine = count[expert], tiles = Tiles(args, mine);
-  if (mine == 0) return;
-  const int full = (tiles - 1) * args.max_width, last_width = Width(args, mine - full);
-  for (int i = thread; i < tiles; i += kThreads) {
-    const bool last = i == tiles - 1;
-    work.tiles[bases.tiles + i] = {expert, bases.slots + i * args.max_width,
-                                   last ? last_width : args.max_width,
-                                   last ? mine - full : args.max_width};
+  __syncthreads();
+  // Slots and tiles of the experts before `expert`.
+  const auto before = [&](int expert) {
+    int2 sum = make_int2(0, 0);
+    for (int first = 0; first < expert; first += 32 * kScan) {
+#pragma unroll
+      for (int i = 0; i < kScan; ++i) {
+        const int e = first + i * 32 + lane;
+        if (e >= expert) continue;
+        sum.x += run[e].x;
+        sum.y += run[e].y;
+      }
+    }
+    return make_int2(__reduce_add_sync(0xFFFFFFFFu, sum.x), __reduce_add_sync(0xFFFFFFFFu, sum.y));
+  };
+  if (token == 0 && first_part && warp == 0) {
+    const int2 all = before(experts);
+    if (lane == 0) work.counts[0] = all.y;
   }
-  for (int i = thread; i < full + last_width; i += kThreads) {
-    const int tile = i / args.max_width;
-    const bool used = i < mine;
-    work.places[bases.slots + i] = {bases.slots + tile * args.max_width, !used ? 0
-                                                                         : tile < tiles - 1
-                                                                             ? args.max_width
-                                                                             : last_width};
-    if (used) work.pair_slot[listed[i]] = bases.slots + i;
-  }
-  // Rows side by side; of few, each by several warps.
-  constexpr int kWarps = kThreads / 32;
-  const int parts = mine >= kWarps ? 1 : kWarps / mine;
-  const bool own = OwnScales(params);
-  if (own) {
-    for (int i = thread; i < mine; i += kThreads) row_max[i] = 0;
-    __syncthreads();
-    for (int task = warp; task < mine * parts; task += kWarps) {
-      const uint16_t* row = RowOfPair(params, listed[task / parts]);
-      const uint32_t largest = RowMagnitude<32>(row, false, params.d, task % parts, parts);
-      if (lane == 0) atomicMax(&row_max[task / parts], largest);
+  const bool fixed = params.up_act_scale != nullptr;
+  float x[kChunk];
+  chunk.Take(x);
+  Fp8Line line = {};
+  if (!fixed) line = RoundedLine(x, params.act, UpScale(params, 0, largest), args.fp8_mma[0]);
+  for (int first = 0; first < k; first += kWarps) {  // picks, a warp each
+    if (first > 0) __syncthreads();
+    if (first + warp < k) {
+      const int pair = token * k + first + warp, expert = expert_of[pair];
+      int slot = -1;
+      SlotPlace place = {0, 0};
+      if (expert >= 0) {
+        const int2 base = before(expert);
+        int rank = 0;  // among the expert's pairs; eight at once
+        for (int i = 8 * lane; i < pair; i += 8 * 32) {
+          const uint4 eight = *reinterpret_cast<const uint4*>(expert_of + i);
+          const uint32_t words[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            const int other = static_cast<int16_t>(words[j / 2] >> j % 2 * 16);
+            rank += i + j < pair && other == expert;
+          }
+        }
+        rank = __reduce_add_sync(0xFFFFFFFFu, rank);
+        const int mine = count[expert], tiles = run[expert].y, tile = rank / args.max_width;
+        const int full = (tiles - 1) * args.max_width, last_width = Width(args, mine - full);
+        slot = base.x + rank;
+        place = {base.x + tile * args.max_width, tile < tiles - 1 ? args.max_width : last_width};
+        if (first_part && rank == 0) {
+          for (int i = lane; i < tiles; i += 32) {
+            const bool last = i == tiles - 1;
+            work.tiles[base.y + i] = {expert, base.x + i * args.max_width,
+                                      last ? last_width : args.max_width,
+                                      last ? mine - full : args.max_width};
+          }
+        }
+      }
+      if (lane == 0) {
+        found[warp] = make_int2(slot, expert);
+        places[warp] = place;
+        if (first_part) {
+          work.pair_slot[pair] = slot;
+          work.places[pair] = place;
+          if (slot >= 0) NoteSlot(args, expert, pair, slot, UpScale(params, expert, largest));
+        }
+      }
     }
     __syncthreads();
-  }
-  for (int task = warp; task < mine * parts; task += kWarps) {
-    const int i = task / parts, tile = i / args.max_width;
-    const SlotPlace place = {bases.slots + tile * args.max_width,
-                             tile < tiles - 1 ? args.max_width : last_width};
-    FillSlot<32>(args, expert, listed[i], bases.slots + i, place, own ? row_max[i] : 0,
-                 task % parts, parts);
+    for (int i = 0; i < min(kWarps, k - first); ++i) {
+      const int slot = found[i].x;
+      if (slot < 0) continue;
+      if (fixed) {
+        float own[kChunk];
+#pragma unroll
+        for (int j = 0; j < kChunk; ++j) own[j] = x[j];
+        line = RoundedLine(own, params.act, UpScale(params, found[i].y, largest), args.fp8_mma[0]);
+      }
+      if (at >= args.padded_d) continue;
+      const SlotPlace place = places[i];
+      StoreRowLine(line, at, args.fp8_mma[0], place, slot - place.tile_first,
+                   work.x + place.tile_first * ColumnBytes(args.fp8_mma[0], args.padded_d));
+    }
   }
 }
 
@@ -328,42 +417,59 @@ __global__ void __launch_bounds__(kThreads) GatherKernel(const __grid_constant__
   if (OwnScales(args.params)) {
     largest = RowMagnitude<kTeam>(RowOfPair(args.params, pair), false, args.params.d);
   }
-  FillSlot<kTeam>(args, expert, pair, slot, place, largest, 0, 1);
+  FillSlot<kTeam>(args, expert, pair, slot, place, largest);
 }
 
-// h [slots, inter] into tiles: a slot per team, or, of few, per thread block.
-template <bool kFew>
+// h [slots, inter] into tiles, a slot per team.
 __global__ void __launch_bounds__(kThreads) LayOutKernel(const __grid_constant__ Args args) {
-  constexpr int kLanes = kFew ? 32 : kTeam, kWarps = kThreads / 32;
-  __shared__ uint32_t warp_max[kWarps];
   const Work& work = args.work;
   LetNextBegin();  // its table of tiles is older
   WaitForPrevious();
-  const int warp = threadIdx.x / 32;
-  const int slot = kFew ? blockIdx.x : blockIdx.x * kTeams + threadIdx.x / kTeam;
+  const int slot = blockIdx.x * kTeams + threadIdx.x / kTeam;
   const SlotPlace place = PlaceOf(work, slot);
   if (!__any_sync(0xFFFFFFFFu, place.width > 0)) return;
-  const int part = kFew ? warp : 0, parts = kFew ? kWarps : 1;
   const int64_t inter = place.width > 0 ? args.params.inter : 0;
   const uint16_t* row = work.h + slot * args.params.inter;
   float global = 1.0f;
   if (OwnScales(args.params)) {
-    uint32_t largest = RowMagnitude<kLanes>(row, false, inter, part, parts);
-    if (kFew) {
-      if (threadIdx.x % 32 == 0) warp_max[warp] = largest;
-      __syncthreads();
-#pragma unroll
-      for (int i = 0; i < kWarps; ++i) largest = max(largest, warp_max[i]);
-    }
-    global = TokenGlobalScale(__uint_as_float(largest));
-    if (part == 0 && threadIdx.x % kLanes == 0 && place.width > 0) work.h_scale[slot] = global;
+    global = TokenGlobalScale(__uint_as_float(RowMagnitude<kTeam>(row, false, inter)));
+    if (threadIdx.x % kTeam == 0 && place.width > 0) work.h_scale[slot] = global;
   } else if (args.params.act == ActForm::kNvfp4 && place.width > 0) {
-    global = work.h_scale[slot];  // static, by FillSlot
+    global = work.h_scale[slot];  // static, by NoteSlot
   }
   char* const to =
       work.h_tiles + place.tile_first * ColumnBytes(args.fp8_mma[1], args.padded_inter);
-  LayOut<kLanes>(args, row, inter, args.padded_inter, args.fp8_mma[1], place.width,
-                 slot - place.tile_first, to, global, part, parts);
+  LayOut<kTeam>(args, row, inter, args.padded_inter, args.fp8_mma[1], place.width,
+                slot - place.tile_first, to, global);
+}
+
+// The same of few pairs, a thread block per part of one's row.
+__global__ void __launch_bounds__(kThreads, 5) LayOutFewKernel(const __grid_constant__ Args args) {
+  const MoeParams& params = args.params;
+  const Work& work = args.work;
+  // The kernel ahead has waited for the one that wrote these.
+  const int pair = blockIdx.x, slot = __ldcg(work.pair_slot + pair);
+  const int2 where = __ldcg(reinterpret_cast<const int2*>(work.places + pair));
+  LetNextBegin();  // its table of tiles is older
+  WaitForPrevious();
+  if (slot < 0) return;
+  const SlotPlace place = {where.x, where.y};
+  const uint16_t* const row = work.h + slot * params.inter;
+  const int64_t at = int64_t{blockIdx.y} * kBlockInputs + threadIdx.x * kChunk;
+  const RowChunk chunk(row, at, params.inter);
+  float h[kChunk];
+  chunk.Take(h);
+  float global = 1.0f;
+  if (OwnScales(params)) {
+    global = TokenGlobalScale(__uint_as_float(BlockMagnitude(row, params.inter)));
+    if (blockIdx.y == 0 && threadIdx.x == 0) work.h_scale[slot] = global;
+  } else if (params.act == ActForm::kNvfp4) {
+    global = work.h_scale[slot];  // static, by NoteSlot
+  }
+  const Fp8Line line = RoundedLine(h, params.act, global, args.fp8_mma[1]);
+  if (at >= args.padded_inter) return;
+  StoreRowLine(line, at, args.fp8_mma[1], place, slot - place.tile_first,
+               work.h_tiles + place.tile_first * ColumnBytes(args.fp8_mma[1], args.padded_inter));
 }
 
 // Eight channels of the result, or as many as are left.
@@ -572,27 +678,34 @@ cudaError_t MoeCuda(const MoeParams& params, cudaStream_t stream) {
 #endif
 
   const int64_t slots = MoeMaxSlots(pairs, params.experts);
-  if (pairs <= kFewPairs) {
-    SortFewKernel<<<static_cast<unsigned>(params.experts), kThreads, 0, stream>>>(args);
+  const bool few_pairs = pairs <= kFewPairs;
+  const auto blocks_of = [](int64_t rows, int64_t padded) {
+    return dim3(static_cast<unsigned>(rows),
+                static_cast<unsigned>((padded + kBlockInputs - 1) / kBlockInputs));
+  };
+  const auto teams_of = [](int64_t rows) {
+    return dim3(static_cast<unsigned>((rows + kTeams - 1) / kTeams));
+  };
+  if (few_pairs) {
+    const cudaError_t sorted = LaunchDependent(SortFewKernel, blocks_of(params.t, args.padded_d),
+                                               kThreads, 0, stream, args);
+    if (sorted != cudaSuccess) return sorted;
   } else {
     const int64_t blocks =
         std::min<int64_t>(kRankBlocks, (pairs + kRankThreads - 1) / kRankThreads);
     RankKernel<<<static_cast<unsigned>(blocks), kRankThreads, 0, stream>>>(args);
     const cudaError_t gathered =
-        LaunchDependent(GatherKernel, dim3(static_cast<unsigned>((slots + kTeams - 1) / kTeams)),
-                        kThreads, 0, stream, args);
+        LaunchDependent(GatherKernel, teams_of(slots), kThreads, 0, stream, args);
     if (gathered != cudaSuccess) return gathered;
   }
-  cudaError_t error = RunTileGemm(gemm, stream);
+  cudaError_t error = RunTileGemms(&gemm, 1, stream);
   if (error != cudaSuccess) return error;
 
-  const bool few_pairs = pairs <= kFewPairs;
-  error = LaunchDependent(
-      few_pairs ? LayOutKernel<true> : LayOutKernel<false>,
-      dim3(static_cast<unsigned>(few_pairs ? slots : (slots + kTeams - 1) / kTeams)), kThreads, 0,
-      stream, args);
+  error = few_pairs ? LaunchDependent(LayOutFewKernel, blocks_of(pairs, args.padded_inter),
+                                      kThreads, 0, stream, args)
+                    : LaunchDependent(LayOutKernel, teams_of(slots), kThreads, 0, stream, args);
   if (error != cudaSuccess) return error;
-  error = RunTileGemm(down, stream);
+  error = RunTileGemms(&down, 1, stream);
   if (error != cudaSuccess) return error;
   return combine();
 }

@@ -361,8 +361,8 @@ def test_every_fp8_code_and_scale(form: str, regime: str) -> None:
 def test_several_weights(t: int, k: int, groups: int) -> None:
     """Each result bit for bit that of a call of its own, whatever the numbers of rows.
 
-    Where the inputs are a multiple of 128, up to eight tokens take one launch for all weights whose
-    inputs are shared alike: not the last one's.
+    Where the inputs are a multiple of 128, one launch serves all weights whose inputs are shared
+    alike: not the last one's.
     """
     x = jnp.asarray(tokens(1, t, k, groups))
     weights = [
