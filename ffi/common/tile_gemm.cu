@@ -7,6 +7,7 @@
 
 #include "common/activations.cuh"
 #include "common/barrier.cuh"
+#include "common/bf16_prefill.h"
 #include "common/bits.h"
 #include "common/cuda.h"
 #include "common/e4m3.h"
@@ -315,15 +316,31 @@ cudaError_t RunTileGemm(const TileGemm& gemm, cudaStream_t stream) {
 
 namespace {
 
-// The product of a linear; where its x is comes later.
-TileGemm GemmOf(WeightForm form, const LinearParams& params) {
+// Whether the kernel for many BF16 tokens serves the linear's regime "prefill".
+bool IsPrefillByBf16(WeightForm form, const LinearParams& params) {
+#ifdef DSV4_SM90
+  return Bf16PrefillTakes(form, params) && OnHopper();
+#else
+  static_cast<void>(form), static_cast<void>(params);
+  return false;
+#endif
+}
+
+bool IsPrefill(WeightForm form, const LinearParams& params) {
+  if (params.regime != Regime::kAuto) return params.regime == Regime::kPrefill;
+#ifdef DSV4_SM90
+  if (IsPrefillByBf16(form, params)) return Bf16PrefillPays(params);
+#endif
   // The inputs are shared where wide tiles would not keep the chip busy: what a token gets depends
   // on that, not on the width of tiles. Narrow ones serve few tokens, and the smallest weights.
   const int64_t wide_blocks =
       (params.n + 255) / 256 * ((params.t + kMaxTileWidth - 1) / kMaxTileWidth);
-  const bool prefill =
-      params.regime == Regime::kPrefill ||
-      (params.regime == Regime::kAuto && params.t > kFewWidth && wide_blocks >= kWideBlocks);
+  return params.t > kFewWidth && wide_blocks >= kWideBlocks;
+}
+
+// The product of a linear; where its x is comes later.
+TileGemm GemmOf(WeightForm form, const LinearParams& params) {
+  const bool prefill = IsPrefill(form, params);
   TileGemm gemm = {};
   gemm.form = form;
   gemm.store = Store::kTokens;
@@ -393,8 +410,13 @@ cudaError_t LinearTiles(WeightForm form, const LinearParams* parts, int n_parts,
                         cudaStream_t stream) {
   [[maybe_unused]] TileGemm raw[kMaxLinearParts];  // that lay out x themselves: on Hopper
   TileGemm gemms[kMaxLinearParts];
-  int n_raw = 0, n_gemms = 0;
+  [[maybe_unused]] LinearParams many[kMaxLinearParts];  // of the kernel for many tokens
+  int n_raw = 0, n_gemms = 0, n_many = 0;
   for (int p = 0; p < n_parts; ++p) {
+    if (IsPrefill(form, parts[p]) && IsPrefillByBf16(form, parts[p])) {
+      many[n_many++] = parts[p];
+      continue;
+    }
     TileGemm gemm = GemmOf(form, parts[p]);
     if (TakesRaw(parts[p], gemm)) {
       gemm.raw_x = parts[p].x;
@@ -407,6 +429,10 @@ cudaError_t LinearTiles(WeightForm form, const LinearParams* parts, int n_parts,
     }
   }
 #ifdef DSV4_SM90
+  if (n_many > 0) {
+    const cudaError_t error = Bf16PrefillSm90(form, many, n_many, stream);
+    if (error != cudaSuccess) return error;
+  }
   while (n_raw > 0) {  // those whose inputs as many thread blocks share as the first one's
     const int split = TileGemmSplit(raw[0]);
     TileGemm* const rest = std::partition(
