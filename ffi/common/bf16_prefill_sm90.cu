@@ -219,7 +219,8 @@ __device__ __forceinline__ void Decode(Operands& a, const Operands& codes, uint3
   }
 }
 
-// Two stages, which share a scale, at a time.
+// Two stages, which share a scale, at a time. Codes are read two stages ahead and decoded one
+// stage ahead of their products.
 template <typename Layout, int kTokens>
 __device__ __forceinline__ void MultiplyFp8(const Args& args, const Part& part, int row,
                                             Ring<Layout>& ring, float (&sum)[kTokens / 2]) {
@@ -227,9 +228,15 @@ __device__ __forceinline__ void MultiplyFp8(const Args& args, const Part& part, 
   const uint8_t* scales = part.scale + int64_t{min(row, part.n - 1) / kRows} * blocks;
   Operands a[2], codes;
   uint32_t byte = __ldg(scales);
-  Wait(ring.Full(), ring.phase);
-  LoadCodes(codes, ring.Weight());
+  Ring<Layout> ahead = ring;
+  const auto load = [&] {
+    Wait(ahead.Full(), ahead.phase);
+    LoadCodes(codes, ahead.Weight());
+    ahead.Next();
+  };
+  load();
   Decode(a[0], codes, byte);
+  load();
   int before = 0;
   for (int block = 0; block < blocks; ++block) {
     const bool more = block + 1 < blocks;
@@ -243,18 +250,13 @@ __device__ __forceinline__ void MultiplyFp8(const Args& args, const Part& part, 
                                    block > 0 || i + step > 0);
       }
       WgmmaCommit();
-      const int slot = ring.slot;
-      ring.Next();
-      const bool next = i == 0 || more;
-      if (next) {
-        Wait(ring.Full(), ring.phase);
-        LoadCodes(codes, ring.Weight());
-      }
       WgmmaWait<1>();  // the other operands are free
       if (block + i > 0) Release(ring, before);
-      before = slot;
+      before = ring.slot;
+      ring.Next();
       if (i == 1) byte = next_byte;
-      if (next) Decode(a[1 - i], codes, byte);
+      if (i == 0 || more) Decode(a[1 - i], codes, byte);
+      if (more) load();
     }
   }
   WgmmaWait<0>();
@@ -467,7 +469,7 @@ cudaError_t Launch(Args& args, const LinearParams* parts, cudaStream_t stream) {
 template <bool kFp8>
 cudaError_t LaunchForm(Args& args, const LinearParams* parts, cudaStream_t stream) {
   // The width that takes the least time: so many rounds of all SMs, each of a cost as measured.
-  constexpr int kCosts[] = {kFp8 ? 18 : 10, kFp8 ? 21 : 13, 24};
+  constexpr int kCosts[] = {kFp8 ? 36 : 20, kFp8 ? 42 : 27, 48};
   int best = 0, least = INT32_MAX;
   for (int i = 0; i < 3; ++i) {
     const int clusters = Multiprocessors() / kCluster;
