@@ -7,6 +7,7 @@
 
 #include "common/activations.cuh"
 #include "common/barrier.cuh"
+#include "common/bf16_prefill.h"
 #include "common/bits.h"
 #include "common/cuda.h"
 #include "common/e4m3.h"
@@ -327,15 +328,31 @@ cudaError_t RunTileGemms(const TileGemm* gemms, int count, cudaStream_t stream) 
 
 namespace {
 
-// The product of a linear; the width of its tiles and where its x is come later.
-TileGemm GemmOf(WeightForm form, const LinearParams& params) {
+// Whether the kernel for many BF16 tokens serves the linear's regime "prefill".
+bool IsPrefillByBf16(WeightForm form, const LinearParams& params) {
+#ifdef DSV4_SM90
+  return Bf16PrefillTakes(form, params) && OnHopper();
+#else
+  static_cast<void>(form), static_cast<void>(params);
+  return false;
+#endif
+}
+
+bool IsPrefill(WeightForm form, const LinearParams& params) {
+  if (params.regime != Regime::kAuto) return params.regime == Regime::kPrefill;
+#ifdef DSV4_SM90
+  if (IsPrefillByBf16(form, params)) return Bf16PrefillPays(params);
+#endif
   // The inputs are shared where wide tiles would not keep the chip busy: what a token gets depends
   // on that, not on the width of tiles. Narrow ones serve few tokens, and the smallest weights.
   const int64_t wide_blocks =
       (params.n + 255) / 256 * ((params.t + kMaxTileWidth - 1) / kMaxTileWidth);
-  const bool prefill =
-      params.regime == Regime::kPrefill ||
-      (params.regime == Regime::kAuto && params.t > kFewWidth && wide_blocks >= kWideBlocks);
+  return params.t > kFewWidth && wide_blocks >= kWideBlocks;
+}
+
+// The product of a linear; the width of its tiles and where its x is come later.
+TileGemm GemmOf(WeightForm form, const LinearParams& params) {
+  const bool prefill = IsPrefill(form, params);
   TileGemm gemm = {};
   gemm.form = form;
   gemm.store = Store::kTokens;
@@ -431,25 +448,40 @@ int TakeTogether(TileGemm* gemms, int count) {
 
 cudaError_t LinearTiles(WeightForm form, const LinearParams* parts, int n_parts,
                         cudaStream_t stream) {
+  LinearParams many[kMaxLinearParts];  // of the kernel for many tokens
+  LinearParams few[kMaxLinearParts];
+  int n_many = 0, n_few = 0;
+  for (int p = 0; p < n_parts; ++p) {
+    const bool of_many = IsPrefill(form, parts[p]) && IsPrefillByBf16(form, parts[p]);
+    (of_many ? many[n_many++] : few[n_few++]) = parts[p];
+  }
+#ifdef DSV4_SM90
+  if (n_many > 0) {
+    const cudaError_t error = Bf16PrefillSm90(form, many, n_many, stream);
+    if (error != cudaSuccess) return error;
+  }
+#endif
+  if (n_few == 0) return cudaSuccess;
   TileGemm all[kMaxLinearParts];
-  for (int p = 0; p < n_parts; ++p) all[p] = GemmOf(form, parts[p]);
-  SetWidths(all, n_parts);
+  bool weights_first = true;
+  for (int p = 0; p < n_few; ++p) {
+    const LinearParams& part = few[p];
+    all[p] = GemmOf(form, part);
+    weights_first = weights_first && IsSettled(part.weight) &&
+                    (part.scale == nullptr || IsSettled(part.scale)) &&
+                    (part.global_scale == nullptr || IsSettled(part.global_scale));
+  }
+  SetWidths(all, n_few);
   [[maybe_unused]] TileGemm raw[kMaxLinearParts];  // that lay out x themselves: on Hopper
   TileGemm gemms[kMaxLinearParts];
   int n_raw = 0, n_gemms = 0;
-  bool weights_first = true;
-  for (int p = 0; p < n_parts; ++p) {
-    weights_first = weights_first && IsSettled(parts[p].weight) &&
-                    (parts[p].scale == nullptr || IsSettled(parts[p].scale)) &&
-                    (parts[p].global_scale == nullptr || IsSettled(parts[p].global_scale));
-  }
-  for (int p = 0; p < n_parts; ++p) {
+  for (int p = 0; p < n_few; ++p) {
     TileGemm& gemm = all[p];
-    if (TakesRaw(parts[p], gemm)) {
-      gemm.raw_x = parts[p].x;
-      gemm.raw_scale = parts[p].x_scale;
-      gemm.raw_up = parts[p].up;
-      gemm.limit = parts[p].limit;
+    if (TakesRaw(few[p], gemm)) {
+      gemm.raw_x = few[p].x;
+      gemm.raw_scale = few[p].x_scale;
+      gemm.raw_up = few[p].up;
+      gemm.limit = few[p].limit;
       gemm.weights_first = weights_first;
       raw[n_raw++] = gemm;
     } else {

@@ -126,7 +126,8 @@ inline __host__ __device__ int64_t ColumnBytes(bool fp8_mma, int64_t padded_inpu
 cudaError_t RunTileGemms(const TileGemm* gemms, int count, cudaStream_t stream);
 
 // Linears of one x (LinearsParams) as tiles of tokens: x into its order, then the products; of few
-// tokens all in one, as far as their inputs are shared alike.
+// tokens all in one, as far as their inputs are shared alike. Many BF16 tokens go to
+// bf16_prefill.h.
 cudaError_t LinearTiles(WeightForm form, const LinearParams* parts, int n_parts,
                         cudaStream_t stream);
 

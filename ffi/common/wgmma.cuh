@@ -30,8 +30,17 @@ __device__ __forceinline__ uint64_t CoreMatrices(uint32_t address, uint32_t step
   DSV4_SUMS_32                                                                                   \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
   "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define DSV4_SUMS_128                                                                            \
+  DSV4_SUMS_64                                                                                   \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, " \
+  "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, "   \
+  "%100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, "   \
+  "%115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define DSV4_SUMS_OF_32(d) DSV4_SUMS_OF_16(d, 0), DSV4_SUMS_OF_16(d, 16)
 #define DSV4_SUMS_OF_64(d) DSV4_SUMS_OF_32(d), DSV4_SUMS_OF_16(d, 32), DSV4_SUMS_OF_16(d, 48)
+#define DSV4_SUMS_OF_128(d)                                                                   \
+  DSV4_SUMS_OF_64(d), DSV4_SUMS_OF_16(d, 64), DSV4_SUMS_OF_16(d, 80), DSV4_SUMS_OF_16(d, 96), \
+      DSV4_SUMS_OF_16(d, 112)
 #define DSV4_SUMS_OF_16(d, i)                                                                 \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7]), "+f"(d[i + 8]), "+f"(d[i + 9]), "+f"(d[i + 10]),        \
@@ -228,6 +237,19 @@ struct Wgmma<128, true> {
 };
 
 template <>
+struct Wgmma<256, false> {
+  __device__ __forceinline__ static void Run(float (&d)[128], const uint32_t (&a)[4], uint64_t b,
+                                             int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %133, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" DSV4_SUMS_128
+        "}, {%128, %129, %130, %131}, %132, p, 1, 1, 0;\n}"
+        : DSV4_SUMS_OF_128(d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+  }
+};
+
+template <>
 struct Wgmma<80, false> {
   __device__ __forceinline__ static void Run(float (&d)[40], const uint32_t (&a)[4], uint64_t b,
                                              int accumulate) {
@@ -331,6 +353,35 @@ __device__ __forceinline__ void WgmmaSharedE4m3(float (&d)[64], uint64_t a, uint
       "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" DSV4_SUMS_64
       "}, %64, %65, p, 1, 1;\n}"
       : DSV4_SUMS_OF_64(d)
+      : "l"(a), "l"(b), "r"(accumulate));
+}
+
+// The same for 16 BF16 inputs and 64, 128 or 256 of b.
+__device__ __forceinline__ void WgmmaSharedBf16(float (&d)[32], uint64_t a, uint64_t b,
+                                                int accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" DSV4_SUMS_32
+      "}, %32, %33, p, 1, 1, 0, 0;\n}"
+      : DSV4_SUMS_OF_32(d)
+      : "l"(a), "l"(b), "r"(accumulate));
+}
+__device__ __forceinline__ void WgmmaSharedBf16(float (&d)[64], uint64_t a, uint64_t b,
+                                                int accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" DSV4_SUMS_64
+      "}, %64, %65, p, 1, 1, 0, 0;\n}"
+      : DSV4_SUMS_OF_64(d)
+      : "l"(a), "l"(b), "r"(accumulate));
+}
+__device__ __forceinline__ void WgmmaSharedBf16(float (&d)[128], uint64_t a, uint64_t b,
+                                                int accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" DSV4_SUMS_128
+      "}, %128, %129, p, 1, 1, 0, 0;\n}"
+      : DSV4_SUMS_OF_128(d)
       : "l"(a), "l"(b), "r"(accumulate));
 }
 

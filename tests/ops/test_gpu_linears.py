@@ -421,26 +421,43 @@ def test_more_rows_and_tokens_than_a_grid() -> None:
             products.assert_product(got, want, f"n={n} t={t} {regime}")
 
 
-def test_fp8_tiles_that_thread_blocks_take_in_turn() -> None:
-    """More 128 x 128 tiles than a GPU holds at once, three stages each, the last ones cut off."""
+@pytest.mark.parametrize("form", ["bfloat16", "fp8_w8a8", "fp8_w8a16"])
+def test_tiles_that_thread_blocks_take_in_turn(form: str) -> None:
+    """More tiles than a GPU holds at once, a few stages each, the last ones cut off."""
     n, k, t = 25_000, 384, 300
-    leaves = products.random_weight(7, "fp8", (n, k))
+    leaves = products.random_weight(7, weight_format(form), (n, k))
     x = tokens(8, t, k)
-    got = linear("fp8_w8a8", x, leaves, regime="prefill", dtype=jnp.float32)
-    want = relative(exact("fp8_w8a8", x, leaves), x)
+    fp8_sums = act_format(form) == "fp8"
+    got = linear(form, x, leaves, regime="prefill", dtype=jnp.float32)
+    want = relative(exact(form, x, leaves), x)
     scaled = relative(f64(got), x)
     sample = np.r_[0:64, 12_736:12_864, n - 64 : n]  # single elements; the whole has too many
-    products.assert_product(scaled[:, sample].astype(np.float32), want[:, sample], fp8=True)
+    products.assert_product(scaled[:, sample].astype(np.float32), want[:, sample], fp8=fp8_sums)
     for row in range(0, n, 128):  # every tile is the product that it should be
         tile = np.s_[:, row : row + 128]
         error = np.linalg.norm(scaled[tile] - want[tile], axis=1)
         size = np.linalg.norm(want[tile], axis=1)
         assert np.all(error <= (2 * products.FP8_SUMS) ** 0.5 * size), f"rows from {row}"
-    narrow = linear("fp8_w8a8", x, leaves, regime="prefill")
+    narrow = linear(form, x, leaves, regime="prefill", dtype=jnp.bfloat16)
     assert_same_bits(narrow, got.astype(narrow.dtype), "BF16")
-    for few in (1, 128, 129):
-        alone = linear("fp8_w8a8", x[:few], leaves, regime="prefill", dtype=jnp.float32)
+    for few in (1, 64, 128, 129):
+        alone = linear(form, x[:few], leaves, regime="prefill", dtype=jnp.float32)
         assert_same_bits(alone, got[:few], f"rows of {few} tokens")
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "fp8_w8a16"])
+def test_groups_of_many_tokens(form: str) -> None:
+    """An odd number of row tiles in a group, and tokens that end inside of a tile."""
+    groups, n, k = 3, 3 * 384, 256
+    leaves = products.random_weight(9, weight_format(form), (n, k))
+    x = tokens(10, 600, k, groups)
+    want = relative(exact(form, x, leaves), x)
+    for regime in (None, "prefill"):
+        got = linear(form, x, leaves, regime=regime, dtype=jnp.float32)
+        scaled = relative(f64(got).reshape(600, n), x).astype(np.float32)
+        products.assert_product(scaled, want, f"{regime}")
+        narrow = linear(form, x[:70], leaves, regime="prefill", dtype=jnp.bfloat16)
+        assert_same_bits(narrow, got[:70].astype(narrow.dtype), f"{regime}: BF16, 70 tokens")
 
 
 # Experts: [e, inter, d], picks of a token.
