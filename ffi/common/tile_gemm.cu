@@ -214,7 +214,9 @@ __global__ void __launch_bounds__(kPrepareThreads)
 template <WeightForm kForm, ActForm kAct, bool kFp8Mma, Input kInput = Input::kPlain>
 cudaError_t Prepare(const LinearParams& params, int width, int64_t padded, char* out,
                     float* column_scale, cudaStream_t stream) {
-  const int64_t most = std::max<int64_t>(1, padded / (kTeam<kAct> * kChunk));
+  // Chunks of a lane; of a few tokens several, so that the products find most of the chip free.
+  const int at_once = kInput != Input::kGated && params.t <= kRawWidth ? kBatch : 1;
+  const int64_t most = std::max<int64_t>(1, padded / (at_once * kTeam<kAct> * kChunk));
   const int64_t parts = std::clamp<int64_t>(kTeams / (params.t * params.groups), 1, most);
   const int64_t blocks =
       (params.t + kPrepareTokens<kAct> - 1) / kPrepareTokens<kAct> * params.groups * parts;
