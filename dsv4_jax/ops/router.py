@@ -47,7 +47,8 @@ def router(
         k: picks of a token, at most 32.
         scale: of the weights.
         tokens: rows of ``expert_idx``, one outside of it held to the first or the last.
-        regime: of the product, as in `dense_linear`; the rest has one kernel.
+        regime: of the product, as in `dense_linear`, ``None``: ``"decode"`` for any number of
+            tokens; the rest has one kernel.
 
     Raises:
         TypeError: a dtype is not accepted.
@@ -92,7 +93,8 @@ def router(
         if tokens.shape != (t,):
             raise ValueError(f"router: tokens must be [{t}], got {list(tokens.shape)}")
         tokens = as_int32(tokens)
-    logits = dense_linear(x, weight, regime=regime)
+    # Scores are compared with each other: sums in parts, which round less than one long sum does.
+    logits = dense_linear(x, weight, regime=regime or "decode")
     selectors = [operand for operand in (bias, expert_idx, tokens) if operand is not None]
     idx, picked = library.call(
         "router",
