@@ -13,7 +13,7 @@ the bits that it has by itself.
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Final, ParamSpec, TypeVar
 
 import jax
@@ -24,7 +24,6 @@ from dsv4_jax import library
 
 __all__ = ["fused"]
 
-_PREFIX: Final = "dsv4."
 _OPENED: Final = frozenset({"jit", "pjit", "closed_call"})
 _VIEWS: Final = frozenset({"reshape", "squeeze"})
 # An estimate is enough to tell which of two chains of calls is the longer one.
@@ -85,6 +84,22 @@ class _Call:
     lane: int = 0
 
 
+@dataclasses.dataclass(eq=False)
+class _Slot:
+    """A value of the function. Its views, and the same array given twice, have one place."""
+
+    place: Hashable
+    value: Any = None  # once it is made
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Step:
+    eqn: core.JaxprEqn
+    reads: list[_Slot]
+    makes: list[_Slot]
+    scope: str
+
+
 Value = jax.Array | np.ndarray | _View
 
 
@@ -100,54 +115,34 @@ class _Collector:
         self._operands: list[Any] = []
         self._results: list[jax.ShapeDtypeStruct] = []
         self._made: list[_View] = []
-        self._buffers: dict[int, _Buffer] = {}
         self._writer: dict[int, int] = {}  # of a buffer: the call that made what it holds
         self._readers: dict[int, set[int]] = {}
 
     def run(self, traced: core.ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
         """The results for the arguments."""
-        results = self._evaluate(traced, arguments, "", frozenset())
-        return [self._real(value) for value in results]
-
-    def _evaluate(
-        self, traced: core.ClosedJaxpr, arguments: Sequence[Any], scope: str, kept: frozenset[int]
-    ) -> list[Any]:
-        """``kept``: places of arguments that are read again behind this."""
-        jaxpr = traced.jaxpr
-        values: dict[core.Var, Any] = dict(zip(jaxpr.constvars, traced.consts, strict=True))
-        values |= zip(jaxpr.invars, arguments, strict=True)
-        last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in _variables(eqn.invars)}
-        last |= dict.fromkeys(_variables(jaxpr.outvars), len(jaxpr.eqns))
-        last |= {jaxpr.invars[i]: len(jaxpr.eqns) for i in kept}
-
-        def of(atom: Any) -> Any:
-            return atom.val if isinstance(atom, core.Literal) else values[atom]
-
-        for i, eqn in enumerate(jaxpr.eqns):
-            operands = [of(atom) for atom in eqn.invars]
+        steps: list[_Step] = []
+        results = _opened(traced, [_Slot(id(x), x) for x in arguments], "", steps)
+        last = {slot.place: i for i, step in enumerate(steps) for slot in step.reads}
+        last |= {slot.place: len(steps) for slot in results}
+        for i, step in enumerate(steps):
+            places = [slot.place for slot in step.reads]
             again = frozenset(
-                n
-                for n, atom in enumerate(eqn.invars)
-                if isinstance(atom, core.Literal) or last[atom] > i or eqn.invars.count(atom) > 1
+                n for n, at in enumerate(places) if last[at] > i or places.count(at) > 1
             )
-            here = _joined(scope, str(eqn.source_info.name_stack))
-            results = self._equation(eqn, operands, again, here)
-            values |= zip(eqn.outvars, results, strict=True)
-        return [of(atom) for atom in jaxpr.outvars]
+            made = self._equation(step.eqn, [x.value for x in step.reads], again, step.scope)
+            for slot, value in zip(step.makes, made, strict=True):
+                slot.value = value
+        return [self._real(slot.value) for slot in results]
 
     def _equation(
         self, eqn: core.JaxprEqn, operands: list[Any], again: frozenset[int], scope: str
     ) -> Sequence[Any]:
-        name = eqn.primitive.name
-        if name in _OPENED and _has_calls(_inner(eqn)):
-            return self._evaluate(
-                _inner(eqn), operands, _joined(scope, f"jit({eqn.params.get('name')})"), again
-            )
-        if name == "ffi_call" and eqn.params["target_name"].startswith(_PREFIX):
+        """``again``: places among the operands of what is read again behind this."""
+        if _is_call(eqn):
             return self._call(eqn, operands, again, scope)
-        if name in _VIEWS and isinstance(operands[0], _View) and operands[0].buffer.value is None:
-            shape = eqn.outvars[0].aval.shape
-            return [dataclasses.replace(operands[0], shape=shape)]
+        viewed = operands[0] if eqn.primitive.name in _VIEWS else None
+        if isinstance(viewed, _View) and viewed.buffer.value is None:
+            return [dataclasses.replace(viewed, shape=_array(eqn.outvars[0]).shape)]
         return self._bind(eqn, [self._real(value) for value in operands], scope)
 
     def _bind(self, eqn: core.JaxprEqn, operands: list[Any], scope: str) -> Sequence[Any]:
@@ -197,7 +192,7 @@ class _Collector:
             self._readers.setdefault(buffer, set()).add(this)
         made: dict[int, _View] = {}
         for n, var in enumerate(eqn.outvars):
-            shape, dtype = tuple(var.aval.shape), var.aval.dtype
+            shape, dtype = _array(var).shape, _array(var).dtype
             source = next((views[i] for i, result in in_place.items() if result == n), None)
             buffer = source.buffer.index if source is not None else self._new(shape, dtype)
             made[n] = _View(_Buffer(buffer), shape, dtype)
@@ -259,8 +254,34 @@ class _Collector:
             view.buffer.value = made[place[index] if index < 0 else index]
 
 
-def _variables(atoms: Sequence[Any]) -> Iterator[Any]:
-    return (atom for atom in atoms if not isinstance(atom, core.Literal))
+def _opened(
+    traced: core.ClosedJaxpr, arguments: Sequence[_Slot], scope: str, steps: list[_Step]
+) -> list[_Slot]:
+    """Appends the equations, those of jitted parts that make calls too; gives the results."""
+    jaxpr = traced.jaxpr
+    slots: dict[core.Var, _Slot] = dict(zip(jaxpr.invars, arguments, strict=True))
+    slots |= {v: _Slot(id(x), x) for v, x in zip(jaxpr.constvars, traced.consts, strict=True)}
+
+    def of(atom: Any) -> _Slot:
+        return _Slot(id(atom.val), atom.val) if isinstance(atom, core.Literal) else slots[atom]
+
+    for eqn in jaxpr.eqns:
+        reads = [of(atom) for atom in eqn.invars]
+        here = _joined(scope, str(eqn.source_info.name_stack))
+        if eqn.primitive.name in _OPENED and _has_calls(_inner(eqn)):
+            inside = _joined(here, f"jit({eqn.params.get('name')})")
+            makes = _opened(_inner(eqn), reads, inside, steps)
+        else:
+            views = eqn.primitive.name in _VIEWS
+            makes = [_Slot(reads[0].place if views else object()) for _ in eqn.outvars]
+            steps.append(_Step(eqn, reads, makes, here))
+        slots |= zip(eqn.outvars, makes, strict=True)
+    return [of(atom) for atom in jaxpr.outvars]
+
+
+def _array(var: core.Var) -> jax.ShapeDtypeStruct:
+    aval: Any = var.aval
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
 def _joined(scope: str, name: str) -> str:
@@ -271,9 +292,15 @@ def _inner(eqn: core.JaxprEqn) -> core.ClosedJaxpr:
     return eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
 
 
+def _is_call(eqn: core.JaxprEqn) -> bool:
+    """Of an op of ours; a program is one already."""
+    target = str(eqn.params.get("target_name")) if eqn.primitive.name == "ffi_call" else ""
+    return target.startswith("dsv4.") and target != "dsv4.program"
+
+
 def _has_calls(traced: core.ClosedJaxpr) -> bool:
     for eqn in traced.jaxpr.eqns:
-        if eqn.primitive.name == "ffi_call" and eqn.params["target_name"].startswith(_PREFIX):
+        if _is_call(eqn):
             return True
         if eqn.primitive.name in _OPENED and _has_calls(_inner(eqn)):
             return True
@@ -320,9 +347,9 @@ def _encode(calls: Sequence[_Call], number: Callable[[int], int]) -> tuple[str, 
         attributes = sorted(dict(call.eqn.params["attributes"]).items())
         code.append(len(attributes))
         for key, value in attributes:
-            if not isinstance(value, np.int32 | np.float32):
+            if type(value) not in (np.int32, np.float32):
                 raise TypeError(
                     f"program: attribute {key} must be int32 or float32, got {type(value)}"
                 )
-            code += [name(key), int(isinstance(value, np.float32)), int(value.view(np.int32))]
+            code += [name(key), int(type(value) is np.float32), int(value.view(np.int32))]
     return "\n".join(names), np.array(code, np.int32)

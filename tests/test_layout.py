@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dsv4_jax import _ffi, library
+from tests.support.programs import OPS
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,7 +30,8 @@ IN_JAX = frozenset(
 # Benchmarks that measure something else than one op.
 OTHER_BENCHMARKS = frozenset({"convert", "jnp", "long_context", "step"})
 
-OPS = [target.removeprefix("dsv4.") for target in library.targets()]
+# Folders of ffi/ that are no op's: what ops share, and what calls them.
+OTHER_FOLDERS = frozenset({"common", "program"})
 
 
 def _stems(folder: Path, pattern: str) -> set[str]:
@@ -68,8 +70,8 @@ def layout_problems(root: Path, ops: Iterable[str], in_jax: Iterable[str]) -> li
             for path in sorted(here.glob("*"))
             if not path.name.startswith(op)
         ]
-    folders = {path.name for path in (root / "ffi").iterdir() if path.is_dir()} - {"common"}
-    problems += [f"no target: ffi/{name}/" for name in sorted(folders - ops)]
+    folders = {path.name for path in (root / "ffi").iterdir() if path.is_dir()}
+    problems += [f"no target: ffi/{name}/" for name in sorted(folders - ops - OTHER_FOLDERS)]
     benches = {s.removeprefix("bench_") for s in _stems(root / "tests/bench", "bench_*.py")}
     problems += [f"no target: bench_{name}.py" for name in sorted(benches - ops - OTHER_BENCHMARKS)]
     found = {stem for stem in _stems(root / "dsv4_jax/ops", "*.py") if not stem.startswith("_")}
@@ -185,7 +187,7 @@ def test_no_size_bytes() -> None:
         assert not re.search(r"\bsize_bytes\b", code_only(path.read_text("utf-8"))), path.name
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [*OPS, "program"])
 def test_every_binding_declares_the_abi(op: str) -> None:
     code = code_only((ROOT / "ffi" / op / f"{op}_ffi.cc").read_text("utf-8"))
     assert len(bindings(code)) >= 2  # one for each platform

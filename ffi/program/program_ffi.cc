@@ -20,6 +20,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "common/program.h"
@@ -56,28 +57,41 @@ namespace {
 
 using Code = ffi::Span<const int32_t>;
 
+// Gives 0 once it has failed.
 class Reader {
  public:
   explicit Reader(Code code) : at_(code.begin()), end_(code.end()) {}
 
   int32_t Next() {
-    if (at_ < end_) return *at_++;
-    failed_ = true;
-    return 0;
+    if (at_ == end_) Fail(kEndsWithin);
+    return failed() ? 0 : *at_++;
   }
   // Below `limit`.
-  int32_t Next(size_t limit) {
+  int32_t Next(size_t limit, const char* what) {
     const int32_t value = Next();
-    if (value >= 0 && static_cast<size_t>(value) < limit) return value;
-    failed_ = true;
-    return 0;
+    if (!failed() && (value < 0 || static_cast<size_t>(value) >= limit)) {
+      Fail(std::string(what) + " must be in [0, " + std::to_string(limit) + "), got " +
+           std::to_string(value));
+    }
+    return failed() ? 0 : value;
   }
-  bool failed() const { return failed_; }
+  // Of things that take a number each or more.
+  size_t Count() {
+    const int32_t value = Next();
+    if (value < 0 || static_cast<size_t>(value) > left()) Fail(kEndsWithin);
+    return failed() ? 0 : static_cast<size_t>(value);
+  }
+  void Fail(std::string why) {
+    if (why_.empty()) why_ = std::move(why);
+  }
+  bool failed() const { return !why_.empty(); }
+  const std::string& why() const { return why_; }
   size_t left() const { return static_cast<size_t>(end_ - at_); }
 
  private:
+  static constexpr char kEndsWithin[] = "code must hold all of its calls, it ends within one";
   const int32_t *at_, *end_;
-  bool failed_ = false;
+  std::string why_;
 };
 
 // One call, and the frame that its handler reads, which points into this.
@@ -102,6 +116,7 @@ struct Call {
 struct Buffer {
   void* data;
   ffi::DataType dtype;
+  int64_t elements;
 };
 
 std::vector<std::string_view> Lines(std::string_view text) {
@@ -122,24 +137,38 @@ const Target* Find(std::string_view name) {
   return nullptr;
 }
 
-void ReadCalls(Reader& reader, size_t n_calls, std::vector<int32_t>& calls) {
-  const size_t n = static_cast<size_t>(reader.Next(n_calls + 1));
-  for (size_t i = 0; i < n; ++i) calls.push_back(reader.Next(n_calls));
+// Calls before this one.
+void ReadCalls(Reader& reader, size_t before, std::vector<int32_t>& calls) {
+  const size_t n = reader.Count();
+  for (size_t i = 0; i < n && !reader.failed(); ++i) {
+    calls.push_back(reader.Next(before, "call to wait for"));
+  }
 }
 
 // Shapes of buffers, whose data and dtypes are known already.
 void ReadBuffers(Reader& reader, const std::vector<Buffer>& buffers, std::vector<int32_t>& which,
                  Call& call) {
-  const size_t n = static_cast<size_t>(reader.Next(reader.left() + 1));
+  const size_t n = reader.Count();
   for (size_t i = 0; i < n && !reader.failed(); ++i) {
-    const int32_t buffer = reader.Next(buffers.size());
-    const size_t rank = static_cast<size_t>(reader.Next(reader.left() + 1));
+    const int32_t buffer = reader.Next(buffers.size(), "buffer");
+    const size_t rank = reader.Count();
+    if (reader.failed()) return;
+    const Buffer& from = buffers[static_cast<size_t>(buffer)];
+    int64_t elements = 1;
+    for (size_t d = 0; d < rank; ++d) {
+      const int32_t dim = reader.Next(size_t{1} << 31, "dim");
+      // Short of overflow: no buffer has as many.
+      elements = elements > INT64_MAX / (int64_t{dim} + 1) ? INT64_MAX : elements * dim;
+      call.dims.push_back(dim);
+    }
+    if (!reader.failed() && elements != from.elements) {
+      reader.Fail("buffer " + std::to_string(buffer) + " must have its shape's " +
+                  std::to_string(elements) + " elements, got " + std::to_string(from.elements));
+    }
+    if (reader.failed()) return;
     XLA_FFI_Buffer view = {};
     view.struct_size = XLA_FFI_Buffer_STRUCT_SIZE;
     view.rank = static_cast<int64_t>(rank);
-    for (size_t d = 0; d < rank; ++d) call.dims.push_back(reader.Next());
-    if (reader.failed()) return;
-    const Buffer& from = buffers[static_cast<size_t>(buffer)];
     view.data = from.data;
     view.dtype = static_cast<XLA_FFI_DataType>(from.dtype);
     call.buffers.push_back(view);
@@ -148,10 +177,10 @@ void ReadBuffers(Reader& reader, const std::vector<Buffer>& buffers, std::vector
 }
 
 void ReadAttributes(Reader& reader, const std::vector<std::string_view>& names, Call& call) {
-  const size_t n = static_cast<size_t>(reader.Next(reader.left() + 1));
+  const size_t n = reader.Count();
   for (size_t i = 0; i < n && !reader.failed(); ++i) {
-    const int32_t name = reader.Next(names.size());
-    const bool is_float = reader.Next(2) != 0;
+    const int32_t name = reader.Next(names.size(), "name");
+    const bool is_float = reader.Next(2, "is_float") != 0;
     call.values.push_back(reader.Next());
     if (reader.failed()) return;
     const std::string_view text = names[static_cast<size_t>(name)];
@@ -200,8 +229,10 @@ ffi::Error Run(const Caller& caller, XLA_FFI_Handler* handler, Call& call) {
                  call.attributes.data()};
   XLA_FFI_Error* const error = handler(&frame);
   if (error == nullptr) return ffi::Error::Success();
-  const std::string message = ffi::internal::GetErrorMessage(caller.api, error);
+  std::string message = ffi::internal::GetErrorMessage(caller.api, error);
   ffi::internal::DestroyError(caller.api, error);
+  // XLA, which decodes the frame, names no op.
+  if (message.rfind("dsv4.", 0) != 0) message = std::string(call.target->name) + ": " + message;
   return ffi::Error(ffi::ErrorCode::kInternal, message);
 }
 
@@ -213,36 +244,37 @@ ffi::Error Parse(int32_t abi, std::string_view names, Code code, const ffi::Rema
   for (size_t i = 0; i < operands.size(); ++i) {
     auto operand = operands.get<ffi::AnyBuffer>(i);
     if (!operand) return InvalidArgument(kOp, "operands must be buffers");
-    buffers.push_back({operand->untyped_data(), operand->element_type()});
+    buffers.push_back({operand->untyped_data(), operand->element_type(),
+                       static_cast<int64_t>(operand->element_count())});
   }
   for (size_t i = 0; i < results.size(); ++i) {
     auto result = results.get<ffi::AnyBuffer>(i);
     if (!result) return InvalidArgument(kOp, "results must be buffers");
-    buffers.push_back({(*result)->untyped_data(), (*result)->element_type()});
+    buffers.push_back({(*result)->untyped_data(), (*result)->element_type(),
+                       static_cast<int64_t>((*result)->element_count())});
   }
   Reader reader(code);
-  const size_t n = static_cast<size_t>(reader.Next(reader.left() + 1));
-  calls.resize(n);
-  for (Call& call : calls) {
-    const size_t target = static_cast<size_t>(reader.Next(lines.size()));
+  calls.resize(reader.Count());
+  for (size_t i = 0; i < calls.size() && !reader.failed(); ++i) {
+    Call& call = calls[i];
+    const size_t target = static_cast<size_t>(reader.Next(lines.size(), "target"));
     if (reader.failed()) break;
     call.target = Find(lines[target]);
     if (call.target == nullptr) {
       return InvalidArgument(
           kOp, "calls must be of this library's targets, got " + std::string(lines[target]));
     }
-    call.lane = reader.Next(kLanes);
-    call.signals = reader.Next(2) != 0;
-    ReadCalls(reader, n, call.waits);
-    ReadCalls(reader, n, call.late);
+    call.lane = reader.Next(kLanes, "lane");
+    call.signals = reader.Next(2, "signals") != 0;
+    ReadCalls(reader, i, call.waits);
+    ReadCalls(reader, i, call.late);
     ReadBuffers(reader, buffers, call.read, call);
     ReadBuffers(reader, buffers, call.made, call);
     ReadAttributes(reader, lines, call);
     Connect(call);
   }
-  if (reader.failed() || reader.left() > 0) {
-    return InvalidArgument(kOp, "code must end with its last call");
-  }
+  if (!reader.failed() && reader.left() > 0) reader.Fail("code must end with its last call");
+  if (reader.failed()) return InvalidArgument(kOp, reader.why());
   return ffi::Error::Success();
 }
 
@@ -399,8 +431,9 @@ cudaError_t Launch(const Caller& caller, cudaStream_t stream, const std::vector<
 
 #endif
 
-ffi::Error CudaImpl(CudaStream stream, Caller caller, int32_t abi, std::string_view names,
-                    Code code, ffi::RemainingArgs operands, ffi::RemainingRets results) {
+ffi::Error CudaImpl(CudaStream stream, [[maybe_unused]] Caller caller, int32_t abi,
+                    std::string_view names, Code code, ffi::RemainingArgs operands,
+                    ffi::RemainingRets results) {
   std::vector<Buffer> buffers;
   std::vector<Call> calls;
   DSV4_RETURN_IF_ERROR(Parse(abi, names, code, operands, results, buffers, calls));

@@ -34,6 +34,7 @@ from dsv4_jax.ops.query_finish import query_finish
 from dsv4_jax.ops.rmsnorm_fp8 import rmsnorm_fp8
 from dsv4_jax.ops.rmsnorm_nvfp4 import rmsnorm_nvfp4
 from dsv4_jax.ops.router import router
+from dsv4_jax.program import fused
 from dsv4_jax.quant.fp8 import Fp8
 from dsv4_jax.quant.kv import IndexRows, KvRows
 from dsv4_jax.typing import E2M1, E4M3, UE8M0
@@ -434,6 +435,24 @@ def _mhc() -> Iterator[Any]:
         yield mhc(streams, write, None, iters=1, **eps)
 
 
+def _program() -> Iterator[Any]:
+    """Two lanes; the last call waits for both, and writes in place what one of them made."""
+
+    @jax.jit
+    @fused
+    def calls(x: Any, weights: list[Any], slots: Any) -> Any:
+        first, second = (dense_linear(x, w, dtype=jnp.bfloat16) for w in weights)
+        shape = (1, *first.shape)
+        return cache_write(first.reshape(shape), second.reshape(shape), slots), second
+
+    rng = np.random.default_rng(0)
+    for t, d in ((3, 256), (130, 512)):
+        x, *weights = (
+            jnp.asarray(rng.standard_normal((rows, d)), jnp.bfloat16) for rows in (t, d, d)
+        )
+        yield calls(x, weights, jnp.arange(t)[None, ::-1])
+
+
 CASES: dict[str, Callable[[], Iterator[Any]]] = {
     "dsv4.attention": _attention,
     "dsv4.cache_write": _cache_write,
@@ -447,6 +466,7 @@ CASES: dict[str, Callable[[], Iterator[Any]]] = {
     "dsv4.fp8_linear": _fp8_linear,
     "dsv4.mxfp4_linear": _mxfp4_linear,
     "dsv4.nvfp4_linear": _nvfp4_linear,
+    "dsv4.program": _program,
     "dsv4.query_finish": _query_finish,
     "dsv4.rmsnorm_fp8": _rmsnorm_fp8,
     "dsv4.rmsnorm_nvfp4": _rmsnorm_nvfp4,

@@ -50,6 +50,7 @@ from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.typing import E2M1, E4M3, UE8M0
 from reference import cache_write as reference_cache_write
 from tests.support.models import golden_model
+from tests.support.programs import OPS
 
 SWA, HCA, CSA = LayerKind.SWA, LayerKind.HCA, LayerKind.CSA
 
@@ -607,6 +608,15 @@ def test_the_steps_of_generate_write_in_place() -> None:
     assert copied_leaves(program, arguments["cache"], len(Feed._fields)) == []
 
 
+def test_programs_write_in_place() -> None:
+    """As the steps are on a GPU: a call for each layer, and the same buffers."""
+    arguments = loop_arguments(flash("official")) | {"programs": True}
+    program = Program(decode_steps.trace(**arguments).lower(lowering_platforms=("cuda",)))
+    layers: list[int | None] = [None, *range(LAYERS)]
+    assert wrong_calls(program, {layer: Counter(program=1) for layer in layers}) == []
+    assert copied_leaves(program, arguments["cache"], len(Feed._fields)) == []
+
+
 def store(s: int) -> IndexRows:
     """Indexer keys of eight sequences."""
     key, scale = (8, s, 128), (8, s, 4)
@@ -756,7 +766,7 @@ WITHIN = {"router": Counter(dense_linear=1)}
 """Ops that an op calls."""
 
 
-@pytest.mark.parametrize("op", [target.removeprefix("dsv4.") for target in library.targets()])
+@pytest.mark.parametrize("op", OPS)
 def test_an_op_alone_is_its_call(op: str) -> None:
     function, operands = LARGE[op]
     traced = jax.jit(function).trace(*operands)
