@@ -38,6 +38,7 @@ __all__ = [
     "default_chunk",
     "generate",
     "prefill",
+    "prefill_chunk",
     "stream",
 ]
 
@@ -62,9 +63,10 @@ class Model(Protocol):
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames=("cache", "last"))
-def _prefill_chunk(
+def prefill_chunk(
     model: Model, params: Params, tokens: Array, cache: Cache, num_tokens: Array, last: Array
 ) -> tuple[Array, Cache]:
+    """One call of a prefill: logits of each row's last real token, or ``last`` of rows without."""
     logits, cache = model.apply(
         {"params": params}, tokens, cache, num_tokens=num_tokens, logits="last"
     )
@@ -169,7 +171,7 @@ def prefill(
         part = ids[:, start : start + width]
         chunk[:, : part.shape[1]] = part
         here = np.clip(counts - start, 0, width).astype(np.int32)
-        logits, cache = _prefill_chunk(
+        logits, cache = prefill_chunk(
             model=model, params=params, tokens=chunk, cache=cache, num_tokens=here, last=logits
         )
     return logits, cache

@@ -9,12 +9,20 @@ import numpy as np
 
 from dsv4_jax.bench.profile import WITHOUT_GRAPHS, Launch, launches_of, op_names, traced
 from dsv4_jax.bench.weights import random_cache
-from dsv4_jax.generate import prefill
+from dsv4_jax.generate import prefill, prefill_chunk
 from dsv4_jax.loop import STEPS, Feed, Made, Settings, decode_steps, stop_ids
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.typing import Params
 
-__all__ = ["WARM_CALLS", "Loop", "Times", "profiled", "time_decode", "time_prefill"]
+__all__ = [
+    "WARM_CALLS",
+    "Loop",
+    "Times",
+    "profiled",
+    "profiled_prefill",
+    "time_decode",
+    "time_prefill",
+]
 
 WARM_CALLS = 3
 """The first call loads the program, the second may capture its launches, the third replays them."""
@@ -146,3 +154,31 @@ def time_prefill(
             raise ValueError("bench: prefill: logits must be finite, got NaN or Inf")
         del cache
     return Times.of(times[1:]), times[0]
+
+
+def profiled_prefill(model: Any, params: Params, rows: int, tokens: int) -> list[Launch]:
+    """The launches of the one call, without graphs, that appends as many tokens to an empty cache.
+
+    Raises:
+        ValueError: the profile holds no launches of a GPU, or none that belongs to a layer.
+    """
+    vocab = model.config.vocab_size
+    fixed: dict[str, Any] = {
+        "params": params,
+        "tokens": np.random.default_rng(0).integers(0, vocab, (rows, tokens), np.int32),
+        "num_tokens": np.full(rows, tokens, np.int32),
+    }
+
+    def fresh() -> dict[str, Any]:
+        cache = model.init_cache(batch_size=rows, max_len=tokens)
+        return {"cache": cache, "last": jax.device_put(np.zeros((rows, vocab), np.float32))}
+
+    compiled = prefill_chunk.lower(model=model, **fixed, **fresh()).compile(WITHOUT_GRAPHS)
+    for _ in range(WARM_CALLS):
+        jax.block_until_ready(compiled(**fixed, **fresh()))
+    given = jax.block_until_ready(fresh())
+    profile = traced(lambda: jax.block_until_ready(compiled(**fixed, **given)))
+    launches = launches_of(profile, op_names(compiled.as_text() or ""))
+    if model.config.num_hidden_layers and all(launch.layer is None for launch in launches):
+        raise ValueError("bench: no launch of the prefill's profile could be traced to its layer")
+    return launches

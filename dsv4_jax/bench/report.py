@@ -22,8 +22,15 @@ from dsv4_jax.bench.floor import (
     decode_bytes,
     prefill_work,
 )
-from dsv4_jax.bench.measure import WARM_CALLS, Loop, profiled, time_decode, time_prefill
-from dsv4_jax.bench.profile import layer_rows
+from dsv4_jax.bench.measure import (
+    WARM_CALLS,
+    Loop,
+    profiled,
+    profiled_prefill,
+    time_decode,
+    time_prefill,
+)
+from dsv4_jax.bench.profile import Launch, layer_rows
 from dsv4_jax.bench.weights import random_params
 from dsv4_jax.checkpoint.memory import Need, Plan, available
 from dsv4_jax.config import LayerKind, ModelConfig
@@ -53,7 +60,7 @@ class Settings:
         prefill: tokens of a prompt to be timed; 0: none.
         chunk: tokens of a row in a call of the prefill; default: as `prefill` does it.
         tokens: steps to be timed, a multiple of `STEPS` at least.
-        profile: whether to profile the launches (on a GPU).
+        profile: whether to profile the launches of a step and of a prefill's first call (on a GPU).
 
     Raises:
         ValueError: a number is out of range.
@@ -186,12 +193,8 @@ def _by_models(
     return {kind: us([layer]) - none for kind, layer in kinds.items()}, none
 
 
-def _by_profile(
-    model: Any, params: dict[str, Any], settings: Settings, context: int
-) -> dict[str, Any]:
+def _by_place(launches: list[Launch], steps: int, config: ModelConfig) -> dict[str, Any]:
     """Launches of a step: by kind of layer, and outside of layers."""
-    launches, steps = profiled(model, params, settings.batch, context, _PROFILED_CALLS)
-    config: ModelConfig = model.config
     places: dict[str, list[int | None]] = {}
     for layer in range(config.num_hidden_layers):
         places.setdefault(config.layer_kind(layer).name, []).append(layer)
@@ -274,7 +277,11 @@ def run(**settings: Any) -> dict[str, Any]:
     prompt = _prefill(model, params, chosen) if chosen.prefill else None
     memory = _memory(loop)
     del loop
-    profile = _by_profile(model, params, chosen, context) if chosen.profile else None
+    profile = None
+    if chosen.profile:
+        profile = _by_place(
+            *profiled(model, params, chosen.batch, context, _PROFILED_CALLS), config
+        )
     if profile is None:
         kinds_us, outside_us = _by_models(model, params, chosen, context)
     else:
@@ -344,6 +351,10 @@ def run(**settings: Any) -> dict[str, Any]:
 def _prefill(model: Any, params: dict[str, Any], settings: Settings) -> dict[str, Any]:
     rows, tokens, chunk = settings.batch, settings.prefill, settings.prefill_chunk
     times, first_s = time_prefill(model, params, rows, tokens, chunk)
+    profile = None
+    if settings.profile:
+        launches = profiled_prefill(model, params, rows, min(tokens, chunk))
+        profile = _by_place(launches, 1, model.config)
     return {
         "tokens": tokens,
         "chunk": chunk,
@@ -351,6 +362,7 @@ def _prefill(model: Any, params: dict[str, Any], settings: Settings) -> dict[str
         "spread": times.spread,
         "tokens_per_s": rows * tokens * 1e6 / times.us,
         "first_s": first_s,
+        "profile": profile,
     }
 
 

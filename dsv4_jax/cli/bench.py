@@ -88,6 +88,8 @@ def _print(report: dict[str, Any]) -> None:
     console.print(_layers(report))
     for name, place in (report["profile"] or {}).items():
         console.print(_ops(name, place))
+    for name, place in ((prompt and prompt["profile"]) or {}).items():
+        console.print(_ops(f"prefill, {name}", place))
     rate = report["ceilings"]["read"] / 1e9
     peak = "not available" if memory["peak_bytes"] is None else f"{memory['peak_bytes'] / 1e6:,.1f}"
     lines = [

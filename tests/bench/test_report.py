@@ -225,6 +225,33 @@ def test_profile(fake_times: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "between launches" in (tmp_path / "docs" / "step.svg").read_text("utf-8")
 
 
+def test_profile_of_a_prefill(fake_times: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its first call, beside that of a step."""
+    asked: list[tuple[int, int]] = []
+
+    def profiled_prefill(model: Any, params: Any, rows: int, tokens: int) -> list[Launch]:
+        asked.append((rows, tokens))
+        return launches()
+
+    monkeypatch.setattr(report, "profiled", lambda *_: (launches(), 2))
+    monkeypatch.setattr(report, "profiled_prefill", profiled_prefill)
+    monkeypatch.setattr(report, "time_prefill", lambda *_: (Times(100.0, 0.0), 1.0))
+    monkeypatch.setattr(report, "_is_gpu", lambda: True)
+    found = run(model=str(TINY), layers=3, batch=2, prefill=40, chunk=16, profile=True)
+    assert asked == [(2, 16)]
+    profile = found["prefill"]["profile"]
+    assert {name: place["launches"] for name, place in profile.items()} == {
+        "SWA": 16,
+        "CSA": 16,
+        "HCA": 16,
+        "outside": 4,
+    }
+    result = invoke(TINY, "--layers", 3, "--prefill", 8, "--profile")
+    assert result.exit_code == 0, result.stderr
+    assert "prefill, CSA: 32.0 us in launches" in result.stdout
+    assert run(model=str(TINY), layers=3, prefill=8)["prefill"]["profile"] is None
+
+
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match=r"dsv4_jax\[train\]"):
