@@ -130,12 +130,10 @@ inline cudaLaunchAttribute Dependent(bool may) {
   return attribute;
 }
 
-// As LaunchDependent, of the first kernel of an op, which waits before it lets the next one begin:
-// so nothing behind it has to know what is ahead. Dependent in a program alone.
 template <typename... Params, typename... Args>
-cudaError_t LaunchFirst(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes,
-                        cudaStream_t stream, int cluster, const Args&... args) {
-  cudaLaunchAttribute attributes[2] = {Dependent(CurrentProgram() != nullptr), ClusterOf(cluster)};
+cudaError_t LaunchKernel(bool dependent, void (*kernel)(Params...), dim3 grid, int threads,
+                         int shared_bytes, cudaStream_t stream, int cluster, const Args&... args) {
+  cudaLaunchAttribute attributes[2] = {Dependent(dependent), ClusterOf(cluster)};
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
@@ -146,18 +144,19 @@ cudaError_t LaunchFirst(void (*kernel)(Params...), dim3 grid, int threads, int s
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
+// As LaunchDependent, of the first kernel of an op, which waits before it lets the next one begin:
+// so nothing behind it has to know what is ahead. Dependent in a program alone.
+template <typename... Params, typename... Args>
+cudaError_t LaunchFirst(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes,
+                        cudaStream_t stream, int cluster, const Args&... args) {
+  return LaunchKernel(CurrentProgram() != nullptr, kernel, grid, threads, shared_bytes, stream,
+                      cluster, args...);
+}
+
 template <typename Params>
 cudaError_t LaunchDependent(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes,
                             cudaStream_t stream, const Params& params, int cluster = 1) {
-  cudaLaunchAttribute attributes[2] = {Dependent(true), ClusterOf(cluster)};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = cluster > 1 ? 2 : 1;
-  return cudaLaunchKernelEx(&config, kernel, params);
+  return LaunchKernel(true, kernel, grid, threads, shared_bytes, stream, cluster, params);
 }
 
 // Clusters of a kernel that run at once on the current device.
