@@ -25,7 +25,7 @@ except ImportError as error:
         f"reference/ works without it"
     ) from error
 
-__all__ = ["build_info", "call", "call_program", "cuda_driver", "launch_counts", "targets"]
+__all__ = ["build_info", "call", "cuda_driver", "launch_counts", "targets"]
 
 ABI = 4
 """Version of the contract between the op modules and the handlers (``kAbi`` in ffi/common)."""
@@ -81,12 +81,12 @@ def call(
     *operands: Array,
     aliases: Mapping[int, int] | None = None,
     vmap: Literal["broadcast_all", "sequential"] = "sequential",
-    **attributes: np.generic,
+    **attributes: np.generic | np.ndarray | str,
 ) -> list[Array]:
     """Calls ``dsv4.<op>``; ``aliases`` maps operands to the results that share their buffer.
 
     ``vmap``: whether the handler takes further leading axes or is called once per element.
-    Attributes must be numpy scalars: a handler decodes them by exact type.
+    Attributes must be numpy scalars or arrays, or text: a handler decodes them by exact type.
     """
     target = jax.ffi.ffi_call(
         f"dsv4.{op}",
@@ -95,21 +95,6 @@ def call(
         vmap_method=vmap,
     )
     return list(target(*operands, abi=np.int32(ABI), **attributes))
-
-
-def call_program(
-    results: Sequence[jax.ShapeDtypeStruct],
-    operands: Sequence[Array],
-    *,
-    aliases: Mapping[int, int],
-    names: str,
-    code: np.ndarray,
-) -> list[Array]:
-    """Calls ``dsv4.program``, which makes the calls that ``names`` and ``code`` say."""
-    target = jax.ffi.ffi_call(
-        "dsv4.program", list(results), input_output_aliases=dict(aliases), vmap_method="sequential"
-    )
-    return list(target(*operands, abi=np.int32(ABI), names=names, code=code))
 
 
 check_versions(build_info(), _jaxlib)

@@ -21,6 +21,7 @@ import numpy as np
 from jax.extend import core
 
 from dsv4_jax import library
+from dsv4_jax.ops.moe import late_operands
 
 __all__ = ["fused"]
 
@@ -31,7 +32,6 @@ _CALL_US: Final = 5.0
 _BYTES_A_US: Final = 3e6
 _MOST_BYTES: Final = 64 << 20
 """Of a call that counts: experts are not read whole."""
-_NVFP4: Final = 3  # WeightForm::kNvfp4
 
 
 P = ParamSpec("P")
@@ -147,9 +147,8 @@ class _Collector:
 
     def _bind(self, eqn: core.JaxprEqn, operands: list[Any], scope: str) -> Sequence[Any]:
         params: Any = eqn.primitive.get_bind_params(eqn.params)
-        functions, params = (
-            params if isinstance(params, tuple) else ((), params)
-        )  # by JAX's version
+        # As the version of JAX has it.
+        functions, params = params if isinstance(params, tuple) else ((), params)
         with jax.named_scope(scope), eqn.ctx.manager:
             results = eqn.primitive.bind(*functions, *operands, **params)
         return results if eqn.primitive.multiple_results else [results]
@@ -248,7 +247,9 @@ class _Collector:
         names, code = _encode(calls, number)
         shapes = [jax.ShapeDtypeStruct(r.shape, r.dtype) for r in results]
         with jax.named_scope(layer or "calls"):
-            made = library.call_program(shapes, operands, aliases=aliases, names=names, code=code)
+            made = library.call(
+                "program", shapes, *operands, aliases=aliases, names=names, code=code
+            )
         for view in held:
             index = view.buffer.index
             view.buffer.value = made[place[index] if index < 0 else index]
@@ -309,11 +310,9 @@ def _has_calls(traced: core.ClosedJaxpr) -> bool:
 
 def _late(eqn: core.JaxprEqn) -> frozenset[int]:
     """Operands that only the last launches of a call read, behind an ``AwaitLate``."""
-    attributes = dict(eqn.params["attributes"])
-    if eqn.params["target_name"] != "dsv4.moe" or not attributes["has_shared"]:
+    if eqn.params["target_name"] != "dsv4.moe":
         return frozenset()
-    leaves = 3 if attributes["form"] == _NVFP4 else 2
-    return frozenset({4 + 3 * leaves})  # shared, behind x, picks, valid and three weights
+    return late_operands(dict(eqn.params["attributes"]))
 
 
 def _assign_lanes(calls: Sequence[_Call]) -> None:

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -126,11 +127,15 @@ def profiled(
     """
     loop = _loop(model, params, rows, context, WARM_CALLS + calls, graphs=False)
     loop.seconds(WARM_CALLS)
-    profile = traced(lambda: loop.seconds(calls))
-    launches = launches_of(profile, op_names(loop.compiled.as_text() or ""))
+    return _launches(model, loop.compiled, lambda: loop.seconds(calls)), calls * STEPS
+
+
+def _launches(model: Any, compiled: Any, run: Callable[[], object]) -> list[Launch]:
+    """Of ``run``, which calls the program."""
+    launches = launches_of(traced(run), op_names(compiled.as_text() or ""))
     if model.config.num_hidden_layers and all(launch.layer is None for launch in launches):
         raise ValueError("bench: no launch of the profile could be traced to its layer")
-    return launches, calls * STEPS
+    return launches
 
 
 def time_prefill(
@@ -177,8 +182,4 @@ def profiled_prefill(model: Any, params: Params, rows: int, tokens: int) -> list
     for _ in range(WARM_CALLS):
         jax.block_until_ready(compiled(**fixed, **fresh()))
     given = jax.block_until_ready(fresh())
-    profile = traced(lambda: jax.block_until_ready(compiled(**fixed, **given)))
-    launches = launches_of(profile, op_names(compiled.as_text() or ""))
-    if model.config.num_hidden_layers and all(launch.layer is None for launch in launches):
-        raise ValueError("bench: no launch of the prefill's profile could be traced to its layer")
-    return launches
+    return _launches(model, compiled, lambda: jax.block_until_ready(compiled(**fixed, **given)))

@@ -38,7 +38,7 @@ KERNEL_FORMATS = ("mxfp4_w4a8", "mxfp4_w4a16", "nvfp4_w4a4", "nvfp4_w4a8", "nvfp
 """Formats that have a kernel, for BF16 activations."""
 
 # Values of the C++ enum (ffi/common/linear.h).
-_WEIGHT_FORM = {"mxfp4": np.int32(2), "nvfp4": np.int32(3)}
+_WEIGHT_FORM: dict[WeightFormat, np.int32] = {"mxfp4": np.int32(2), "nvfp4": np.int32(3)}
 _INT32 = jnp.iinfo(jnp.int32)
 
 
@@ -184,6 +184,15 @@ def moe(
         limit=np.float32(limit),
     )
     return y
+
+
+def late_operands(attributes: Mapping[str, np.generic]) -> frozenset[int]:
+    """Places of the operands of the foreign call that only its last launch reads: ``shared``."""
+    if not attributes["has_shared"]:
+        return frozenset()
+    stored, forms = attributes["form"], _WEIGHT_FORM.items()
+    leaves = next(1 + len(SCALE_LEAVES[form]) for form, number in forms if number == stored)
+    return frozenset({4 + 3 * leaves})  # behind x, picks, their weights, valid and three stacks
 
 
 def _scratch_bytes(t: int, k: int, experts: int, dim: int, inter: int) -> int:

@@ -484,7 +484,6 @@ cudaError_t LinearTiles(WeightForm form, const LinearParams* parts, int n_parts,
       gemm.raw_scale = few[p].x_scale;
       gemm.raw_up = few[p].up;
       gemm.limit = few[p].limit;
-      gemm.weights_first = weights_first;
       raw[n_raw++] = gemm;
     } else {
       gemms[n_gemms++] = gemm;

@@ -1,11 +1,19 @@
 """The public surface on a GPU: same meaning as on the CPU, equal up to the order of FP32 sums."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import dsv4_jax
+from dsv4_jax.bench.floor import cut
+from dsv4_jax.bench.weights import random_cache, random_params
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.loop import step_model
+from dsv4_jax.model import DeepseekV4
+from dsv4_jax.precision import Precision
 from tests.support.models import append, golden_ids, run_in_chunks, three_layers
 
 pytestmark = pytest.mark.gpu
@@ -53,6 +61,32 @@ def test_same_call_twice_is_bitwise_equal():
     first, _ = run_in_chunks(model, params, ids, 129, model.init_cache(2, 288))
     second, _ = run_in_chunks(model, params, ids, 129, model.init_cache(2, 288))
     np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("preset", ["official", "nvfp4"])
+def test_programs_have_the_bits_of_single_calls(preset):
+    """Four layers of Flash, random weights and caches; rows that take part and rows that do not."""
+    config = cut(ModelConfig.flash(), range(4))
+    model = DeepseekV4(config, Precision.preset(preset))
+    params = random_params(config, model.precision)
+    step = jax.jit(
+        functools.partial(step_model, model), static_argnames="programs", donate_argnames="cache"
+    )
+
+    def run(rows, programs):
+        cache = random_cache(model, rows, 4096 + 64, 4090)
+        tokens, found = jnp.arange(rows) + 5, []
+        for i in range(24):
+            takes = jnp.arange(rows) % 7 != i % 5
+            logits, cache = step(
+                params=params, tokens=tokens, cache=cache, takes=takes, programs=programs
+            )
+            tokens = jnp.argmax(logits, -1)
+            found.append(np.asarray(logits))
+        return np.stack(found)
+
+    for rows in (1, 4, 8, 12, 32, 128):
+        np.testing.assert_array_equal(run(rows, True), run(rows, False), err_msg=f"{rows} rows")
 
 
 def test_surface_and_donation():

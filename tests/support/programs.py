@@ -80,19 +80,16 @@ def _read(names: str, code: np.ndarray) -> tuple[Call, ...]:
 def record(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
     """Gets every program that is traced from here on."""
     programs: list[Program] = []
-    real = library.call_program
+    real = library.call
 
     def spy(
-        results: Sequence[jax.ShapeDtypeStruct],
-        operands: Sequence[Any],
-        *,
-        aliases: dict[int, int],
-        names: str,
-        code: np.ndarray,
+        op: str, results: Sequence[jax.ShapeDtypeStruct], *operands: Any, **settings: Any
     ) -> list[jax.Array]:
-        calls = _read(names, code)
-        programs.append(Program(calls, tuple(results), len(operands), aliases, names, code))
-        return real(results, operands, aliases=aliases, names=names, code=code)
+        if op == "program":
+            names, code, aliases = (settings[name] for name in ("names", "code", "aliases"))
+            calls = _read(names, code)
+            programs.append(Program(calls, tuple(results), len(operands), aliases, names, code))
+        return real(op, results, *operands, **settings)
 
-    monkeypatch.setattr(library, "call_program", spy)
+    monkeypatch.setattr(library, "call", spy)
     return programs
