@@ -407,11 +407,10 @@ void SetWidths(TileGemm* gemms, int count) {
 // Whether the kernel of few tokens lays out x itself; else one of its own does, into scratch.
 bool TakesRaw(const LinearParams& params, const TileGemm& gemm) {
   const bool rounded = params.act != ActForm::kBf16 && params.x_scale == nullptr;
-  const bool scaled = params.act == ActForm::kNvfp4 && params.act_scale == nullptr;
   return gemm.width == kRawWidth && !params.x_float32 &&
          (reinterpret_cast<uintptr_t>(params.x) | reinterpret_cast<uintptr_t>(params.up)) % 16 ==
              0 &&
-         !scaled && params.t <= (rounded ? kRoundedTokens : kRawWidth) && HopperTakes(gemm);
+         params.t <= (rounded ? kRoundedTokens : kRawWidth) && HopperTakes(gemm);
 }
 
 // x into scratch, as the products of this width read it.

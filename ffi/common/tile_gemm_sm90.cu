@@ -105,6 +105,7 @@ __global__ void __launch_bounds__(kRawThreads, 3)
   __shared__ uint64_t barriers[2 * kMaxSlots];  // full, then empty
   __shared__ uint2 tables[kTables];
   __shared__ float x_scale[kRawWidth];
+  __shared__ alignas(16) RawLargest largest;
   Unit unit = {{}, blockIdx.y, blockIdx.x >> args.cluster_log, 0};
   args.FindPart(unit);
   // The kernel ahead is any, and may have written what is read here, weights and picks included.
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(kRawThreads, 3)
     if constexpr (kTrade) asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
     const int warp = static_cast<int>(threadIdx.x) / 32 - 5;
     if (warp >= 0) {
-      LayOutRaw<kForm, kFp8Mma, kInput>(args, feed, unit, warp, x_scale);
+      LayOutRaw<kForm, kFp8Mma, kInput>(args, feed, unit, warp, x_scale, largest);
     } else if (threadIdx.x == 128) {
       feed.FillWeights();
     }
@@ -144,6 +145,9 @@ __global__ void __launch_bounds__(kRawThreads, 3)
   }
   if constexpr (kTrade) asm volatile("setmaxnreg.inc.sync.aligned.u32 96;");
   LetNextBegin();
+  if constexpr (kForm == WeightForm::kNvfp4) {
+    if (args.act == ActForm::kNvfp4 && args.act_scale == nullptr) FindLargest(args, unit, largest);
+  }
   if constexpr (kFp8Mma) {
     MultiplyFp8<kForm, false, kRawWidth>(args, feed, tables, unit);
   } else {

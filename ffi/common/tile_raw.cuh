@@ -20,6 +20,10 @@ constexpr int kRawAhead = kInput != Input::kGated && (kFp8Mma || kForm == Weight
                               ? 4
                               : 2;
 
+// Of these, chunks that are rounded side by side: for NVFP4 that is code enough for one.
+template <WeightForm kForm, bool kFp8Mma, Input kInput>
+constexpr int kRawTogether = kForm == WeightForm::kNvfp4 ? 1 : kRawAhead<kForm, kFp8Mma, kInput>;
+
 // Lanes that take a token's inputs of a stage, and tokens that a warp takes at once.
 template <WeightForm kForm>
 constexpr int kRawLanes = kStageInputs<kForm> / kChunk;
@@ -45,28 +49,91 @@ struct RawPair {
   uint4 gate, up;
 };
 
+// The tile's first column of what lies as x does; others follow at `stride` bytes.
+struct RawRows {
+  const char* first;
+  int64_t stride;
+
+  __device__ __forceinline__ RawRows(const RawArgs& args, const Unit& unit, const void* x,
+                                     int element) {
+    const Tile& tile = unit.tile;
+    const int64_t groups = args.OutputOf(unit).groups, row_bytes = args.inputs * element;
+    // Which: of the tokens' group, or of a pick.
+    const int64_t row = args.picks.expert == nullptr ? tile.group
+                        : args.picks.share_x         ? unit.index / args.picks.of_token
+                                                     : unit.index;
+    first = static_cast<const char*>(x) + row * row_bytes;
+    stride = groups * row_bytes;
+  }
+};
+
+// NVFP4 activations that have a scale of their own: the largest magnitude of each of the tile's
+// columns, looked for by the warps that multiply, which would only wait for x.
+struct RawLargest {
+  uint32_t of_warp[kRawWidth][4];
+};
+
+constexpr int kRawFound = 2;  // named barrier: they are there
+
+__device__ __forceinline__ void FindLargest(const RawArgs& args, const Unit& unit,
+                                            RawLargest& largest) {
+  constexpr int kAtOnce = 8;  // chunks of a lane on their way
+  WaitForPrevious();
+  const RawRows rows(args, unit, args.x, 2);
+  for (int column = 0; column < unit.tile.count; ++column) {
+    const char* const row = rows.first + column * rows.stride;
+    uint32_t most = 0;
+    for (int64_t at = threadIdx.x * kChunk; at < args.inputs; at += kAtOnce * 128 * kChunk) {
+      uint4 words[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int64_t here = at + i * 128 * kChunk;
+        words[i] = here < args.inputs ? LoadRaw(row + here * 2) : make_uint4(0, 0, 0, 0);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const uint4 w = words[i];
+        most = MaxMagnitudes(most, MaxMagnitudes(MaxMagnitudes(w.x, w.y), MaxMagnitudes(w.z, w.w)));
+      }
+    }
+    const uint32_t bits = __reduce_max_sync(0xFFFFFFFFu, LargerOf(most));
+    if (threadIdx.x % 32 == 0) largest.of_warp[column][threadIdx.x / 32] = bits << 16;
+  }
+  asm volatile("bar.arrive %0, %1;" ::"n"(kRawFound), "n"(128 + 32 * kRawWarps) : "memory");
+}
+
+// The NVFP4 scale of column `lane`, by the warps that lay out x.
+__device__ __forceinline__ float RawScale(const RawArgs& args, const Unit& unit, int lane,
+                                          const RawLargest& largest) {
+  if (args.act_scale != nullptr) {
+    const int64_t group = args.picks.expert == nullptr ? 0 : unit.tile.group;
+    return StaticGlobalScale(__ldcg(args.act_scale + group));
+  }
+  asm volatile("bar.sync %0, %1;" ::"n"(kRawFound), "n"(128 + 32 * kRawWarps) : "memory");
+  const uint4 bits = *reinterpret_cast<const uint4*>(largest.of_warp[lane % kRawWidth]);
+  return TokenGlobalScale(__uint_as_float(max(max(bits.x, bits.y), max(bits.z, bits.w))));
+}
+
 // By the warps `warp` < kRawWarps; `x_scale`: in shared memory, of the tile's columns. Those who
 // read it wait for the first stage, on which the lanes that write it arrive.
 template <WeightForm kForm, bool kFp8Mma, Input kInput>
 __device__ __forceinline__ void LayOutRaw(const RawArgs& args,
                                           Feed<kForm, kFp8Mma, false, RawArgs> feed,
-                                          const Unit& unit, int warp, float* x_scale) {
+                                          const Unit& unit, int warp, float* x_scale,
+                                          const RawLargest& largest) {
   using Layout = Stage<kForm, kFp8Mma, false>;
   constexpr int kLanes = kRawLanes<kForm>, kAtOnce = kRawAtOnce<kForm>;
   constexpr int kAhead = kRawAhead<kForm, kFp8Mma, kInput>;
+  constexpr int kTogether = kRawTogether<kForm, kFp8Mma, kInput>;
   constexpr bool kCoded = kInput == Input::kCodes, kGated = kInput == Input::kGated;
   const Tile& tile = unit.tile;
   const int lane = threadIdx.x % 32, in = lane % kLanes * kChunk;
   const int deals = RawDeals(tile.count, kAtOnce);
   constexpr int kElement = kCoded ? 1 : 2;
   const int64_t groups = args.OutputOf(unit).groups;
-  const int64_t row_bytes = args.inputs * kElement, stride = groups * row_bytes;
-  // Which x: of the tokens' group, or of a pick.
-  const int64_t row = args.picks.expert == nullptr ? tile.group
-                      : args.picks.share_x         ? unit.index / args.picks.of_token
-                                                   : unit.index;
-  const char* const x = static_cast<const char*>(args.x) + row * row_bytes;
-  const char* const from = x + lane / kLanes * stride + in * kElement;
+  const RawRows rows(args, unit, args.x, kElement);
+  const int64_t stride = rows.stride;
+  const char* const from = rows.first + lane / kLanes * stride + in * kElement;
   WaitForPrevious();
 
   // The warp's deals of a stage begin with `deal`; those to load are some ahead.
@@ -104,20 +171,23 @@ __device__ __forceinline__ void LayOutRaw(const RawArgs& args,
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) words[i] = load();
 
-  float scale = 1.0f;
+  float scale = 1.0f;  // of column `lane`
   if constexpr (kForm == WeightForm::kNvfp4) {
     if (args.act == ActForm::kNvfp4) {
-      scale = StaticGlobalScale(__ldcg(args.act_scale));
+      scale = RawScale(args, unit, lane, largest);
       if (warp == 0 && lane < kRawWidth) x_scale[lane] = scale;
     }
   }
   const ActForm act = kForm == WeightForm::kBf16 ? ActForm::kBf16 : args.act;
   while (feed.stage < feed.stages) {
-    std::conditional_t<kFp8Mma, Fp8Line, uint4> lines[kAhead];
+    std::conditional_t<kFp8Mma, Fp8Line, uint4> lines[kTogether];
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
+    for (int i = 0; i < kTogether; ++i) {
       const auto now = words[i];
-      words[i] = load();
+#pragma unroll
+      for (int j = i; j < kAhead; j += kTogether) {
+        words[j] = j + kTogether < kAhead ? words[j + kTogether] : load();
+      }
       float v[kChunk];
       Fp8Chunk chunk;
       if constexpr (kCoded) {
@@ -139,12 +209,17 @@ __device__ __forceinline__ void LayOutRaw(const RawArgs& args,
         DecodeFp8(chunk, v);
         lines[i] = LineOf<kForm>(v, lane);
       } else {
-        RoundChunk(v, act, scale);
+        float of_column = 1.0f;
+        if constexpr (kForm == WeightForm::kNvfp4) {
+          static_assert(kAtOnce == 1 && kTogether == 1);  // a deal is a column
+          of_column = __shfl_sync(0xFFFFFFFFu, scale, deal);
+        }
+        RoundChunk(v, act, of_column);
         lines[i] = LineOf<kForm>(v, lane);
       }
     }
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
+    for (int i = 0; i < kTogether; ++i) {
       if (feed.stage >= feed.stages) break;
       feed.AwaitEmpty();
       char* const columns = feed.shared + feed.slot * feed.stage_bytes + Layout::kColumnsAt;

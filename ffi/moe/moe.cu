@@ -653,9 +653,8 @@ cudaError_t MoeCuda(const MoeParams& params, cudaStream_t stream) {
   };
 #ifdef DSV4_SM90
   constexpr int kRawPairs = 12;  // that are tiles of their own: two tokens of most models
-  // NVFP4 activations cost so much to round that every thread block should not do it again.
-  args.raw = few && pairs <= kRawPairs && params.act != ActForm::kNvfp4 && HopperTakes(gemm) &&
-             HopperTakes(down) && reinterpret_cast<uintptr_t>(params.x) % 16 == 0;
+  args.raw = few && pairs <= kRawPairs && HopperTakes(gemm) && HopperTakes(down) &&
+             reinterpret_cast<uintptr_t>(params.x) % 16 == 0;
   if (args.raw) {
     for (TileGemm* one : {&gemm, &down}) {
       one->width = kRawWidth;
@@ -665,6 +664,8 @@ cudaError_t MoeCuda(const MoeParams& params, cudaStream_t stream) {
       one->act = params.act;
       one->column_weight = params.expert_weight;
     }
+    gemm.act_scale = params.up_act_scale;
+    down.act_scale = params.down_act_scale;
     gemm.raw_x = params.x;
     down.raw_x = args.work.h;
     down.picks.share_x = false;
