@@ -217,8 +217,8 @@ __device__ __forceinline__ void RoundNvfp4(float (&v)[kChunk], float global) {
   const float amax = __uint_as_float(MaxOfLanes<2>(MagnitudeOf(v)));
   const float six_global = __fmul_rn(kE2m1Max, global);
   const float block = DecodeE4m3Native(EncodeE4m3Native(UnroundedBlockScale(amax, six_global)));
-  const float step = __fmul_rn(block, global), inverse = __frcp_rn(step);
-  // Ties lie at quarters: only near one does the quotient's rounding matter.
+  const float step = __fmul_rn(block, global), inverse = RoughReciprocal(step);
+  // Ties lie at quarters from 0.25 to 5: only near one does the quotient's rounding matter.
   constexpr float kIntegers = 0x1.8p23f;
   float quotient[kChunk];
   bool near = false;
@@ -227,7 +227,7 @@ __device__ __forceinline__ void RoundNvfp4(float (&v)[kChunk], float global) {
     quotient[i] = __fmul_rn(fabsf(v[i]), inverse);
     const float quarters = __fmul_rn(quotient[i], 4.0f);
     const float whole = __fsub_rn(__fadd_rn(quarters, kIntegers), kIntegers);
-    near |= !(fabsf(__fsub_rn(quarters, whole)) > 1e-4f);
+    near |= fabsf(__fsub_rn(quarters, whole)) <= 1e-4f && quarters > 0.5f && quarters < 20.5f;
   }
   if (near) {
 #pragma unroll

@@ -1,6 +1,7 @@
 // Products with BF16 on both sides: weights decoded with their scales, exactly (tile_gemm_sm90.cu).
 #pragma once
 
+#include "common/mma.cuh"
 #include "common/tile_feed.cuh"
 #include "common/wgmma.cuh"
 
@@ -63,13 +64,30 @@ __device__ __forceinline__ void Decode(uint32_t (&a)[4][4], const Words<kForm>& 
   }
 }
 
+// Whether warps multiply by themselves: for eight columns a warpgroup's MMA takes as long as for
+// several times as many. The sums are the same bits.
+template <WeightForm kForm, int kN>
+constexpr bool kByWarps = kForm == WeightForm::kNvfp4 && kN == 8;
+
+// What they read of x for four MMA steps.
+__device__ __forceinline__ void LoadColumns(uint32_t (&b)[4][2], uint32_t columns, int group) {
+#pragma unroll
+  for (int step = 0; step < 4; step += 2) {
+    const uint32_t line = (4 * group + step) * 16 + threadIdx.x % 32;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(b[step][0]), "=r"(b[step][1]), "=r"(b[step + 1][0]), "=r"(b[step + 1][1])
+                 : "r"(columns + line * 16)
+                 : "memory");
+  }
+}
+
 template <WeightForm kForm, bool kMany, int kN, typename A>
 __device__ __forceinline__ void Multiply(const A& args, Feed<kForm, false, kMany, A>& feed,
                                          const Unit& unit) {
   using Layout = Stage<kForm, false, kMany>;
   constexpr int kGroups = kStageInputs<kForm> / kStepInputs / 4;
   const int row = LaneRow(), c = threadIdx.x % 4;
-  float acc[2][kN / 2];  // the first product of each sets it
+  float acc[2][kN / 2];  // by a warpgroup: the first product of each sets it
   uint32_t a[2][4][4];
   Words<kForm> words[2];
   const uint8_t* scale_rows[2];
@@ -80,6 +98,10 @@ __device__ __forceinline__ void Multiply(const A& args, Feed<kForm, false, kMany
       scale_rows[half] = Fp8ScaleRow(args, unit, (2 * int64_t{unit.block} + half) * Layout::kRows);
       scale_bytes[half] = __ldg(scale_rows[half] + min(feed.stage, feed.stages - 1));
     }
+  }
+  if constexpr (kByWarps<kForm, kN>) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) acc[0][i] = acc[1][i] = 0.0f;
   }
   bool begun = false;
   while (feed.stage < feed.stages) {
@@ -94,6 +116,8 @@ __device__ __forceinline__ void Multiply(const A& args, Feed<kForm, false, kMany
     }
     const char* here = feed.Here();
     const uint32_t columns = SharedAddress(here) + Layout::kColumnsAt;
+    const uint64_t matrices = CoreMatrices(columns, kN * 16);
+    [[maybe_unused]] uint32_t b[4][2];
     if constexpr (kGroups > 1) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -117,13 +141,20 @@ __device__ __forceinline__ void Multiply(const A& args, Feed<kForm, false, kMany
           Load<kForm>(words[half], here + half * Layout::kRows * kRowBytes, row, c,
                       (group + 1) / kPerPiece);
         }
+        if constexpr (kByWarps<kForm, kN>) {
+          if (half == 0) LoadColumns(b, columns, group);
+#pragma unroll
+          for (int step = 0; step < 4; ++step) MmaBf16(acc[half], a[half][step], b[step]);
+          // What the stage before still read is in use.
+          if (group == 0 && half == 1 && begun) feed.ReleaseBehind(1, acc[1][0]);
+          continue;
+        }
         WgmmaFence();
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
-          Wgmma<kN, false>::Run(
-              acc[half], a[half][step],
-              CoreMatrices(columns + (4 * group + step) * kStepInputs * kN * 2, kN * 16),
-              begun || group + step > 0);
+          Wgmma<kN, false>::Run(acc[half], a[half][step],
+                                Further(matrices, (4 * group + step) * kStepInputs * kN * 2),
+                                begun || group + step > 0);
         }
         WgmmaCommit();
         WgmmaWait<1>();
@@ -134,7 +165,7 @@ __device__ __forceinline__ void Multiply(const A& args, Feed<kForm, false, kMany
     begun = true;
     feed.Next();
   }
-  WgmmaWait<0>();
+  if constexpr (!kByWarps<kForm, kN>) WgmmaWait<0>();
   Finish<kMany, kN>(args, feed.shared, acc, Weights<kForm>::kUnit, unit);
 }
 

@@ -249,10 +249,13 @@ struct Feed {
     const int old = slot < back ? slot - back + args.slots : slot - back;
     Arrive(empty + 8 * old);
   }
-  // This stage is read no more once `last` is there, the last that was read of it. Without waiting
-  // for it, an arrival can overtake a load, and the next copy with it.
-  __device__ __forceinline__ void ReleaseBehind(float last) const {
-    Arrive(empty + 8 * slot + (__float_as_uint(last) & args.nothing));
+  // This stage, or one `back` before it, is read no more once `last` is there, which depends on all
+  // that was read of it. Without waiting for it, an arrival can overtake a load, and the next copy
+  // with it.
+  __device__ __forceinline__ void ReleaseBehind(float last) const { ReleaseBehind(0, last); }
+  __device__ __forceinline__ void ReleaseBehind(int back, float last) const {
+    const int old = slot < back ? slot - back + args.slots : slot - back;
+    Arrive(empty + 8 * old + (__float_as_uint(last) & args.nothing));
   }
 };
 
@@ -398,7 +401,10 @@ __device__ __forceinline__ void Finish(const A& args, char* shared, float (&acc)
   } else {
     store(false);
   }
-  if (cluster > 1) SyncCluster();  // its shared memory is read until here
+  if (cluster > 1) {  // its shared memory is read until here
+    ArriveAtCluster();
+    WaitForCluster();
+  }
 }
 
 }  // namespace tile

@@ -131,10 +131,8 @@ __global__ void __launch_bounds__(kRawThreads, 3)
   __syncthreads();
 
   Feed<kForm, kFp8Mma, false, RawArgs> feed(args, unit, shared, SharedAddress(barriers));
-  // Those who round need few registers, except for NVFP4.
-  constexpr bool kTrade = kForm != WeightForm::kNvfp4;
   if (threadIdx.x >= 128) {
-    if constexpr (kTrade) asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");  // who round need few registers
     const int warp = static_cast<int>(threadIdx.x) / 32 - 5;
     if (warp >= 0) {
       LayOutRaw<kForm, kFp8Mma, kInput>(args, feed, unit, warp, x_scale, largest);
@@ -143,7 +141,7 @@ __global__ void __launch_bounds__(kRawThreads, 3)
     }
     return;
   }
-  if constexpr (kTrade) asm volatile("setmaxnreg.inc.sync.aligned.u32 96;");
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 96;");
   LetNextBegin();
   if constexpr (kForm == WeightForm::kNvfp4) {
     if (args.act == ActForm::kNvfp4 && args.act_scale == nullptr) FindLargest(args, unit, largest);

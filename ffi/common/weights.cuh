@@ -34,8 +34,9 @@ __device__ __forceinline__ void DecodeE2m1(uint32_t word, uint32_t (&pairs)[4]) 
   constexpr uint32_t kSign = 0x80008000u, kMagnitude = 0x01C001C0u;
   pairs[0] = (word << 12 & kSign) | (word << 6 & kMagnitude);
   pairs[1] = (word << 8 & kSign) | (word << 2 & kMagnitude);
-  pairs[2] = (word << 4 & kSign) | (word >> 2 & kMagnitude);
-  pairs[3] = (word & kSign) | (word >> 6 & kMagnitude);
+  const uint32_t last = word >> 6;  // shifts to the left run beside the logical operations
+  pairs[2] = (word << 4 & kSign) | (last << 4 & kMagnitude);
+  pairs[3] = (word & kSign) | (last & kMagnitude);
 }
 
 // 2^(byte - 127) * 2^126 as BF16 where that is a number (bytes to 128); larger scales take the rest
@@ -54,7 +55,7 @@ __device__ __forceinline__ uint32_t E4m3Factor(uint32_t byte) {
   uint32_t halves;
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(byte)));
   const float scale = __half2float(__ushort_as_half(static_cast<uint16_t>(halves)));
-  return BothHalves(__float_as_uint(__fmul_rn(scale, 0x1p117f)) >> 16);
+  return __byte_perm(__float_as_uint(__fmul_rn(scale, 0x1p117f)), 0, 0x3232);
 }
 
 // 2^(byte - 127); byte 255 is NaN.
