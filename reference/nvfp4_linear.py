@@ -2,11 +2,14 @@
 
 from typing import Literal
 
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
 from reference.formats import decode_e2m1_packed, decode_e4m3
 from reference.linear import activations, exact_product
+from reference.moe import swiglu
+from reference.rounding import bf
 
 
 def decode(weight: np.ndarray, block_scale: np.ndarray, global_scale: float) -> np.ndarray:
@@ -22,13 +25,18 @@ def nvfp4_linear(
     global_scale: float,
     act_scale: float | None = None,
     *,
+    up: np.ndarray | None = None,
+    limit: float | None = None,
     act: Literal["nvfp4", "fp8", "bfloat16"] = "nvfp4",
     dtype: DTypeLike = np.float64,
     regime: None = None,
 ) -> np.ndarray:
     """`act(x) (weight * block_scale * global_scale)^T`: `x [t, k]` or `[t, g, k]`, FP32.
 
-    FP64 unless `dtype` says to round; `regime` means nothing here.
+    With `up` and `limit`, `x` is the gate of a SwiGLU, whose BF16 rounding takes its place (section
+    5.2). FP64 unless `dtype` says to round; `regime` means nothing here.
     """
+    if up is not None and limit is not None:
+        x = np.asarray(bf(swiglu(jnp.asarray(x), jnp.asarray(up), limit)))
     values = activations(x, act, act_scale)
     return exact_product(values, decode(weight, block_scale, global_scale), dtype)

@@ -19,7 +19,7 @@ from dsv4_jax.quant import fp8, mxfp4, nvfp4
 from dsv4_jax.quant.fp8 import Fp8
 from dsv4_jax.typing import Array, Float
 
-__all__ = ["Linear", "RMSNorm", "Weight", "linear", "linear_leaves", "linears"]
+__all__ = ["Linear", "RMSNorm", "Weight", "linear", "linear_leaves", "linears", "takes_up"]
 
 INIT_STD = 0.02
 
@@ -80,26 +80,33 @@ def linear(
 ) -> Float[Array, "t *g n"]:
     """The op that serves a linear format; FP32 sums, rounded once to ``dtype``.
 
-    ``up``, ``limit``: as of `fp8_linear`.
+    ``up``, ``limit``: as of `fp8_linear` and `nvfp4_linear`.
 
     Raises:
-        TypeError: ``x`` is quantised or has ``up``, and ``form`` is not ``fp8_w8a8``.
+        TypeError: ``x`` is quantised and ``form`` is not ``fp8_w8a8``, or has ``up`` and it is none
+            that `takes_up`.
     """
     stored, act = weight_format(form), act_format(form)
     settings: dict[str, Any] = {"dtype": dtype, "regime": regime}
+    if up is not None and not takes_up(form):
+        raise TypeError(f"linear: x of {form} must not have up")
     if stored == "fp8":
         settings |= {"act": act, "up": up, "limit": limit}
         return fp8_linear(x, leaves["weight"], leaves["scale"], **settings)
-    if up is not None:
-        raise TypeError(f"linear: x of {form} must not have up")
     if isinstance(x, Fp8):
         raise TypeError(f"linear: x of {form} must not be quantised")
-    if stored == "mxfp4":
-        return mxfp4_linear(x, leaves["weight"], leaves["scale"], act=act, **settings)
     if stored == "nvfp4":
         scales = leaves["block_scale"], leaves["global_scale"]
-        return nvfp4_linear(x, leaves["weight"], *scales, act=act, **settings)
+        settings |= {"act": act, "up": up, "limit": limit}
+        return nvfp4_linear(x, leaves["weight"], *scales, **settings)
+    if stored == "mxfp4":
+        return mxfp4_linear(x, leaves["weight"], leaves["scale"], act=act, **settings)
     return dense_linear(x, leaves["weight"], **settings)
+
+
+def takes_up(form: LinearFormat) -> bool:
+    """Whether `linear` of the format takes a gate and its ``up``, both BF16."""
+    return form in ("fp8_w8a8", "nvfp4_w4a4")
 
 
 class Linear(nn.Module):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.model.linear import Linear, linear_leaves, linears
+from dsv4_jax.model.linear import Linear, linear_leaves, linears, takes_up
 from dsv4_jax.ops.moe import moe
 from dsv4_jax.ops.router import router
 from dsv4_jax.ops.swiglu import swiglu
@@ -96,7 +96,7 @@ class SharedExpert(nn.Module):
         gate, up = linears(x, (self.w1, self.w3), x_fp8)
         gate, up = self.w1(x, gate), self.w3(x, up)
         limit = self.config.swiglu_limit
-        if self.form == "fp8_w8a8" and gate.dtype == jnp.bfloat16:
+        if takes_up(self.form) and gate.dtype == jnp.bfloat16:
             return self.w2(gate, up=up, limit=limit)
         return self.w2(swiglu(gate, up, limit=limit))
 

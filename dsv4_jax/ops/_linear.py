@@ -18,6 +18,7 @@ __all__ = [
     "MAX_WEIGHTS",
     "REGIMES",
     "check_count",
+    "check_gated",
     "check_linear",
     "check_result",
     "check_scalar",
@@ -82,6 +83,29 @@ def check_result(op: str, dtype: DTypeLike, regime: Regime | None) -> None:
     if jnp.dtype(dtype) not in FLOATS:
         raise TypeError(f"{op}: dtype must be bfloat16 or float32, got {jnp.dtype(dtype)}")
     check_choice(op, "regime", regime, tuple(REGIMES))
+
+
+def check_gated(
+    op: str, x: Array, up: Array | None, limit: float | None, act: str, quantising: str
+) -> Array:
+    """``up``, which ``x`` is the gate of; an op takes it with the ``act`` that is ``quantising``.
+
+    Raises:
+        TypeError: ``x`` or ``up`` is not BF16.
+        ValueError: ``up`` and ``limit`` do not come together or with another ``act``, or the shape
+            of ``up`` is not that of ``x``.
+    """
+    if up is None or limit is None:
+        given = "limit" if up is None else "up"
+        raise ValueError(f"{op}: up and limit must come together, got {given} alone")
+    bfloat16 = (jnp.dtype(jnp.bfloat16),)
+    check_operand(op, "x with up", x, "t g? k", bfloat16)
+    check_operand(op, "up", up, "t g? k", bfloat16)
+    if up.shape != x.shape:
+        raise ValueError(f"{op}: up must be {list(x.shape)} as x, got {list(up.shape)}")
+    if act != quantising:
+        raise ValueError(f"{op}: act must be {quantising!r} for x with up, got {act!r}")
+    return up
 
 
 def check_groups(op: str, x: Array, name: str, weight: Array) -> None:

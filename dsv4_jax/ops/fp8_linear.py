@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from dsv4_jax.ops._check import FLOATS, check_choice, check_operand
-from dsv4_jax.ops._linear import check_count, check_linear, dtypes_of, linear_call
+from dsv4_jax.ops._linear import check_count, check_gated, check_linear, dtypes_of, linear_call
 from dsv4_jax.precision import Regime
 from dsv4_jax.quant import fp8
 from dsv4_jax.quant.fp8 import Fp8
@@ -64,7 +64,10 @@ def fp8_linear(
     """
     _check("fp8_linear", x, weight, scale, act, dtype, regime)
     if up is not None or limit is not None:
-        _check_gated("fp8_linear", x, up, limit, act)
+        if isinstance(x, Fp8) and up is not None and limit is not None:
+            raise TypeError("fp8_linear: x that is quantised must not have up")
+        gate = x.code if isinstance(x, Fp8) else x
+        check_gated("fp8_linear", gate, up, limit, act, "fp8")
     (y,) = _call(
         x, (weight,), (scale,), act=act, dtypes=(dtype,), regime=regime, up=up, limit=limit
     )
@@ -166,19 +169,3 @@ def _check_quantised(op: str, x: Fp8, act: str) -> None:
             f"{op}: scale of x must be {list(expected)} for codes {[*lead, k]}, "
             f"got {list(x.scale.shape)}"
         )
-
-
-def _check_gated(op: str, x: Array | Fp8, up: Array | None, limit: float | None, act: str) -> None:
-    """What ``x`` that is the gate of ``up`` is held to, beside what every ``x`` is."""
-    if up is None or limit is None:
-        given = "limit" if up is None else "up"
-        raise ValueError(f"{op}: up and limit must come together, got {given} alone")
-    if isinstance(x, Fp8):
-        raise TypeError(f"{op}: x that is quantised must not have up")
-    bfloat16 = (jnp.dtype(jnp.bfloat16),)
-    check_operand(op, "x with up", x, "t g? k", bfloat16)
-    check_operand(op, "up", up, "t g? k", bfloat16)
-    if up.shape != x.shape:
-        raise ValueError(f"{op}: up must be {list(x.shape)} as x, got {list(up.shape)}")
-    if act != "fp8":
-        raise ValueError(f"{op}: act must be 'fp8' for x with up, got {act!r}")

@@ -2,13 +2,22 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from dsv4_jax.ops._check import check_choice, check_operand
-from dsv4_jax.ops._linear import check_count, check_linear, check_scalar, dtypes_of, linear_call
+from dsv4_jax.ops._linear import (
+    check_count,
+    check_gated,
+    check_linear,
+    check_scalar,
+    dtypes_of,
+    linear_call,
+)
 from dsv4_jax.precision import ActFormat, Regime
 from dsv4_jax.quant import nvfp4
 from dsv4_jax.typing import E2M1, E4M3, Array, Float, Float4e2m1fn, Float8e4m3fn, Float32
@@ -16,7 +25,7 @@ from dsv4_jax.typing import E2M1, E4M3, Array, Float, Float4e2m1fn, Float8e4m3fn
 __all__ = ["nvfp4_linear", "nvfp4_linears"]
 
 
-@functools.partial(jax.jit, static_argnames=("act", "dtype", "regime"))
+@functools.partial(jax.jit, static_argnames=("limit", "act", "dtype", "regime"))
 def nvfp4_linear(
     x: Float[Array, "t *g k"],
     weight: Float4e2m1fn[Array, "n k"],
@@ -24,6 +33,8 @@ def nvfp4_linear(
     global_scale: Float32[Array, ""],
     act_scale: Float32[Array, ""] | None = None,
     *,
+    up: Float[Array, "t *g k"] | None = None,
+    limit: float | None = None,
     act: ActFormat = "nvfp4",
     dtype: DTypeLike = jnp.float32,
     regime: Regime | None = None,
@@ -45,6 +56,9 @@ def nvfp4_linear(
         act_scale: with ``act="nvfp4"``, the checkpoint's static activation scale, clamped to
             2^-100..2^100; each token (of each group) takes ``max|x| / (6 * 448)`` of its own when
             ``None``.
+        up: makes ``x`` its gate, both BF16 and of one shape, for ``nvfp4``: what is quantised is
+            ``swiglu(x, up, limit=limit)``, its BF16 rounded from other FP32 roundings than XLA's.
+        limit: of `swiglu`; comes with ``up``.
         act: ``nvfp4`` (``w4a4``), ``fp8`` per token and 128 inputs (``w4a8``) or ``bfloat16``
             (``w4a16``).
         dtype: of the result, ``float32`` or ``bfloat16``.
@@ -54,14 +68,26 @@ def nvfp4_linear(
 
     Raises:
         TypeError: a dtype is not accepted.
-        ValueError: ``act`` or ``regime`` is unknown, ``act_scale`` is given with another ``act``,
-            or shapes of ``x``, ``weight`` and the scales disagree.
+        ValueError: ``act`` or ``regime`` is unknown, ``act_scale`` or ``up`` is given with another
+            ``act``, ``up`` without ``limit`` or the other way round, or shapes of ``x``, ``up``,
+            ``weight`` and the scales disagree.
     """
     op = "nvfp4_linear"
     _check(op, x, weight, block_scale, global_scale, act, dtype, regime)
     more = _check_act_scale(op, act_scale, act)
-    scales = (block_scale, global_scale)
-    (y,) = linear_call(op, x, (weight,), scales, act=act, dtypes=(dtype,), regime=regime, more=more)
+    if up is not None or limit is not None:
+        more += (check_gated(op, x, up, limit, act, "nvfp4"),)
+    (y,) = linear_call(
+        op,
+        x,
+        (weight,),
+        (block_scale, global_scale),
+        act=act,
+        dtypes=(dtype,),
+        regime=regime,
+        more=more,
+        limit=np.float32(0 if limit is None else limit),
+    )
     return y
 
 
@@ -107,11 +133,8 @@ def nvfp4_linears(
         _check(op, x, *leaves, act, dtypes[i], regime, f"s[{i}]")
     more = _check_act_scale(op, act_scale, act)
     scales = (*block_scales, *global_scales)
-    return tuple(
-        linear_call(
-            "nvfp4_linear", x, weights, scales, act=act, dtypes=dtypes, regime=regime, more=more
-        )
-    )
+    settings: dict[str, Any] = {"act": act, "dtypes": dtypes, "regime": regime, "more": more}
+    return tuple(linear_call("nvfp4_linear", x, weights, scales, limit=np.float32(0), **settings))
 
 
 def _check(

@@ -243,17 +243,20 @@ __device__ __forceinline__ void RoundNvfp4(float (&v)[kChunk], float global) {
 // side by side fill the memory's sectors together. A team without a row comes along with k = 0.
 
 // Largest magnitude of a row, or of every `step_chunks`-th of a team's chunks of it.
-template <int kLanes>
-__device__ __forceinline__ uint32_t RowMagnitude(const void* row, bool x_float32, int64_t k,
-                                                 int first = 0, int step_chunks = 1) {
+template <int kLanes, typename Row>
+__device__ __forceinline__ uint32_t RowMagnitude(const Row& row, int64_t k, int first = 0,
+                                                 int step_chunks = 1) {
   uint32_t largest = 0;
   const int stride = step_chunks * kLanes * kChunk;
   const int64_t begin = (first * kLanes + threadIdx.x % kLanes) * kChunk;
   for (int64_t at = begin; at < k; at += kBatch * stride) {
-    float v[kBatch][kChunk];
-    LoadBatch(row, x_float32, at, stride, k, v);
+    typename Row::Batch batch;
+    row.Load(at, stride, k, batch);
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) largest = max(largest, MagnitudeOf(v[i]));
+    for (int i = 0; i < kBatch; ++i) {
+      row.Finish(batch, i);
+      largest = max(largest, MagnitudeOf(batch[i]));
+    }
   }
   return MaxOfLanes<kLanes>(largest);
 }

@@ -34,8 +34,8 @@ enum class Regime : int32_t {
 struct LinearParams {
   const void* x;              // [t, groups, k] BF16 or FP32, or E4M3 codes where x_scale is
   const uint8_t* x_scale;     // kFp8 activations that are quantised: [t, groups, k/128], or nullptr
-  const void* up;             // BF16, with x in BF16 and kFp8: ClampedSwiglu of both in place of x,
-                              // rounded to BF16; or nullptr
+  const void* up;             // BF16, with x in BF16 and both kFp8 or both kNvfp4: ClampedSwiglu of
+                              // the two in place of x, rounded to BF16; or nullptr
   const void* weight;         // [n, k]; two 4-bit codes a byte, element 0 in the low nibble
   const uint8_t* scale;       // kFp8 [ceil(n/128), ceil(k/128)], kMxfp4 [n, k/32], kNvfp4 [n, k/16]
   const float* global_scale;  // kNvfp4: [1]

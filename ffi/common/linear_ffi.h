@@ -1,6 +1,7 @@
 // What the handlers of the linears share: the check of operands, results and attributes.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 
@@ -22,7 +23,7 @@ struct LinearOperands {
   const ffi::AnyBuffer* global_scale = nullptr;  // kNvfp4: []
   const ffi::AnyBuffer* act_scale = nullptr;     // kNvfp4: [], if static
   const ffi::AnyBuffer* x_scale = nullptr;       // of x as codes (kFp8): [t, k / 128], [t, g, ..]
-  const ffi::AnyBuffer* up = nullptr;            // beside x that is its gate (kFp8): as x
+  const ffi::AnyBuffer* up = nullptr;            // beside x that is its gate (kFp8, kNvfp4): as x
   std::string index = {};                        // of weight, scales and y in messages, if several
 };
 
@@ -110,8 +111,10 @@ inline ffi::Error CheckCodedInput(const LinearOperands& in, const Dims& dims,
 // x as the gate of `up`.
 inline ffi::Error CheckGatedInput(const LinearOperands& in, const Dims& dims,
                                   LinearParams& params) {
-  if (params.act != ActForm::kFp8) {
-    return InvalidArgument(in.op, "up must come with act 1 (fp8), got act " +
+  const bool nvfp4 = in.form == WeightForm::kNvfp4;
+  if (params.act != (nvfp4 ? ActForm::kNvfp4 : ActForm::kFp8)) {
+    return InvalidArgument(in.op, std::string("up must come with act ") +
+                                      (nvfp4 ? "2 (nvfp4)" : "1 (fp8)") + ", got act " +
                                       std::to_string(static_cast<int32_t>(params.act)));
   }
   DSV4_RETURN_IF_ERROR(CheckDtype(in.op, "x with up", in.x.element_type(), {ffi::DataType::BF16}));
@@ -202,23 +205,28 @@ inline ffi::Error FillLinear(const LinearOperands& in, int32_t act, int32_t regi
 
 // A call with several weights: operands are those, then as many scales (all but kBf16), as many
 // global scales and maybe one act_scale (kNvfp4), then that of x if it is E4M3 (kFp8), or of one
-// weight maybe up (kFp8), which `limit` belongs to; results y of each, then scratch. Parts without
-// rows or tokens are left out.
+// weight maybe up (kFp8, kNvfp4), which `limit` belongs to; results y of each, then scratch. Parts
+// without rows or tokens are left out.
 inline ffi::Error FillLinears(const char* op, WeightForm form, int32_t act, int32_t regime,
                               const ffi::AnyBuffer& x, const ffi::RemainingArgs& operands,
                               const ffi::RemainingRets& results, LinearsParams& params,
                               float limit = 0.0f) {
   const bool scaled = form != WeightForm::kBf16, nvfp4 = form == WeightForm::kNvfp4;
   const bool coded = form == WeightForm::kFp8 && x.element_type() == ffi::DataType::F8E4M3FN;
-  const size_t each = nvfp4 ? 3 : scaled ? 2 : 1, n = operands.size() / each;
-  const bool gated = form == WeightForm::kFp8 && !coded && operands.size() == 3;
-  const bool fixed = nvfp4 && operands.size() % each == 1;  // act_scale
-  if (operands.size() % each != (coded || gated || fixed ? 1 : 0) || n < 1 || n > kMaxLinearParts ||
-      results.size() != n + 1) {
+  const size_t each = nvfp4 ? 3 : scaled ? 2 : 1, n = results.size() - 1;
+  const size_t more = operands.size() - std::min(operands.size(), each * n);
+  bool gated = form == WeightForm::kFp8 && !coded && n == 1 && more == 1;
+  if (nvfp4 && n == 1 && more > 0) {  // act_scale has no axes
+    auto last = operands.get<ffi::AnyBuffer>(operands.size() - 1);
+    gated = last && last->dimensions().size() > 1;
+  }
+  const bool fixed = nvfp4 && more == (gated ? 2 : 1);  // act_scale
+  const size_t expected = (coded || gated ? 1 : 0) + (fixed ? 1 : 0);
+  if (results.size() < 2 || n > kMaxLinearParts || operands.size() != each * n + expected) {
     return InvalidArgument(op, std::string("must have x") +
                                    (coded    ? ", n weights, n scales and x_scale"
                                     : nvfp4  ? ", n weights, n block_scales, n global_scales"
-                                               " and maybe act_scale,"
+                                               " and maybe act_scale, of one weight up,"
                                     : scaled ? ", n weights and n scales, or one of each and up,"
                                              : " and n weights") +
                                    " for n results and scratch, n = 1.." +
@@ -240,7 +248,8 @@ inline ffi::Error FillLinears(const char* op, WeightForm form, int32_t act, int3
     LinearOperands in{op, form, x, *weight};
     if (scaled) in.scale = &*scale;
     if (nvfp4) in.global_scale = &*global_scale;
-    if (fixed) in.act_scale = &*last;
+    auto act_scale = operands.get<ffi::AnyBuffer>(operands.size() - (gated ? 2 : 1));
+    if (fixed) in.act_scale = &*act_scale;
     if (coded) in.x_scale = &*last;
     if (gated) in.up = &*last;
     if (n > 1) in.index = "[" + std::to_string(i) + "]";

@@ -22,6 +22,7 @@
 #include "common/bits.h"
 #include "common/linear.h"
 #include "common/linear_cpu.h"
+#include "common/swiglu.h"
 #include "common/testing.h"
 
 namespace dsv4 {
@@ -345,6 +346,39 @@ inline void ExpectBadTokenAlone(const LinearProblem& problem, float bad) {
       EXPECT_EQ(std::isnan(FloatFromBits(got[i])), true, i);
     }
   }
+}
+
+// The same bits, whatever tokens are taken at a time: all, or one.
+inline void ExpectWhateverIsTaken(const LinearParams& params, LinearCpuFn* cpu, Guarded<float>& y,
+                                  const std::vector<uint32_t>& expected) {
+  for (int64_t count : {params.t, int64_t{1}}) {
+    y.Fill(0x5A);
+    for (int64_t first = 0; first < params.t; first += count) {
+      LinearActivations some(params, first, count);
+      some.Round(0, some.size());
+      cpu(params, some, 0, params.n);
+    }
+    for (int64_t i = 0; i < y.size(); ++i) EXPECT_EQ(FloatBits(y[i]), expected[i], count, i);
+  }
+}
+
+// x as a gate: what its clamped SwiGLU in BF16 gives.
+inline void ExpectGated(WeightForm form, LinearCpuFn* cpu, ActForm act, const LinearShape& shape) {
+  const int64_t size = shape.t * shape.groups * shape.k;
+  const float limit = 4;
+  LinearProblem gate(form, cpu, shape, act), x = gate;
+  Guarded<uint16_t> up(size);
+  for (int64_t i = 0; i < size; ++i) {
+    up[i] = FloatToBf16(static_cast<float>(i * 37 % 101 - 50) / 8);
+    x.SetX(i, ClampedSwiglu(gate.X(i), Bf16ToFloat(up[i]), limit));
+  }
+  const std::vector<uint32_t> expected = x.Run();
+  Guarded<float> y(shape.t * shape.n);
+  LinearParams params = gate.Params(y.data(), false);
+  params.up = up.data();
+  params.limit = limit;
+  ExpectWhateverIsTaken(params, cpu, y, expected);
+  EXPECT_EQ(y.Intact() && up.Intact(), true);
 }
 
 // Offsets are 64 bits wide (acceptance row A23), in address space that holds no memory: the last

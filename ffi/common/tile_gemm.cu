@@ -120,10 +120,11 @@ constexpr int kTeam = kAct == ActForm::kNvfp4 ? 32 : 16;
 template <ActForm kAct>
 constexpr int kPrepareTokens = kPrepareThreads / kTeam<kAct>;
 
-// FP32 scale of the warp's row, of `rows` that lie `stride` apart in a thread block; of one or two,
-// all warps look through each.
-__device__ __forceinline__ float ScaleOfRow(const LinearParams& params, const char* first_row,
-                                            int64_t stride, unsigned rows) {
+// FP32 scale of the warp's row, of `rows` of a thread block; of one or two, all warps look through
+// each.
+template <typename RowAt>
+__device__ __forceinline__ float ScaleOfRow(const LinearParams& params, const RowAt& row_at,
+                                            unsigned rows) {
   constexpr unsigned kWarps = kPrepareThreads / 32, kFewRows = 2;
   const unsigned warp = threadIdx.x / 32;
   if (params.act_scale != nullptr) return StaticGlobalScale(__ldg(params.act_scale));
@@ -131,14 +132,13 @@ __device__ __forceinline__ float ScaleOfRow(const LinearParams& params, const ch
   if (rows <= kFewRows) {
     __shared__ uint32_t found[kFewRows][kWarps];
     for (unsigned i = 0; i < rows; ++i) {
-      largest = RowMagnitude<32>(first_row + i * stride, params.x_float32, params.k,
-                                 static_cast<int>(warp), kWarps);
+      largest = RowMagnitude<32>(row_at(i), params.k, static_cast<int>(warp), kWarps);
       if (threadIdx.x % 32 == 0) found[i][warp] = largest;
     }
     __syncthreads();
     largest = MaxOfLanes<kWarps>(found[warp < rows ? warp : 0][threadIdx.x % kWarps]);
   } else if (warp < rows) {
-    largest = RowMagnitude<32>(first_row + warp * stride, params.x_float32, params.k);
+    largest = RowMagnitude<32>(row_at(warp), params.k);
   }
   return TokenGlobalScale(__uint_as_float(largest));
 }
@@ -172,14 +172,22 @@ __global__ void __launch_bounds__(kPrepareThreads)
   const int64_t stride = groups * row_bytes;
   const char* const first_row =
       static_cast<const char*>(params.x) + first_token * stride + group * row_bytes;
+  const auto row_at = [&](unsigned token_in_block) {
+    const char* const row = first_row + token_in_block * stride;
+    if constexpr (kInput == Input::kGated) {
+      const char* const up = static_cast<const char*>(params.up);
+      return GatedRow{row, up + (row - static_cast<const char*>(params.x)), params.limit};
+    } else {
+      return PlainRow{row, params.x_float32};
+    }
+  };
   float global = 1.0f;
   if constexpr (kAct == ActForm::kNvfp4) {
     const int64_t left = params.t - first_token;
-    global = ScaleOfRow(params, first_row, stride,
-                        static_cast<unsigned>(min(left, int64_t{kPrepareTokens<kAct>})));
+    global =
+        ScaleOfRow(params, row_at, static_cast<unsigned>(min(left, int64_t{kPrepareTokens<kAct>})));
   }
   if (!__any_sync(0xFFFFFFFFu, k > 0)) return;
-  const char* const row = first_row + in_block * stride;
   const unsigned token_tile = token / width;
   const int column = static_cast<int>(token - token_tile * width);
   const int64_t first = (int64_t{token_tile} * groups + group) * width;
@@ -189,25 +197,16 @@ __global__ void __launch_bounds__(kPrepareThreads)
   char* const tile = args.out + first * ColumnBytes(kFp8Mma, padded);
   if constexpr (kCoded) {
     const int64_t at = (int64_t{token} * groups + group) * (padded / 128);
+    const char* const row = first_row + in_block * stride;
     StoreCodes<kForm, kFp8Mma, kTeam<kAct>>(reinterpret_cast<const uint8_t*>(row),
                                             params.x_scale + at, k > 0, padded, width, column, tile,
                                             part, parts);
-    return;
-  }
-  const auto store = [&](const auto& from) {
-    if constexpr (kFp8Mma) {
-      StoreFp8Row<kForm, kTeam<kAct>>(from, k, padded, width, column,
-                                      reinterpret_cast<uint8_t*>(tile), part, parts);
-    } else {
-      StoreRow<kForm, kTeam<kAct>>(from, k, padded, kAct, global, width, column,
-                                   reinterpret_cast<uint16_t*>(tile), part, parts);
-    }
-  };
-  if constexpr (kInput == Input::kGated) {
-    const char* const up = static_cast<const char*>(params.up);
-    store(GatedRow{row, up + (row - static_cast<const char*>(params.x)), params.limit});
-  } else if constexpr (!kCoded) {
-    store(PlainRow{row, params.x_float32});
+  } else if constexpr (kFp8Mma) {
+    StoreFp8Row<kForm, kTeam<kAct>>(row_at(in_block), k, padded, width, column,
+                                    reinterpret_cast<uint8_t*>(tile), part, parts);
+  } else {
+    StoreRow<kForm, kTeam<kAct>>(row_at(in_block), k, padded, kAct, global, width, column,
+                                 reinterpret_cast<uint16_t*>(tile), part, parts);
   }
 }
 
@@ -239,6 +238,9 @@ cudaError_t PrepareForm(const LinearParams& params, int width, int64_t padded, b
     return prepare(params, width, padded, out, column_scale, stream);
   };
   if constexpr (kForm == WeightForm::kNvfp4) {
+    if (params.up != nullptr) {
+      return run(Prepare<kForm, ActForm::kNvfp4, false, Input::kGated>);
+    }
     if (params.act == ActForm::kNvfp4) return run(Prepare<kForm, ActForm::kNvfp4, false>);
   }
   if constexpr (kForm == WeightForm::kFp8) {

@@ -77,9 +77,9 @@ struct TileGemm {
                       // the kernel then lays out itself, or nullptr. Of picks: [tokens or picks,
                       // inputs]
   const uint8_t* raw_scale;    // kFp8, where raw_x is E4M3: UE8M0 [tokens, groups, inputs / 128]
-  const void* raw_up;          // kFp8, where raw_x is the gate of a clamped SwiGLU: as raw_x
+  const void* raw_up;          // kFp8, kNvfp4, where raw_x is the gate of a SwiGLU: as raw_x
   ActForm act;                 // of raw_x
-  const float* act_scale;      // of raw_x, kNvfp4: [1], of picks [groups]; or nullptr: of each row
+  const float* act_scale;      // of raw_x, kNvfp4: [1], of picks [groups]; or nullptr: its own
   Picks picks;                 // of raw_x: tiles in place of `tiles`
   bool weights_first;          // of raw_x: the kernel just ahead does not write the weights
   const float* column_scale;   // [columns] or nullptr

@@ -144,7 +144,9 @@ __global__ void __launch_bounds__(kRawThreads, 3)
   asm volatile("setmaxnreg.inc.sync.aligned.u32 96;");
   LetNextBegin();
   if constexpr (kForm == WeightForm::kNvfp4) {
-    if (args.act == ActForm::kNvfp4 && args.act_scale == nullptr) FindLargest(args, unit, largest);
+    if (args.act == ActForm::kNvfp4 && args.act_scale == nullptr) {
+      FindLargest<kInput>(args, unit, largest);
+    }
   }
   if constexpr (kFp8Mma) {
     MultiplyFp8<kForm, false, kRawWidth>(args, feed, tables, unit);
@@ -251,6 +253,9 @@ cudaError_t LaunchRaw(const TileGemm* gemms, int count, cudaStream_t stream) {
     if (gemms[0].raw_scale != nullptr) {
       return LaunchRaw<kForm, kFp8Mma, Input::kCodes>(gemms, count, stream);
     }
+  }
+  constexpr bool kGates = kForm == WeightForm::kFp8 || kForm == WeightForm::kNvfp4;
+  if constexpr (kGates && kInput == Input::kPlain) {
     if (gemms[0].raw_up != nullptr) {
       return LaunchRaw<kForm, kFp8Mma, Input::kGated>(gemms, count, stream);
     }

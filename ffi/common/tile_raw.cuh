@@ -73,26 +73,43 @@ struct RawLargest {
   uint32_t of_warp[kRawWidth][4];
 };
 
+// A chunk of the SwiGLU.
+__device__ __forceinline__ uint4 Gated(const uint4& gate, const uint4& up, float limit) {
+  float v[kChunk], u[kChunk];
+  UnpackChunk(gate, v);
+  UnpackChunk(up, u);
+  GateChunk(v, u, limit);
+  return make_uint4(PackBf16(v[0], v[1]), PackBf16(v[2], v[3]), PackBf16(v[4], v[5]),
+                    PackBf16(v[6], v[7]));
+}
+
 constexpr int kRawFound = 2;  // named barrier: they are there
 
+template <Input kInput>
 __device__ __forceinline__ void FindLargest(const RawArgs& args, const Unit& unit,
                                             RawLargest& largest) {
-  constexpr int kAtOnce = 8;  // chunks of a lane on their way
+  constexpr bool kGated = kInput == Input::kGated;
+  constexpr int kAtOnce = kGated ? 2 : 8;  // chunks of a lane on their way
   WaitForPrevious();
-  const RawRows rows(args, unit, args.x, 2);
+  const RawRows rows(args, unit, args.x, 2), ups(args, unit, args.up, 2);
   for (int column = 0; column < unit.tile.count; ++column) {
     const char* const row = rows.first + column * rows.stride;
-    uint32_t most = 0;
+    [[maybe_unused]] const char* const up = ups.first + column * ups.stride;
+    uint32_t most = 0;  // of a pair
     for (int64_t at = threadIdx.x * kChunk; at < args.inputs; at += kAtOnce * 128 * kChunk) {
-      uint4 words[kAtOnce];
+      uint4 words[kAtOnce], up_words[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const int64_t here = at + i * 128 * kChunk;
-        words[i] = here < args.inputs ? LoadRaw(row + here * 2) : make_uint4(0, 0, 0, 0);
+        words[i] = up_words[i] = make_uint4(0, 0, 0, 0);
+        if (here >= args.inputs) continue;
+        words[i] = LoadRaw(row + here * 2);
+        if constexpr (kGated) up_words[i] = LoadRaw(up + here * 2);
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const uint4 w = words[i];
+        uint4 w = words[i];
+        if constexpr (kGated) w = Gated(w, up_words[i], args.OutputOf(unit).limit);
         most = MaxMagnitudes(most, MaxMagnitudes(MaxMagnitudes(w.x, w.y), MaxMagnitudes(w.z, w.w)));
       }
     }

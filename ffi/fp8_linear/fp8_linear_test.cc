@@ -2,26 +2,11 @@
 #include "fp8_linear/fp8_linear.h"
 
 #include "common/linear_testing.h"
-#include "common/swiglu.h"
 
 namespace dsv4 {
 namespace {
 
 constexpr WeightForm kForm = WeightForm::kFp8;
-
-// The same bits, whatever tokens are taken at a time: all, or one.
-void ExpectWhateverIsTaken(const LinearParams& params, Guarded<float>& y,
-                           const std::vector<uint32_t>& expected) {
-  for (int64_t count : {params.t, int64_t{1}}) {
-    y.Fill(0x5A);
-    for (int64_t first = 0; first < params.t; first += count) {
-      LinearActivations some(params, first, count);
-      some.Round(0, some.size());
-      Fp8LinearCpu(params, some, 0, params.n);
-    }
-    for (int64_t i = 0; i < y.size(); ++i) EXPECT_EQ(FloatBits(y[i]), expected[i], count, i);
-  }
-}
 
 TEST(AgainstDefinition) {
   ExpectLinear(kForm, Fp8LinearCpu, {ActForm::kBf16, ActForm::kFp8},
@@ -61,29 +46,11 @@ TEST(CodedX) {
   params.x = code.data();
   params.x_scale = scale.data();
   params.act = ActForm::kFp8;
-  ExpectWhateverIsTaken(params, y, expected);
+  ExpectWhateverIsTaken(params, Fp8LinearCpu, y, expected);
   EXPECT_EQ(y.Intact() && code.Intact() && scale.Intact(), true);
 }
 
-// x as a gate: what its clamped SwiGLU in BF16 gives, whatever tokens are taken at a time.
-TEST(GatedX) {
-  const LinearShape shape = {5, 3, 18, 133};
-  const int64_t size = shape.t * shape.groups * shape.k;
-  const float limit = 4;
-  LinearProblem gate(kForm, Fp8LinearCpu, shape, ActForm::kFp8), x = gate;
-  Guarded<uint16_t> up(size);
-  for (int64_t i = 0; i < size; ++i) {
-    up[i] = FloatToBf16(static_cast<float>(i * 37 % 101 - 50) / 8);
-    x.SetX(i, ClampedSwiglu(gate.X(i), Bf16ToFloat(up[i]), limit));
-  }
-  const std::vector<uint32_t> expected = x.Run();
-  Guarded<float> y(shape.t * shape.n);
-  LinearParams params = gate.Params(y.data(), false);
-  params.up = up.data();
-  params.limit = limit;
-  ExpectWhateverIsTaken(params, y, expected);
-  EXPECT_EQ(y.Intact() && up.Intact(), true);
-}
+TEST(GatedX) { ExpectGated(kForm, Fp8LinearCpu, ActForm::kFp8, {5, 3, 18, 133}); }
 
 TEST(OffsetsBeyond32Bits) { ExpectFarOffsets(kForm, Fp8LinearCpu, ActForm::kFp8); }
 

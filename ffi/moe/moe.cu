@@ -187,7 +187,7 @@ __device__ __forceinline__ void StoreRowLine(const Fp8Line& line, int64_t at, bo
 __device__ __forceinline__ uint32_t BlockMagnitude(const uint16_t* row, int64_t k) {
   __shared__ uint32_t warp_max[kWarps];
   const int warp = static_cast<int>(threadIdx.x) / 32;
-  uint32_t largest = RowMagnitude<32>(row, false, k, warp, kWarps);
+  uint32_t largest = RowMagnitude<32>(PlainRow{row, false}, k, warp, kWarps);
   if (threadIdx.x % 32 == 0) warp_max[warp] = largest;
   __syncthreads();
 #pragma unroll
@@ -415,7 +415,7 @@ __global__ void __launch_bounds__(kThreads) GatherKernel(const __grid_constant__
   const int expert = place.width > 0 ? ExpertOf(args.picks, pair) : 0;
   uint32_t largest = 0;
   if (OwnScales(args.params)) {
-    largest = RowMagnitude<kTeam>(RowOfPair(args.params, pair), false, args.params.d);
+    largest = RowMagnitude<kTeam>(PlainRow{RowOfPair(args.params, pair), false}, args.params.d);
   }
   FillSlot<kTeam>(args, expert, pair, slot, place, largest);
 }
@@ -432,7 +432,7 @@ __global__ void __launch_bounds__(kThreads) LayOutKernel(const __grid_constant__
   const uint16_t* row = work.h + slot * args.params.inter;
   float global = 1.0f;
   if (OwnScales(args.params)) {
-    global = TokenGlobalScale(__uint_as_float(RowMagnitude<kTeam>(row, false, inter)));
+    global = TokenGlobalScale(__uint_as_float(RowMagnitude<kTeam>(PlainRow{row, false}, inter)));
     if (threadIdx.x % kTeam == 0 && place.width > 0) work.h_scale[slot] = global;
   } else if (args.params.act == ActForm::kNvfp4 && place.width > 0) {
     global = work.h_scale[slot];  // static, by NoteSlot

@@ -54,6 +54,8 @@ TEST(StaticScaleIsClamped) {
   }
 }
 
+TEST(GatedX) { ExpectGated(kForm, Nvfp4LinearCpu, ActForm::kNvfp4, {5, 3, 18, 144}); }
+
 TEST(OffsetsBeyond32Bits) { ExpectFarOffsets(kForm, Nvfp4LinearCpu, ActForm::kNvfp4); }
 
 }  // namespace

@@ -347,7 +347,7 @@ def _mxfp4_linear() -> Iterator[Any]:
 
 
 def _nvfp4_linear() -> Iterator[Any]:
-    """Rows of 16 inputs more than a multiple of 32, too, and two weights at once."""
+    """Rows of 16 inputs more than a multiple of 32, two weights at once, x that is a gate."""
 
     def weights(n: int, k: int) -> tuple[Any, ...]:
         codes, scales = random_bytes(0, (n, k), E2M1), random_bytes(1, (n, k // 16), E4M3)
@@ -361,6 +361,12 @@ def _nvfp4_linear() -> Iterator[Any]:
         return nvfp4_linears(x, (w, w), (s, s), (s2, s2), *act_scale, **settings)
 
     yield from _linear(two, weights, acts)
+    for t, groups, k, n in ((1, 0, 512, 19), (3, 2, 256, 128), (5, 0, 176, 24), (130, 0, 640, 136)):
+        lead = (t, groups) if groups else (t,)
+        gate, up = (random_bytes(seed, (*lead, k), jnp.bfloat16) for seed in (4, 5))
+        for regime in ("decode", "prefill", "exact"):
+            settings: dict[str, Any] = {"up": up, "limit": 10.0, "regime": regime}
+            yield nvfp4_linear(gate, *weights(n * max(groups, 1), k), **settings)
 
 
 def _query_finish() -> Iterator[Any]:

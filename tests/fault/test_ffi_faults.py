@@ -211,7 +211,13 @@ SEVERAL_NVFP4 = RawCall(
         *(s("10 2", E4M3), s("5 2", E4M3), s("", F32), s("", F32)),
     ),
     (s("3 10", F32), s("3 5"), SCRATCH),
-    {"abi": ABI, "act": np.int32(2), "regime": np.int32(0)},
+    {"abi": ABI, "act": np.int32(2), "regime": np.int32(0), "limit": np.float32(0)},
+)
+GATED_NVFP4 = RawCall(
+    "nvfp4_linear",
+    (s("3 2 32"), s("10 32", E2M1), s("10 2", E4M3), s("", F32), s("", F32), s("3 2 32")),
+    (s("3 2 5", F32), SCRATCH),
+    {"abi": ABI, "act": np.int32(2), "regime": np.int32(0), "limit": np.float32(10)},
 )
 GATED_FP8 = RawCall(
     "fp8_linear",
@@ -359,7 +365,7 @@ TARGETS = {
             "nvfp4_linear",
             (s("3 32"), s("10 32", E2M1), s("10 2", E4M3), s("", F32)),
             (s("3 10"), SCRATCH),
-            {"abi": ABI, "act": np.int32(2), "regime": np.int32(0)},
+            {"abi": ABI, "act": np.int32(2), "regime": np.int32(0), "limit": np.float32(0)},
         ),
     ]
 }
@@ -394,6 +400,11 @@ def coded(mutation: Mutation) -> Mutation:
 def gated(mutation: Mutation) -> Mutation:
     """The same with ``x`` that is a gate, in two groups."""
     return lambda call: mutation(GATED_FP8)
+
+
+def gated_nvfp4(mutation: Mutation) -> Mutation:
+    """The same of `nvfp4_linear`, with a static scale."""
+    return lambda call: mutation(GATED_NVFP4)
 
 
 def _nine_weights(call: RawCall) -> RawCall:
@@ -1558,7 +1569,7 @@ def _linear_faults(op: str) -> list[tuple[str, str, Mutation, str]]:
         "fp8_linear": "must have x, n weights and n scales, or one of each and up, for n results "
         "and scratch, .*got",
         "nvfp4_linear": "must have x, n weights, n block_scales, n global_scales and maybe "
-        "act_scale, for n results and scratch, .*got",
+        "act_scale, of one weight up, for n results and scratch, .*got",
     }.get(op, LAYER)
     return [
         (op, *fault)
@@ -1872,6 +1883,54 @@ SHAPES += [
         "operands-too-many",
         more((s("", F32), s("", F32))),
         "must have .* n = 1..8, got 5 operands beside x and 2 results",
+    ),
+    (
+        "nvfp4_linear",
+        "up-dtype",
+        gated_nvfp4(operand(5, "3 2 32", F32)),
+        "up must be bfloat16, got float32",
+    ),
+    (
+        "nvfp4_linear",
+        "up-shape",
+        gated_nvfp4(operand(5, "3 2 31")),
+        r"up must be \[3, 2, 32\], got \[3, 2, 31\]",
+    ),
+    (
+        "nvfp4_linear",
+        "up-rank",
+        gated_nvfp4(operand(5, "6 32")),
+        r"up must be \[3, 2, 32\], got \[6, 32\]",
+    ),
+    (
+        "nvfp4_linear",
+        "up-to-none",
+        more((s("3 31"),)),
+        r"up must be \[3, 32\], got \[3, 31\]",
+    ),
+    (
+        "nvfp4_linear",
+        "up-behind-act_scale-rank",
+        gated_nvfp4(operand(4, "1", F32)),
+        r"act_scale must be \[\], got \[1\]",
+    ),
+    (
+        "nvfp4_linear",
+        "gate-dtype",
+        gated_nvfp4(operand(0, "3 2 32", F32)),
+        "x with up must be bfloat16, got float32",
+    ),
+    (
+        "nvfp4_linear",
+        "gate-act",
+        gated_nvfp4(attributes(act=np.int32(1))),
+        r"up must come with act 2 \(nvfp4\), got act 1",
+    ),
+    (
+        "nvfp4_linear",
+        "up-of-several",
+        several_nvfp4(more((s("3 32"),))),
+        r"act_scale must be float32, got bfloat16",
     ),
     (
         "nvfp4_linear",

@@ -177,7 +177,7 @@ def _fp8_linear(
 
 
 def gated(up: Any = s("5 192"), limit: float | None = 10.0, **others: Any) -> dict[str, Any]:
-    """Operands of `_fp8_linear` with ``x`` that is a gate."""
+    """Operands of `_fp8_linear` and `_nvfp4_linear` with ``x`` that is a gate."""
     return {"up": up, "limit": limit, **others}
 
 
@@ -211,10 +211,11 @@ def _nvfp4_linear(
     block_scale: Any = s("40 12", E4M3),
     global_scale: Any = s("", F32),
     act_scale: Any = s("", F32),
+    up: Any = None,
     **settings: Any,
 ) -> Any:
-    op = lambda *a: nvfp4_linear(*a, **settings)  # noqa: E731
-    return jax.eval_shape(op, x, weight, block_scale, global_scale, act_scale)
+    op = lambda *a: nvfp4_linear(*a[:5], up=a[5], **settings)  # noqa: E731
+    return jax.eval_shape(op, x, weight, block_scale, global_scale, act_scale, up)
 
 
 def _nvfp4_linears(
@@ -477,6 +478,7 @@ RANK: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_nvfp4_linear, "global_scale", {"global_scale": s("1", F32)}),
     (_nvfp4_linear, "act_scale", {"act_scale": s("1", F32)}),
     (_nvfp4_linear, "act_scale", {"act_scale": s("5", F32)}),
+    (_nvfp4_linear, "up", gated(up=s("192"))),
     (_nvfp4_linears, r"weights\[1\]", {"weights": [s("40 192", E2M1), s("24", E2M1)]}),
     (_nvfp4_linears, r"block_scales\[0\]", {"block_scales": [s("40", E4M3), s("24 12", E4M3)]}),
     (_nvfp4_linears, r"global_scales\[1\]", {"global_scales": [s("", F32), s("1", F32)]}),
@@ -667,6 +669,14 @@ AXIS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (_nvfp4_linear, r"act_scale must be None unless .*got act 'fp8'", {"act": "fp8"}),
     (_nvfp4_linear, r"act_scale must be None unless .*got act 'bfloat16'", {"act": "bfloat16"}),
     (_nvfp4_linear, r"regime must be one of .*got 'any'", {"regime": "any"}),
+    (_nvfp4_linear, "up and limit must come together, got up alone", gated(limit=None)),
+    (_nvfp4_linear, "up and limit must come together, got limit alone", gated(up=None)),
+    (_nvfp4_linear, r"up must be \[5, 192\] as x, got \[5, 191\]", gated(up=s("5 191"))),
+    (
+        _nvfp4_linear,
+        "act must be 'nvfp4' for x with up, got 'fp8'",
+        gated(act="fp8", act_scale=None),
+    ),
     (
         _nvfp4_linears,
         r"weights must hold 1\.\.8 arrays, got 0",
@@ -995,6 +1005,8 @@ DTYPE: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     ),
     (_nvfp4_linear, "act_scale must be float32, got bfloat16", {"act_scale": s("", BF16)}),
     (_nvfp4_linear, "dtype must be .*got int32", {"dtype": I32}),
+    (_nvfp4_linear, "x with up must be bfloat16, got float32", gated(x=s("5 192", F32))),
+    (_nvfp4_linear, "up must be bfloat16, got float32", gated(up=s("5 192", F32))),
     (
         _nvfp4_linears,
         r"global_scales\[0\] must be float32, got bfloat16",
@@ -1329,6 +1341,7 @@ def test_settings_of_jax(name: str) -> None:
         "fp8_linear-several",
         "mxfp4_linear-w4a8",
         "nvfp4_linear-w4a4-static",
+        "nvfp4_linear-gated",
         "nvfp4_linear-several",
         "moe-mxfp4_w4a8",
         "moe-nvfp4_w4a16-shared",

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 
 from dsv4_jax.ops.fp8_linear import fp8_linear, fp8_linears
-from dsv4_jax.ops.swiglu import swiglu
 from dsv4_jax.quant import fp8
 from dsv4_jax.typing import E4M3, UE8M0
 from reference import formats
 from reference import fp8_linear as reference_fp8
 from tests.support import linears
-from tests.support.linears import SHAPES, assert_product, exact, operands
+from tests.support.linears import LIMIT, SHAPES, assert_product, exact, gated, operands, ungated
 from tests.support.numerics import assert_same_bits, f64
 from tests.support.products import product_problems
 
@@ -131,33 +130,6 @@ def test_every_quantised_x() -> None:
     bad = np.isnan(want)
     np.testing.assert_array_equal(np.isnan(got[:, 0]), bad)
     assert_same_bits(np.asarray(got)[~bad, 0], want[~bad])
-
-
-LIMIT = 10.0
-
-
-def gated(t: int, k: int, groups: int = 0) -> tuple[jax.Array, jax.Array]:
-    """Gates and up on both sides of every clamp, whose SwiGLU is near no tie of BF16.
-
-    It then has the same bits however it is computed.
-    """
-    rng = np.random.default_rng(t * k)
-    shape = (t, groups, k) if groups else (t, k)
-    size = np.exp2(rng.integers(-6, 7, shape))
-    gate, up = ((rng.standard_normal(shape) * size).astype(jnp.bfloat16) for _ in range(2))
-    wide = np.minimum(gate.astype(np.float64), LIMIT)
-    wide *= np.clip(up.astype(np.float64), -LIMIT, LIMIT) / (1 + np.exp(-wide))
-    near, far = ((wide * by).astype(np.float32).astype(jnp.bfloat16) for by in (1 - 1e-5, 1 + 1e-5))
-    gate = np.where(near == far, gate, 0).astype(jnp.bfloat16)
-    assert (gate > LIMIT).any() and (up > LIMIT).any() and (up < -LIMIT).any()
-    return jax.device_put((gate, up))
-
-
-@jax.jit
-def ungated(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """`swiglu` of any shape."""
-    flat = swiglu(*(x.reshape(x.shape[0], -1) for x in (gate, up)), limit=LIMIT)
-    return flat.reshape(gate.shape)
 
 
 GATED = [

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from dsv4_jax.ops.nvfp4_linear import nvfp4_linear, nvfp4_linears
 from dsv4_jax.quant import bits
 from dsv4_jax.typing import E4M3
 from reference import formats
+from reference import nvfp4_linear as reference_nvfp4
 from tests.support import linears
-from tests.support.linears import SHAPES, assert_product, exact, operands
+from tests.support.linears import LIMIT, SHAPES, assert_product, exact, gated, operands, ungated
 from tests.support.numerics import assert_same_bits, f64
 from tests.support.products import product_problems
 
@@ -117,6 +119,71 @@ def test_several_weights(t: int, groups: int, act: Any, static: bool) -> None:
     for y, own, dtype in zip(results, leaves, dtypes, strict=True):
         alone = nvfp4_linear(x, *own, *more, act=act, dtype=dtype)
         assert_same_bits(y, alone, str(own[0].shape))
+
+
+GATED = [
+    *((1, 2048, 0, 40), (2, 256, 0, 136), (3, 128, 0, 8), (4, 512, 0, 300), (9, 384, 0, 130)),
+    *((130, 640, 0, 136), (3, 48, 0, 19), (2, 256, 3, 256), (40, 144, 2, 24)),
+]
+"""``(t, k, groups, n)``: on a GPU one launch, or x laid out ahead of the product."""
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize(("t", "k", "groups", "n"), GATED)
+def test_gated(t: int, k: int, groups: int, n: int, static: bool) -> None:
+    """`swiglu` and then the linear, bit for bit, in every regime."""
+    gate, up = gated(t, k, groups)
+    weights = linears.stored(OP, n * (groups or 1), k)
+    weights += (jnp.float32(0.0123),) if static else ()
+    h = ungated(gate, up)
+    regimes = linears.REGIMES if jax.default_backend() != "cpu" else ("decode",)
+    for regime in regimes:
+        got = nvfp4_linear(gate, *weights, up=up, limit=LIMIT, regime=regime)
+        assert_same_bits(got, nvfp4_linear(h, *weights, regime=regime), str(regime))
+
+
+def test_gated_against_reference() -> None:
+    gate, up = gated(9, 160)
+    code, scale, global_scale = linears.stored(OP, 40, 160)
+    got = nvfp4_linear(gate, code, scale, global_scale, up=up, limit=LIMIT)
+    packed = np.asarray(bits.e2m1_to_bytes(code)), np.asarray(scale).view(np.uint8)
+    wide, wide_up = (f64(x).astype(np.float32) for x in (gate, up))
+    with jax.default_device(jax.devices("cpu")[0]):
+        settings: dict[str, Any] = {"up": wide_up, "limit": LIMIT}
+        want = reference_nvfp4.nvfp4_linear(wide, *packed, float(global_scale), **settings)
+    assert product_problems(got, want) == []
+
+
+@pytest.mark.parametrize("t", [1, 9])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_bad_gates(bad: float, t: int) -> None:
+    """In a gate or in up, as in the SwiGLU by itself, in no other row."""
+    gate, up = gated(t + 1, 256)
+    weights = linears.stored(OP, 40, 256)
+    for dirty in ((gate.at[-1, 37].set(bad), up), (gate, up.at[-1, 37].set(bad))):
+        got = f64(nvfp4_linear(dirty[0], *weights, up=dirty[1], limit=LIMIT))
+        want = f64(nvfp4_linear(ungated(*dirty), *weights))
+        nan = np.isnan(want)
+        np.testing.assert_array_equal(np.isnan(got), nan)
+        assert not np.isnan(bad) or nan[-1].all()
+        assert not nan[:-1].any()
+        assert_same_bits(np.where(nan, 0, got), np.where(nan, 0, want))
+
+
+def test_wrong_gated_fails() -> None:
+    """`test_gated` sees every operand and the clamps."""
+    gate, up = gated(9, 384)
+    weights = linears.stored(OP, 40, 384)
+    want = np.asarray(nvfp4_linear(ungated(gate, up), *weights))
+    for wrong, limit in (((up, gate), LIMIT), ((gate, up[::-1]), LIMIT), ((gate, up), 9.0)):
+        got = nvfp4_linear(wrong[0], *weights, up=wrong[1], limit=limit)
+        assert (np.asarray(got) != want).any()
+
+
+def test_gated_empty() -> None:
+    x = jnp.zeros((0, 96), jnp.bfloat16)
+    got = nvfp4_linear(x, *linears.stored(OP, 40, 96), up=x, limit=LIMIT)
+    assert got.shape == (0, 40)
 
 
 def test_empty() -> None:

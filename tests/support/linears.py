@@ -11,6 +11,7 @@ from dsv4_jax.ops.dense_linear import dense_linear
 from dsv4_jax.ops.fp8_linear import fp8_linear
 from dsv4_jax.ops.mxfp4_linear import mxfp4_linear
 from dsv4_jax.ops.nvfp4_linear import nvfp4_linear
+from dsv4_jax.ops.swiglu import swiglu
 from dsv4_jax.typing import E2M1, E4M3, UE8M0
 from reference import dense_linear as reference_dense
 from reference import fp8_linear as reference_fp8
@@ -21,6 +22,7 @@ from tests.support.numerics import assert_near, assert_same_bits, f64, row_of
 from tests.support.products import product_problems
 
 __all__ = [
+    "LIMIT",
     "OPS",
     "REGIMES",
     "SHAPES",
@@ -31,8 +33,10 @@ __all__ = [
     "check_rounding",
     "check_rows",
     "exact",
+    "gated",
     "operands",
     "stored",
+    "ungated",
 ]
 
 # Of FP32 sums of exact products, and of the scales that follow: relative to the sum of magnitudes.
@@ -199,3 +203,31 @@ def check_bad_rows(op: str, bad: float, **act: str) -> jax.Array:
         row = dirty[at]
         assert not np.isfinite(f64(row)).all() or np.isinf(bad)
     return row
+
+
+LIMIT = 10.0
+"""Of gates."""
+
+
+def gated(t: int, k: int, groups: int = 0) -> tuple[jax.Array, jax.Array]:
+    """Gates and up on both sides of every clamp, whose SwiGLU is near no tie of BF16.
+
+    It then has the same bits however it is computed.
+    """
+    rng = np.random.default_rng(t * k)
+    shape = (t, groups, k) if groups else (t, k)
+    size = np.exp2(rng.integers(-6, 7, shape))
+    gate, up = ((rng.standard_normal(shape) * size).astype(jnp.bfloat16) for _ in range(2))
+    wide = np.minimum(gate.astype(np.float64), LIMIT)
+    wide *= np.clip(up.astype(np.float64), -LIMIT, LIMIT) / (1 + np.exp(-wide))
+    near, far = ((wide * by).astype(np.float32).astype(jnp.bfloat16) for by in (1 - 1e-5, 1 + 1e-5))
+    gate = np.where(near == far, gate, 0).astype(jnp.bfloat16)
+    assert (gate > LIMIT).any() and (up > LIMIT).any() and (up < -LIMIT).any()
+    return jax.device_put((gate, up))
+
+
+@jax.jit
+def ungated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """`swiglu` of any shape."""
+    flat = swiglu(*(x.reshape(x.shape[0], -1) for x in (gate, up)), limit=LIMIT)
+    return flat.reshape(gate.shape)

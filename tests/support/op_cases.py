@@ -317,6 +317,14 @@ def _nvfp4_linear(groups: int = 0, static: bool = False, **settings: Any) -> OpC
     return OpCase(lambda x: nvfp4_linear(x, *q, *scales, **settings), (_linear_x(192, groups),))
 
 
+def _nvfp4_linear_gated() -> OpCase:
+    q = jax.jit(lambda w: nvfp4.quantize(w, nvfp4.tensor_global_scale(w)))(normal(1, 40, 192))
+    return OpCase(
+        lambda gate, up: nvfp4_linear(gate, *q, up=up, limit=2.0),
+        (_linear_x(192, 0), normal(2, MAX_ROWS, 192, dtype=jnp.bfloat16)),
+    )
+
+
 def _nvfp4_linears() -> OpCase:
     quantised = jax.jit(lambda w: nvfp4.quantize(w, nvfp4.tensor_global_scale(w)))
     weights = zip(*(quantised(normal(i, n, 192)) for i, n in enumerate((40, 24), 1)), strict=True)
@@ -511,6 +519,7 @@ CASES: dict[str, Callable[[], OpCase]] = {
         "nvfp4_linear-w4a4-static": lambda: _nvfp4_linear(static=True, dtype=jnp.bfloat16),
         "nvfp4_linear-w4a8-groups": lambda: _nvfp4_linear(2, act="fp8"),
         "nvfp4_linear-w4a16": lambda: _nvfp4_linear(act="bfloat16"),
+        "nvfp4_linear-gated": _nvfp4_linear_gated,
         "nvfp4_linear-several": _nvfp4_linears,
         "swiglu": _swiglu,
         "moe-mxfp4_w4a8": lambda: _moe("mxfp4_w4a8"),
