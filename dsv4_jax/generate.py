@@ -62,8 +62,12 @@ class Model(Protocol):
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any: ...
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames=("cache", "last"))
-def prefill_chunk(
+_LONG_CALL_TOKENS = 1024
+"""Of a call that is not captured on a GPU: the device needs longer for its launches than the host,
+and would be captured anew with every cache."""
+
+
+def _chunk(
     model: Model, params: Params, tokens: Array, cache: Cache, num_tokens: Array, last: Array
 ) -> tuple[Array, Cache]:
     """One call of a prefill: logits of each row's last real token, or ``last`` of rows without."""
@@ -71,6 +75,11 @@ def prefill_chunk(
         {"params": params}, tokens, cache, num_tokens=num_tokens, logits="last"
     )
     return jnp.where((num_tokens > 0)[:, None], logits, last), cache
+
+
+_jit = functools.partial(jax.jit, static_argnames="model", donate_argnames=("cache", "last"))
+prefill_chunk = _jit(_chunk)
+_long_prefill_chunk = _jit(_chunk, compiler_options={"xla_gpu_enable_command_buffer": ""})
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
@@ -171,7 +180,8 @@ def prefill(
         part = ids[:, start : start + width]
         chunk[:, : part.shape[1]] = part
         here = np.clip(counts - start, 0, width).astype(np.int32)
-        logits, cache = prefill_chunk(
+        long = jax.default_backend() != "cpu" and chunk.size >= _LONG_CALL_TOKENS
+        logits, cache = (_long_prefill_chunk if long else prefill_chunk)(
             model=model, params=params, tokens=chunk, cache=cache, num_tokens=here, last=logits
         )
     return logits, cache

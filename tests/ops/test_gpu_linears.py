@@ -465,6 +465,7 @@ LAYERS = {
     "small": (5, 128, 256, 3),
     "odd": (7, 96, 160, 2),
     "flash-width": (6, 2048, 4096, 3),
+    "many-tokens": (5, 512, 1024, 3),
 }
 EXPERT_FORMS = ["mxfp4_w4a8", "mxfp4_w4a16", "nvfp4_w4a4", "nvfp4_w4a8", "nvfp4_w4a16"]
 LIMIT = 10.0
@@ -534,6 +535,26 @@ def test_experts(form: str, layer: str, t: int) -> None:
     narrow = run(x, idx, weight, valid, shared, dtype=jnp.bfloat16)
     assert_same_bits(narrow, (got + shared.astype(np.float32)).astype(narrow.dtype))
     assert_same_bits(run(x, idx, weight, valid), got, "again")
+
+
+def test_scales_far_apart_of_many_tokens() -> None:
+    """Blocks of 128 inputs far below and above the others of their row, in some rows; and bit for
+    bit the kernel of fewer tokens."""
+    run = Experts("mxfp4_w4a8", "many-tokens")
+    rng = np.random.default_rng(3)
+    for leaves in run.stacks.values():
+        scale = np.asarray(leaves["scale"]).view(np.uint8)
+        shape = (*scale.shape[:2], scale.shape[2] // 4, 1)
+        shift = rng.choice([0, -13, 5], shape, p=[0.9, 0.05, 0.05])
+        shift[:, : shape[1] // 2] = 0  # whole thread blocks without
+        far = (scale.reshape(*shape[:3], 4) + shift).astype(np.uint8).reshape(scale.shape)
+        leaves["scale"] = jnp.asarray(far.view(np.asarray(leaves["scale"]).dtype))
+    x, idx, weight = run.inputs(300, seed=5)
+    got = run(x, idx, weight)
+    products.assert_experts(got, run.exact(x, idx, weight), run.form, run.form)
+    for few in (1, 30, 100):
+        alone = run(x[:few], idx[:few], weight[:few], regime="prefill")
+        assert_same_bits(alone, got[:few], f"rows of {few} tokens")
 
 
 @pytest.mark.parametrize("form", EXPERT_FORMS)
