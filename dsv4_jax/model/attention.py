@@ -1,7 +1,7 @@
 """Attention module of all three layer kinds (model.md 3)."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -68,7 +68,8 @@ class Attention(nn.Module):
 
         low, kv = linears(x, (self.wq_a, self.wkv), x_fp8)
         low = self.wq_a(x, low)
-        norm = QueryNorm(low, self.q_norm.weight) if self._norms_to_fp8(low) else None
+        form = self._query_form(low)
+        norm = None if form is None else QueryNorm(low, self.q_norm.weight)
         # A decode step's keys go to the ring at once: no query of it sees what they replace.
         slots = cache.window.nope.shape[1]
         first = ring_takes_first(t, slots, c.sliding_window)
@@ -82,11 +83,12 @@ class Attention(nn.Module):
             ring=cache.window if first else None,
             count=step.taken if first else None,
             query=norm,
+            query_form=form or "fp8",
         )
         if window is not None:
             cache = dataclasses.replace(cache, window=window)
 
-        qr = self.q_norm(low, norm is not None, qr)
+        qr = self.q_norm(low, form == "fp8", qr)
         q, index_q = self._queries(qr, cache.index, step, frequencies)
 
         n_visible, weight, topk_idx = None, None, None
@@ -119,15 +121,16 @@ class Attention(nn.Module):
         u = self.wo_a(grouped).reshape(b * t, -1)
         return self.wo_b(u), cache
 
-    def _norms_to_fp8(self, low: Float[Array, "n rank"]) -> bool:
-        """Whether FP8 is what ``wq_b`` and the indexer's read: the norm goes with the keys then."""
+    def _query_form(self, low: Float[Array, "n rank"]) -> Literal["fp8", "bfloat16"] | None:
+        """What ``wq_b`` and the indexer's read: the norm goes with the keys, where it can."""
         forms = {self.precision.wq_b}
         if self.kind is LayerKind.CSA:
             forms.add(self.precision.indexer_wq_b)
         rank = low.shape[-1]
-        whole = rmsnorm_fp8_takes(rank) and rank % fp8.ACT_BLOCK == 0
         bf16 = low.dtype == self.q_norm.weight.dtype == jnp.bfloat16
-        return forms == {"fp8_w8a8"} and whole and bf16
+        if not bf16 or not rmsnorm_fp8_takes(rank):
+            return None
+        return "fp8" if forms == {"fp8_w8a8"} and rank % fp8.ACT_BLOCK == 0 else "bfloat16"
 
     def _queries(
         self,

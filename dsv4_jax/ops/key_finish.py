@@ -35,12 +35,12 @@ class QueryNorm(NamedTuple):
 class FinishedKeys(NamedTuple):
     """A chunk's keys ``[b, t, ...]`` as stored, and the ring ``[b, s, ...]`` after them.
 
-    ``query``: the normed queries, codes ``[n, r]`` and scales ``[n, ceil(r / 128)]``.
+    ``query``: the normed queries, codes ``[n, r]`` and scales ``[n, ceil(r / 128)]``, or BF16.
     """
 
     rows: KvRows
     ring: KvRows | None
-    query: Fp8 | None = None
+    query: Fp8 | BFloat16[Array, "n r"] | None = None
 
 
 def ring_takes_first(t: int, slots: int, window: int) -> bool:
@@ -53,7 +53,7 @@ def ring_takes_first(t: int, slots: int, window: int) -> bool:
     return t <= slots - window + 1
 
 
-@functools.partial(jax.jit, static_argnames=("eps", "form"))
+@functools.partial(jax.jit, static_argnames=("eps", "form", "query_form"))
 def key_finish(
     kv: Float[Array, "b t d"],
     weight: Float[Array, "d"],
@@ -65,6 +65,7 @@ def key_finish(
     ring: KvRows | None = None,
     count: Int32[Array, "b"] | None = None,
     query: QueryNorm | None = None,
+    query_form: Literal["fp8", "bfloat16"] = "fp8",
 ) -> FinishedKeys:
     """``kv_quant(rope(rmsnorm(kv, weight), start + j))``, also into a ring in place.
 
@@ -77,11 +78,10 @@ def key_finish(
     BF16 keys in form ``fp8`` of up to 512 channels are one foreign call, a key independent of all
     others; other dtypes and sizes are the ops of the formula. The call adds squares in an order of
     its own (the same on CPU and GPU), so that against those a value on a rounding tie may fall the
-    other way. A ``query`` has the bits of `rmsnorm_fp8`; it is done in the same call and, with few
-    tokens, in the same launch. NaN and infinities stay in their key, NaN of a block of 64 in its
-    scale. No gradient.
-    Under `jax.vmap` a call per element. Arrays on several devices are gathered unless the call is
-    inside `jax.shard_map`.
+    other way. A ``query`` has the bits of `rmsnorm_fp8`, or in BF16 those that it quantises; it is
+    done in the same call and, with few tokens, in the same launch. NaN and infinities stay in
+    their key, NaN of a block of 64 in its scale. No gradient. Under `jax.vmap` a call per element.
+    Arrays on several devices are gathered unless the call is inside `jax.shard_map`.
 
     Args:
         weight: of the norm.
@@ -90,17 +90,19 @@ def key_finish(
         form: of the keys, as `kv_quant` has it.
         ring: in the same form.
         count: real tokens of each row, held to ``0 .. t``; with a ring only.
-        query: to be normed and quantised as well.
+        query: to be normed as well.
+        query_form: of the normed query, quantised or not.
 
     Raises:
         TypeError: a dtype is not accepted.
-        ValueError: shapes disagree, ``form`` is unknown, ``ring`` and ``count`` do not come
-            together, or ``query`` is none that `rmsnorm_fp8_takes`.
+        ValueError: shapes disagree, ``form`` or ``query_form`` is unknown, ``ring`` and ``count``
+            do not come together, or ``query`` is none that `rmsnorm_fp8_takes`.
     """
     check_operand("key_finish", "kv", kv, "b t d", FLOATS)
     check_operand("key_finish", "weight", weight, "d", FLOATS)
     check_operand("key_finish", "start", start, "b", INTEGERS)
     check_choice("key_finish", "form", form, FORMS)
+    check_choice("key_finish", "query_form", query_form, ("fp8", "bfloat16"))
     frequencies = jnp.asarray(frequencies)
     check_operand("key_finish", "frequencies", frequencies, "f", FLOAT32)
     (b, t, d), rotary = kv.shape, 2 * frequencies.shape[0]
@@ -123,8 +125,11 @@ def key_finish(
     served = served and rotary % CHUNK == 0 and rotary <= MAX_ROTARY
     both = kv.dtype == weight.dtype == jnp.bfloat16
     if both and served and form == "fp8":
-        return _call(kv, weight, start, frequencies, eps, ring, count, query)
-    normed = None if query is None else rmsnorm_fp8(query.x, query.weight, eps)
+        return _call(kv, weight, start, frequencies, eps, ring, count, query, query_form)
+    normed = None
+    if query is not None:
+        norm = rmsnorm_fp8 if query_form == "fp8" else rmsnorm
+        normed = norm(query.x, query.weight, eps)
     positions = start[:, None] + jnp.arange(t, dtype=jnp.int32)
     rows = kv_quant(rope(rmsnorm(kv, weight, eps), positions, frequencies), rotary, form)
     if ring is None or count is None:
@@ -146,6 +151,7 @@ def _call(
     ring: KvRows | None,
     count: Array | None,
     query: QueryNorm | None,
+    query_form: str,
 ) -> FinishedKeys:
     """The foreign call."""
     (b, t, d), rotary = kv.shape, 2 * frequencies.shape[0]
@@ -166,11 +172,16 @@ def _call(
     if query is not None:
         operands += query
         n, r = query.x.shape
-        results.append(jax.ShapeDtypeStruct((n, r), E4M3))
-        results.append(jax.ShapeDtypeStruct((n, -(-r // fp8.ACT_BLOCK)), UE8M0))
+        if query_form == "fp8":
+            results.append(jax.ShapeDtypeStruct((n, r), E4M3))
+            results.append(jax.ShapeDtypeStruct((n, -(-r // fp8.ACT_BLOCK)), UE8M0))
+        else:
+            results.append(jax.ShapeDtypeStruct((n, r), jnp.bfloat16))
     done = library.call("key_finish", results, *operands, aliases=aliases, eps=np.float32(eps))
     parts = [tuple(done[i : i + 3]) for i in range(0, 6 if ring is not None else 3, 3)]
-    normed = None if query is None else Fp8(*done[-2:])
+    normed = None
+    if query is not None:
+        normed = Fp8(*done[-2:]) if query_form == "fp8" else done[-1]
     return FinishedKeys(KvRows(*parts[0]), KvRows(*parts[1]) if parts[1:] else None, normed)
 
 

@@ -157,17 +157,43 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // The first `keys` thread blocks finish keys, each of the others norms a token.
+template <bool kCodes>
 __global__ void __launch_bounds__(kThreads)
     KeyFinishNormKernel(const __grid_constant__ KeyFinishParams p,
-                        const __grid_constant__ RmsnormFp8Params norm, uint32_t keys) {
+                        const __grid_constant__ QueryNormParams norm, uint32_t keys) {
   WaitForPrevious();
   LetNextBegin();
   if (blockIdx.x < keys) {
     FinishKeys<true, true>(p);
-  } else {
+  } else if constexpr (kCodes) {
     NormToFp8<1, 1, kThreads, true>(norm, blockIdx.x - keys, 0);
+  } else {
+    NormToBf16<1, 1, kThreads, true>(norm, norm.y, blockIdx.x - keys, 0);
   }
 }
+
+// BF16 that goes not with the keys. kResident thread blocks share an SM's registers.
+template <int kBlocks, int kParts, int kMaxThreads, int kResident, bool kAligned>
+__global__ void __launch_bounds__(kMaxThreads, kResident)
+    QueryNormKernel(const __grid_constant__ QueryNormParams norm) {
+  WaitForPrevious();
+  LetNextBegin();
+  NormToBf16<kBlocks, kParts, kMaxThreads, kAligned>(norm, norm.y, blockIdx.x / kParts,
+                                                     blockIdx.x % kParts);
+}
+
+struct LaunchQueryNorm {
+  const QueryNormParams& norm;
+  cudaStream_t stream;
+
+  template <int kBlocks, int kParts, int kMaxThreads, int kResident, bool kAligned = true>
+  cudaError_t Run(int blocks) const {
+    const int threads = (blocks / kBlocks + 31) / 32 * 32;
+    const auto grid = static_cast<unsigned>(norm.t * kParts);
+    return LaunchFirst(QueryNormKernel<kBlocks, kParts, kMaxThreads, kResident, kAligned>,
+                       dim3(grid), threads, 0, stream, 1, norm);
+  }
+};
 
 unsigned KeyBlocks(const KeyFinishParams& params) {
   return static_cast<unsigned>((params.b * params.t + kWarps - 1) / kWarps);
@@ -185,7 +211,7 @@ uintptr_t Addresses(const uint16_t* x, const uint16_t* weight) {
 
 // Whole keys and a norm of which a thread has 16 channels. Many tokens are the business of the
 // kernels that are made for them: a launch more is nothing to those.
-bool InOneLaunch(const KeyFinishParams& p, const RmsnormFp8Params& norm) {
+bool InOneLaunch(const KeyFinishParams& p, const QueryNormParams& norm) {
   const bool whole = p.d == kRowMaxChannels && p.rotary == kMaxRotary;
   const bool few = p.b * p.t > 0 && p.b * p.t <= kManyTokens && norm.t > 0 && norm.t <= kManyTokens;
   const uintptr_t addresses = Addresses(p.x, p.weight) | Addresses(norm.x, norm.weight);
@@ -207,14 +233,17 @@ cudaError_t KeyFinishCuda(const KeyFinishParams& params, cudaStream_t stream) {
   return Launch<true, true>(params, stream);
 }
 
-cudaError_t KeyFinishNormCuda(const KeyFinishParams& params, const RmsnormFp8Params& norm,
+cudaError_t KeyFinishNormCuda(const KeyFinishParams& params, const QueryNormParams& norm,
                               cudaStream_t stream) {
   if (!InOneLaunch(params, norm)) {
     const cudaError_t error = KeyFinishCuda(params, stream);
-    return error != cudaSuccess ? error : RmsnormFp8Cuda(norm, stream);
+    if (error != cudaSuccess) return error;
+    if (norm.y == nullptr) return RmsnormFp8Cuda(norm, stream);
+    return ForTokens(norm.t, norm.d, Addresses(norm.x, norm.weight), LaunchQueryNorm{norm, stream});
   }
   const unsigned keys = KeyBlocks(params), grid = keys + static_cast<unsigned>(norm.t);
-  return LaunchFirst(KeyFinishNormKernel, dim3(grid), kThreads, 0, stream, 1, params, norm, keys);
+  const auto kernel = norm.y == nullptr ? KeyFinishNormKernel<true> : KeyFinishNormKernel<false>;
+  return LaunchFirst(kernel, dim3(grid), kThreads, 0, stream, 1, params, norm, keys);
 }
 
 }  // namespace dsv4

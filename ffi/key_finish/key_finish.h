@@ -43,6 +43,11 @@ struct KeyFinishParams {
   float reciprocal_d;  // 1 / d, rounded
 };
 
+// A norm of queries beside the keys.
+struct QueryNormParams : RmsnormFp8Params {
+  uint16_t* y;  // [t, d] BF16 in place of code and scale, or nullptr
+};
+
 // As JAX adds int32.
 DSV4_HOST_DEVICE inline int32_t KeyPosition(int32_t start, int64_t j) {
   return static_cast<int32_t>(static_cast<uint32_t>(start) + static_cast<uint32_t>(j));
@@ -60,12 +65,14 @@ DSV4_HOST_DEVICE inline int64_t RingSlot(int32_t start, int32_t count, int64_t j
 
 // Rows first <= i * t + j < last; disjoint ranges may run at the same time.
 void KeyFinishCpu(const KeyFinishParams& params, int64_t first, int64_t last);
+// Tokens first <= i < last.
+void QueryNormCpu(const QueryNormParams& params, int64_t first, int64_t last);
 
 #ifdef DSV4_CUDA
 cudaError_t KeyFinishCuda(const KeyFinishParams& params, cudaStream_t stream);
 
-// And RmsnormFp8Cuda of a norm that does not depend on the keys: one launch for few tokens.
-cudaError_t KeyFinishNormCuda(const KeyFinishParams& params, const RmsnormFp8Params& norm,
+// And a norm that does not depend on the keys: one launch for few tokens.
+cudaError_t KeyFinishNormCuda(const KeyFinishParams& params, const QueryNormParams& norm,
                               cudaStream_t stream);
 #endif
 

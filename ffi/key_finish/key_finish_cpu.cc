@@ -32,6 +32,20 @@ void Store(const KeyFinishParams& p, const float* y, const KeyStore& store, int6
 
 }  // namespace
 
+void QueryNormCpu(const QueryNormParams& params, int64_t first, int64_t last) {
+  if (params.y == nullptr) {
+    RmsnormFp8Cpu(params, first, last);
+    return;
+  }
+  const KeepDenormals keep_denormals;
+  const int64_t d = params.d;
+  std::vector<float> y(d);
+  for (int64_t token = first; token < last; ++token) {
+    NormToken(params.x + token * d, params.weight, d, params.reciprocal_d, params.eps, y.data());
+    for (int64_t i = 0; i < d; ++i) params.y[token * d + i] = FloatToBf16(y[i]);
+  }
+}
+
 void KeyFinishCpu(const KeyFinishParams& params, int64_t first, int64_t last) {
   const KeepDenormals keep_denormals;
   const int64_t d = params.d, nope = d - params.rotary;

@@ -1,6 +1,6 @@
 // Handlers of dsv4.key_finish. Operands: x, weight, start, frequencies; for a ring, count and its
 // nope, scale, rope; for a norm of queries, its x and weight. Results: nope, scale, rope of the
-// rows; the ring's, aliased to the operands; code and scale of the norm.
+// rows; the ring's, aliased to the operands; code and scale of the norm, or it in BF16.
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -82,19 +82,25 @@ ffi::Error FillRing(const ffi::RemainingArgs& args, const ffi::RemainingRets& re
   return ffi::Error::Success();
 }
 
-// Operands `arg`, arg + 1, results `ret`, ret + 1.
+// Operands `arg`, arg + 1, results from `ret` on: code and scale, or y alone.
 ffi::Error FillNorm(float eps, const ffi::RemainingArgs& args, size_t arg,
-                    const ffi::RemainingRets& rets, size_t ret, RmsnormFp8Params& norm) {
+                    const ffi::RemainingRets& rets, size_t ret, QueryNormParams& norm) {
+  const bool coded = rets.size() == ret + 2;
   auto x = args.get<ffi::AnyBuffer>(arg), weight = args.get<ffi::AnyBuffer>(arg + 1);
-  auto code = rets.get<ffi::AnyBuffer>(ret), scale = rets.get<ffi::AnyBuffer>(ret + 1);
+  auto code = rets.get<ffi::AnyBuffer>(ret), scale = rets.get<ffi::AnyBuffer>(ret + coded);
   if (!x || !weight || !code || !scale) return InvalidArgument(kOp, "query must be buffers");
   DSV4_RETURN_IF_ERROR(CheckDtype(kOp, "query x", x->element_type(), {ffi::DataType::BF16}));
   DSV4_RETURN_IF_ERROR(
       CheckDtype(kOp, "query weight", weight->element_type(), {ffi::DataType::BF16}));
-  DSV4_RETURN_IF_ERROR(
-      CheckDtype(kOp, "query code", (*code)->element_type(), {ffi::DataType::F8E4M3FN}));
-  DSV4_RETURN_IF_ERROR(
-      CheckDtype(kOp, "query scale", (*scale)->element_type(), {ffi::DataType::F8E8M0FNU}));
+  if (coded) {
+    DSV4_RETURN_IF_ERROR(
+        CheckDtype(kOp, "query code", (*code)->element_type(), {ffi::DataType::F8E4M3FN}));
+    DSV4_RETURN_IF_ERROR(
+        CheckDtype(kOp, "query scale", (*scale)->element_type(), {ffi::DataType::F8E8M0FNU}));
+  } else {
+    DSV4_RETURN_IF_ERROR(
+        CheckDtype(kOp, "query y", (*code)->element_type(), {ffi::DataType::BF16}));
+  }
   const Dims dims = x->dimensions();
   if (dims.size() != 2)
     return InvalidArgument(kOp, "query x must be [n, r], got " + ToString(dims));
@@ -104,13 +110,18 @@ ffi::Error FillNorm(float eps, const ffi::RemainingArgs& args, size_t arg,
                                     std::to_string(kNormMaxDim) + ", got " + ToString(dims));
   }
   DSV4_RETURN_IF_ERROR(CheckShape(kOp, "query weight", weight->dimensions(), {r}));
-  DSV4_RETURN_IF_ERROR(CheckShape(kOp, "query code", (*code)->dimensions(), {n, r}));
   DSV4_RETURN_IF_ERROR(
-      CheckShape(kOp, "query scale", (*scale)->dimensions(), {n, (r + kActBlock - 1) / kActBlock}));
+      CheckShape(kOp, coded ? "query code" : "query y", (*code)->dimensions(), {n, r}));
+  if (coded) {
+    DSV4_RETURN_IF_ERROR(CheckShape(kOp, "query scale", (*scale)->dimensions(),
+                                    {n, (r + kActBlock - 1) / kActBlock}));
+    norm.code = static_cast<uint8_t*>((*code)->untyped_data());
+    norm.scale = static_cast<uint8_t*>((*scale)->untyped_data());
+  } else {
+    norm.y = static_cast<uint16_t*>((*code)->untyped_data());
+  }
   norm.x = static_cast<const uint16_t*>(x->untyped_data());
   norm.weight = static_cast<const uint16_t*>(weight->untyped_data());
-  norm.code = static_cast<uint8_t*>((*code)->untyped_data());
-  norm.scale = static_cast<uint8_t*>((*scale)->untyped_data());
   norm.t = n;
   norm.d = r;
   norm.eps = eps;
@@ -122,7 +133,7 @@ ffi::Error FillNorm(float eps, const ffi::RemainingArgs& args, size_t arg,
 ffi::Error Fill(int32_t abi, float eps, const ffi::AnyBuffer& x, const ffi::AnyBuffer& weight,
                 const ffi::AnyBuffer& start, const ffi::AnyBuffer& frequencies,
                 const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
-                KeyFinishParams& params, RmsnormFp8Params& norm, Copy& copy) {
+                KeyFinishParams& params, QueryNormParams& norm, Copy& copy) {
   DSV4_RETURN_IF_ERROR(CheckAbi(kOp, abi));
   DSV4_RETURN_IF_ERROR(CheckDtype(kOp, "x", x.element_type(), {ffi::DataType::BF16}));
   DSV4_RETURN_IF_ERROR(CheckDtype(kOp, "weight", weight.element_type(), {ffi::DataType::BF16}));
@@ -153,10 +164,12 @@ ffi::Error Fill(int32_t abi, float eps, const ffi::AnyBuffer& x, const ffi::AnyB
   const bool ring = n_args >= 1 + kParts;
   const size_t norm_arg = ring ? 1 + kParts : 0, norm_ret = ring ? 2 * kParts : kParts;
   const bool normed = n_args > norm_arg;
-  if (n_args != norm_arg + (normed ? 2 : 0) || n_rets != norm_ret + (normed ? 2 : 0)) {
+  const bool results_fit =
+      normed ? n_rets == norm_ret + 1 || n_rets == norm_ret + 2 : n_rets == norm_ret;
+  if (n_args != norm_arg + (normed ? 2 : 0) || !results_fit) {
     return InvalidArgument(kOp,
-                           "must have 4 operands and 3 results, 4 and 3 more with a ring, 2 and 2 "
-                           "more with a query, got " +
+                           "must have 4 operands and 3 results, 4 and 3 more with a ring, 2 and 1 "
+                           "or 2 more with a query, got " +
                                std::to_string(4 + n_args) + " and " + std::to_string(n_rets));
   }
   if (normed) DSV4_RETURN_IF_ERROR(FillNorm(eps, args, norm_arg, rets, norm_ret, norm));
@@ -174,7 +187,7 @@ ffi::Error CpuImpl(ffi::ThreadPool pool, int32_t abi, float eps, ffi::AnyBuffer 
                    ffi::AnyBuffer weight, ffi::AnyBuffer start, ffi::AnyBuffer frequencies,
                    ffi::RemainingArgs args, ffi::RemainingRets rets) {
   KeyFinishParams params{};
-  RmsnormFp8Params norm{};
+  QueryNormParams norm{};
   Copy copy;
   DSV4_RETURN_IF_ERROR(
       Fill(abi, eps, x, weight, start, frequencies, args, rets, params, norm, copy));
@@ -188,7 +201,7 @@ ffi::Error CpuImpl(ffi::ThreadPool pool, int32_t abi, float eps, ffi::AnyBuffer 
               [&](int64_t begin, int64_t end) { KeyFinishCpu(params, begin, end); });
   if (norm.x == nullptr) return ffi::Error::Success();
   ParallelFor(pool, norm.t, kGrainChannels / norm.d + 1,
-              [&](int64_t begin, int64_t end) { RmsnormFp8Cpu(norm, begin, end); });
+              [&](int64_t begin, int64_t end) { QueryNormCpu(norm, begin, end); });
   return ffi::Error::Success();
 }
 
@@ -200,12 +213,12 @@ ffi::Error CudaImpl(CudaStream stream, int32_t abi, float eps, ffi::AnyBuffer x,
                     ffi::AnyBuffer weight, ffi::AnyBuffer start, ffi::AnyBuffer frequencies,
                     ffi::RemainingArgs args, ffi::RemainingRets rets) {
   KeyFinishParams params{};
-  RmsnormFp8Params norm{};
+  QueryNormParams norm{};
   Copy copy;
   DSV4_RETURN_IF_ERROR(
       Fill(abi, eps, x, weight, start, frequencies, args, rets, params, norm, copy));
   if (!Aligned(params.rows, params.rotary) || !Aligned(params.ring, params.rotary) ||
-      (norm.x != nullptr && !IsAligned(norm.code, norm.d, 16))) {
+      !IsAligned(norm.code, norm.d, 16) || !IsAligned(norm.y, 2 * norm.d, 16)) {
     return InvalidArgument(kOp, "results must be aligned to 16 bytes");
   }
   if (copy.n == 0 && params.b * params.t == 0 && norm.t == 0) return ffi::Error::Success();
@@ -230,7 +243,7 @@ auto CudaBinding() {
       .Arg<ffi::AnyBuffer>()  // start [b]
       .Arg<ffi::AnyBuffer>()  // frequencies [rotary / 2]
       .RemainingArgs()        // count [b]; nope, scale, rope of the ring; query x [n, r], weight
-      .RemainingRets();       // nope, scale, rope of the rows, of the ring; query code, scale
+      .RemainingRets();       // nope, scale, rope of the rows, of the ring; query code, scale, or y
 }
 
 XLA_FFI_DEFINE_HANDLER(kCpu, CpuImpl,
@@ -243,7 +256,7 @@ XLA_FFI_DEFINE_HANDLER(kCpu, CpuImpl,
                            .Arg<ffi::AnyBuffer>()  // start [b]
                            .Arg<ffi::AnyBuffer>()  // frequencies [rotary / 2]
                            .RemainingArgs()    // count [b]; nope, scale, rope of the ring; query
-                           .RemainingRets());  // of the rows, of the ring; query code, scale
+                           .RemainingRets());  // of the rows, of the ring; query code, scale, or y
 XLA_FFI_DEFINE_HANDLER(kCuda, CudaImpl, CudaBinding(), {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kCudaDebug, CudaImpl, CudaBinding());
 

@@ -1,5 +1,5 @@
-// RMS norm of a token to FP8 by a thread block: device code of rmsnorm_fp8 and of key_finish, which
-// has it as a second job.
+// RMS norm of a token to FP8, or BF16, by a thread block: device code of rmsnorm_fp8 and of
+// key_finish, which has it as a second job.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -53,29 +53,57 @@ __device__ __forceinline__ Quantised Quantise(const float (&values)[kNormBlock])
 }
 
 // Every thread of the block calls it. kParts thread blocks may share a token: each sums all of it,
-// which takes no word between them, and quantises its part of the warps.
-template <int kBlocks, int kParts, int kMaxThreads, bool kAligned>
-__device__ __forceinline__ void NormToFp8(const RmsnormFp8Params& params, uint64_t token,
-                                          uint32_t part) {
+// which takes no word between them, and stores its part of the warps: store(values, block of the
+// token, whether there is such a block).
+template <int kBlocks, int kParts, int kMaxThreads, bool kAligned, typename Store>
+__device__ __forceinline__ void NormTo(const RmsnormFp8Params& params, uint64_t token,
+                                       uint32_t part, const Store& store) {
   const uint32_t thread = threadIdx.x, threads = blockDim.x;
   const uint32_t blocks = static_cast<uint32_t>(params.d) / kNormBlock;
   NormedToken<kBlocks> y;
   ReadToken<kBlocks, kMaxThreads, kAligned>(params.x + token * blocks * kNormBlock, params.weight,
                                             blocks, params.reciprocal_d, params.eps, y);
   if (kParts > 1 && thread / 32 * kParts / (threads / 32) != part) return;
-  const uint32_t scales = (blocks + kScaleThreads - 1) / kScaleThreads;
-
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) {
     NormBlock<kBlocks, kAligned>(params.weight, b, y);
-    const Quantised block_out = Quantise(y.values[b]);
     const uint32_t block = thread + b * threads;
-    if (kBlocks == 1 && block >= blocks) return;
+    store(y.values[b], block, kBlocks > 1 || block < blocks);
+  }
+}
+
+template <int kBlocks, int kParts, int kMaxThreads, bool kAligned>
+__device__ __forceinline__ void NormToFp8(const RmsnormFp8Params& params, uint64_t token,
+                                          uint32_t part) {
+  const uint32_t blocks = static_cast<uint32_t>(params.d) / kNormBlock;
+  const uint32_t scales = (blocks + kScaleThreads - 1) / kScaleThreads;
+  const auto store = [&](const float (&values)[kNormBlock], uint32_t block, bool there) {
+    const Quantised block_out = Quantise(values);
+    if (!there) return;
     StoreVector(params.code + (token * blocks + block) * kNormBlock, block_out.codes);
     if (block % kScaleThreads == 0) {
       params.scale[token * scales + block / kScaleThreads] = static_cast<uint8_t>(block_out.scale);
     }
-  }
+  };
+  NormTo<kBlocks, kParts, kMaxThreads, kAligned>(params, token, part, store);
+}
+
+// The same as BF16.
+template <int kBlocks, int kParts, int kMaxThreads, bool kAligned>
+__device__ __forceinline__ void NormToBf16(const RmsnormFp8Params& params, uint16_t* to,
+                                           uint64_t token, uint32_t part) {
+  const uint32_t blocks = static_cast<uint32_t>(params.d) / kNormBlock;
+  const auto store = [&](const float (&values)[kNormBlock], uint32_t block, bool there) {
+    if (!there) return;
+    uint16_t* const y = to + (token * blocks + block) * kNormBlock;
+#pragma unroll
+    for (int i = 0; i < kNormBlock; i += 8) {
+      const float* const v = values + i;
+      StoreVector(y + i, make_uint4(PackBf16(v[0], v[1]), PackBf16(v[2], v[3]),
+                                    PackBf16(v[4], v[5]), PackBf16(v[6], v[7])));
+    }
+  };
+  NormTo<kBlocks, kParts, kMaxThreads, kAligned>(params, token, part, store);
 }
 
 }  // namespace dsv4

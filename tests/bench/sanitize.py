@@ -392,7 +392,9 @@ def _key_finish() -> Iterator[Any]:
         operands = kv, weight, jnp.asarray(np.resize(wild, b)), frequencies, 1e-6
         for n, r in ((1, 1536), (3, 16), (300, 1024), (2, 2064)):
             x = jnp.asarray(rng.standard_normal((n, r)), jnp.bfloat16)
-            yield key_finish(*operands, form="fp8", query=QueryNorm(x, x[0]))
+            for form in ("fp8", "bfloat16"):
+                query = QueryNorm(x, x[0])
+                yield key_finish(*operands, form="fp8", query=query, query_form=form)
         yield key_finish(*operands, form="fp8")
         for s in (1, 8, 128):
             nope = d - rotary

@@ -535,13 +535,13 @@ SHAPES: list[tuple[str, str, Mutation, str]] = [
         "key_finish",
         "query-without-weight",
         more((s("5 144"),), QUERY_RESULTS),
-        "must have 4 operands .*2 and 2 more with a query, got 9 and 8",
+        "must have 4 operands .*2 and 1 or 2 more with a query, got 9 and 8",
     ),
     (
         "key_finish",
         "query-without-results",
         more(QUERY),
-        "must have 4 operands .*2 and 2 more with a query, got 10 and 6",
+        "must have 4 operands .*2 and 1 or 2 more with a query, got 10 and 6",
     ),
     *(
         ("key_finish", f"query-{name}", all_of(more(QUERY, QUERY_RESULTS), mutation), message)
@@ -555,6 +555,13 @@ SHAPES: list[tuple[str, str, Mutation, str]] = [
             ("code-dtype", result(6, "5 144", U8), "query code must be float8_e4m3fn, got uint8"),
             ("scale-shape", result(7, "5 1", UE8M0), r"query scale must be \[5, 2\], got"),
             ("scale-dtype", result(7, "5 2", U8), "query scale must be float8_e8m0fnu, got"),
+        )
+    ),
+    *(
+        ("key_finish", f"query-y-{name}", more(QUERY, (s(*spec),)), message)
+        for name, spec, message in (
+            ("shape", ("4 144",), r"query y must be \[5, 144\], got \[4, 144\]"),
+            ("dtype", ("5 144", F32), "query y must be bfloat16, got float32"),
         )
     ),
     ("index_query_finish", "x-rank", operand(0, "12 64"), r"x must be \[t, h, d\], got"),

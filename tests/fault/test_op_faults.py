@@ -378,11 +378,13 @@ def _key_finish(
     count: Any = s("2", I32),
     ring: bool = True,
     query: Any = None,
+    query_form: Any = "fp8",
     **parts: Any,
 ) -> Any:
     store = _store("2 8", parts, "ring") if ring else None
     rest = {"ring": store, "count": count, "query": query and QueryNorm(*query)}
-    op = lambda *a, **rest: key_finish(*a, EPS, form=form, **rest)  # noqa: E731
+    forms = {"form": form, "query_form": query_form}
+    op = lambda *a, **rest: key_finish(*a, EPS, **forms, **rest)  # noqa: E731
     return jax.eval_shape(op, kv, weight, start, frequencies, **rest)
 
 
@@ -901,6 +903,7 @@ AXIS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
         {"form": "bfloat16", "ring_nope": s("2 8 64")},
     ),
     (_key_finish, r"form must be one of .*got 'mxfp4'", {"form": "mxfp4"}),
+    (_key_finish, r"query_form must be one of .*got 'nvfp4'", {"query_form": "nvfp4"}),
     (_index_query_finish, "q must have at least 32 channels, got 16", {"q": s("2 3 4 16")}),
     (_index_query_finish, "heads must have at least 32 channels", {"heads": s("2 3 4 16")}),
     (_index_query_finish, r"positions must be \[2, 4\] for heads", {"heads": s("2 4 4 96")}),

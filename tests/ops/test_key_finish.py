@@ -70,11 +70,16 @@ def queries(n: int, r: int) -> QueryNorm:
 
 
 def run(
-    args: Any, ring: KvRows | None = None, count: Any = None, query: QueryNorm | None = None
+    args: Any,
+    ring: KvRows | None = None,
+    count: Any = None,
+    query: QueryNorm | None = None,
+    query_form: Any = "fp8",
 ) -> FinishedKeys:
     if count is not None:
         count = jnp.asarray(count, jnp.int32)
-    return key_finish(*args, form="fp8", ring=ring, count=count, query=query)
+    settings: dict[str, Any] = {"ring": ring, "count": count, "query": query}
+    return key_finish(*args, form="fp8", query_form=query_form, **settings)
 
 
 def ring_after(ring: KvRows, rows: KvRows, start: Any, count: Any) -> list[np.ndarray]:
@@ -108,7 +113,8 @@ def test_against_the_plain_ops(size: tuple[int, int]) -> None:
         assert turned.mean() <= MOST_TURNED + 1 / turned.size
 
 
-def test_against_the_reference() -> None:
+@pytest.mark.parametrize("query_form", ["fp8", "bfloat16"])
+def test_against_the_reference(query_form: Any) -> None:
     """Rows and rings, as the values that are stored."""
     kv, weight, start, frequencies, eps = operands(2, 50)
     old = poisoned(2, 8, byte=0x3F)
@@ -124,10 +130,14 @@ def test_against_the_reference() -> None:
         ring=kv_dequant(old, jnp.float32),
         count=count,
         query=(query.x.astype(jnp.float32), query.weight.astype(jnp.float32)),
+        query_form=query_form,
     )
-    got = run((kv, weight, start, frequencies, eps), old, count, query)
-    assert got.query is not None
-    normed = f64(fp8.dequantize_act(got.query, fp8.ACT_BLOCK))
+    got = run((kv, weight, start, frequencies, eps), old, count, query, query_form)
+    normed = got.query
+    if isinstance(normed, fp8.Fp8):
+        normed = fp8.dequantize_act(normed, fp8.ACT_BLOCK)
+    assert normed is not None
+    normed = f64(normed)
     assert (normed != f64(want[2])).mean() <= MOST_TURNED * 2
     for mine, theirs in zip(got[:2], want[:2], strict=True):
         assert mine is not None and theirs is not None
@@ -145,6 +155,43 @@ def test_a_query_has_the_bits_of_its_own_op(n: int, r: int, slots: int) -> None:
     assert_same_tree(got[:2], run(args, *ring)[:2])
 
 
+@pytest.mark.parametrize(
+    ("n", "r", "slots"),
+    [(6, 1024, 8), (0, 128, 0), (9, 16, 8), (2, 2064, 0), (300, 1024, 0), (3, 8192, 0)],
+)
+def test_a_query_in_bf16(n: int, r: int, slots: int) -> None:
+    """`rmsnorm`, bit for bit but for counted ties; quantised, it is the other form's.
+
+    On a GPU in the launch of the keys, or in one of its own of each kind.
+    """
+    args, query = operands(2, 3), queries(n, r)
+    ring = (poisoned(2, slots), [3, 1]) if slots else (None, None)
+    got = run(args, *ring, query, "bfloat16")
+    assert_same_tree(got[:2], run(args, *ring)[:2])
+    assert isinstance(got.query, jax.Array) and got.query.dtype == jnp.bfloat16
+    turned = raw(got.query) != raw(rmsnorm(*query, EPS))
+    assert n == 0 or turned.mean() <= MOST_TURNED + 1 / turned.size
+    codes = run(args, *ring, query).query
+    assert isinstance(codes, fp8.Fp8)
+    again = fp8.quantize_act(got.query.astype(jnp.float32), fp8.ACT_BLOCK)
+    if r % fp8.ACT_BLOCK == 0:
+        assert_same_bits(again.code, codes.code)
+        assert_same_bits(again.scale, codes.scale)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_bad_query_stays_alone(bad: float) -> None:
+    args, query = operands(1, 1), queries(3, 1024)
+    clean = run(args, query=query, query_form="bfloat16")
+    dirty = QueryNorm(query.x.at[1, 77].set(bad), query.weight)
+    got = run(args, query=dirty, query_form="bfloat16")
+    want = f64(rmsnorm(*dirty, EPS))
+    np.testing.assert_array_equal(np.isnan(f64(got.query)), np.isnan(want))
+    assert np.isnan(want[1]).any() and not np.isnan(want[[0, 2]]).any()
+    assert_same_bits(np.asarray(got.query)[[0, 2]], np.asarray(clean.query)[[0, 2]])
+    assert_same_tree(got[:2], clean[:2])
+
+
 def test_a_query_beside_other_keys() -> None:
     """Keys that are plain ops leave it to `rmsnorm_fp8`."""
     kv, *rest = operands(2, 3)
@@ -152,6 +199,8 @@ def test_a_query_beside_other_keys() -> None:
     kv, weight = kv.astype(jnp.float32), rest[0].astype(jnp.float32)
     got = key_finish(kv, weight, *rest[1:], form="float32", query=query)
     assert_same_tree(got.query, rmsnorm_fp8(*query, EPS))
+    settings: dict[str, Any] = {"form": "float32", "query": query, "query_form": "bfloat16"}
+    assert_same_tree(key_finish(kv, weight, *rest[1:], **settings).query, rmsnorm(*query, EPS))
 
 
 @pytest.mark.parametrize("slots", [1, 8, 128, 131])

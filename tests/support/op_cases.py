@@ -137,7 +137,7 @@ def _positions() -> jax.Array:
     return jnp.asarray(rng.integers(0, 1 << 20, (MAX_ROWS, 2)), jnp.int32)
 
 
-def _key_finish_query() -> OpCase:
+def _key_finish_query(form: Any = "fp8") -> OpCase:
     """A key and low-rank queries of each token."""
     frequencies = (10000.0 ** -(np.arange(16) / 16)).astype(np.float32)
     weights = [(1 + normal(1, d, scale=0.2)).astype(jnp.bfloat16) for d in (96, 144)]
@@ -146,7 +146,8 @@ def _key_finish_query() -> OpCase:
 
     def fn(kv: jax.Array, start: jax.Array, x: jax.Array) -> Any:
         query = QueryNorm(x, weights[1])
-        done = key_finish(kv, weights[0], start, frequencies, EPS, form="fp8", query=query)
+        settings: dict[str, Any] = {"form": "fp8", "query": query, "query_form": form}
+        done = key_finish(kv, weights[0], start, frequencies, EPS, **settings)
         return done.rows, done.query
 
     return OpCase(fn, (kv, start, normal(3, MAX_ROWS, 144, dtype=jnp.bfloat16)))
@@ -489,6 +490,7 @@ CASES: dict[str, Callable[[], OpCase]] = {
         "key_finish-rows": lambda: _key_finish(False),
         "key_finish-ring": lambda: _key_finish(True),
         "key_finish-query": _key_finish_query,
+        "key_finish-query-bfloat16": lambda: _key_finish_query("bfloat16"),
         "key_finish-ring-float32": lambda: _key_finish(True, "float32"),
         "index_query_finish-mxfp4": lambda: _index_query_finish("mxfp4"),
         "index_query_finish-heads": lambda: _index_query_finish("mxfp4", heads=True),
