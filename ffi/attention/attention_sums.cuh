@@ -330,7 +330,6 @@ __device__ __forceinline__ void Sum(const Args& args, Shared& shared, const Plac
           e[k] = LoadShared(base + offsetof(Shared, weights) +
                             (kAtOnce * part + k) * sizeof(shared.weights[0]) + mine);
         }
-        if (part == kLast) Arrive(base + offsetof(Shared, weights_empty));
         WgmmaFence();
 #pragma unroll
         for (int i = 0; i < kMine; ++i) {
@@ -340,6 +339,9 @@ __device__ __forceinline__ void Sum(const Args& args, Shared& shared, const Plac
             MultiplyWeightValue(o[i], e[k], from + (kAtOnce * part + k) * kKeyStep);
           }
           if (part == kLast) WgmmaCommit();
+          // Not sooner: what is loaded is there when products of it have begun. An arrival can
+          // overtake a load that nothing has waited for.
+          if (part == kLast && i == 0) Arrive(base + offsetof(Shared, weights_empty));
         }
         if (part < kLast) {
           WgmmaCommit();
