@@ -45,6 +45,21 @@ __device__ __forceinline__ void PrefetchIds(const Args& args, int token) {
   }
 }
 
+// Leaves out the places of a list from the first on at which none is an entry, if that many are
+// visible: lists are as long as the longest, and blocks that weigh nothing are not worth their
+// products. A warp asks for all at once.
+__device__ __forceinline__ void LeaveOutEmptyPlaces(const Args& args, Query& query) {
+  const int topk = static_cast<int>(args.p.topk);
+  if (args.p.topk_idx == nullptr || query.visible == 0 || query.visible >= topk) return;
+  const int32_t* const list = args.p.topk_idx + static_cast<int64_t>(query.token) * topk;
+  bool any = false;
+#pragma unroll 4
+  for (int i = query.visible + static_cast<int>(threadIdx.x % 32); i < topk; i += 32) {
+    any |= static_cast<uint32_t>(__ldg(list + i)) < static_cast<uint32_t>(query.visible);
+  }
+  if (!__any_sync(0xFFFFFFFFu, any)) query.keys = query.window_keys + query.visible;
+}
+
 // Two warps look up where the keys are, of all blocks of all items of a thread block, a lane a key,
 // and ask that they come near.
 template <Mode kMode>
@@ -52,10 +67,13 @@ __device__ __forceinline__ void Find(const Args& args, Shared& shared, const Pla
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, key = 32 * warp + lane;
   const bool mine = kMode != Mode::kPair || warp == place.rank;  // decoded here
   const bool listed = args.p.topk_idx != nullptr;
+  // Tokens of a long chunk see much the same keys, which are near then.
+  const bool far = kMode == Mode::kSplit || args.p.t < 32;
   uint32_t count = 0;
 #pragma unroll 1
   for (int item = place.first; item < args.items; item += place.step) {
-    const Query query = QueryOf(args, item / args.tiles);
+    Query query = QueryOf(args, item / args.tiles);
+    if (!far) LeaveOutEmptyPlaces(args, query);
     const Blocks blocks = BlocksOf<kMode>(args, query, place.rank);
     const int64_t list = static_cast<int64_t>(query.token) * args.p.topk - query.window_keys;
     const auto ask_id = [&](int u) {
@@ -70,7 +88,7 @@ __device__ __forceinline__ void Find(const Args& args, Shared& shared, const Pla
       const bool ask = at.valid && mine;
       id = ask_id(u + kKeys);
       uint32_t scales[2] = {0, 0}, most = 0;
-      if (ask) {
+      if (ask && far) {
 #pragma unroll
         for (int line = 0; line < kNope; line += 128) Prefetch(at.nope + line);
         Prefetch(at.nope + kNope - 1);
@@ -90,6 +108,7 @@ __device__ __forceinline__ void Find(const Args& args, Shared& shared, const Pla
       Told& told = shared.told[count % kTold];
       if (lane == 0) told.mask[warp] = seen;
       if (key == 0) {
+        told.token = query.token;
         told.last = block + 1 == blocks.last;
         told.final = told.last && item + place.step >= args.items;
       }

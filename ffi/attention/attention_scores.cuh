@@ -12,7 +12,7 @@
 namespace dsv4 {
 namespace attention {
 
-// Asks for q of an item.
+// Asks for q of an item, of a split.
 __device__ __forceinline__ void AskQueries(const Args& args, Shared& shared, int item) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
   const int tile = item % args.tiles;
@@ -31,22 +31,87 @@ __device__ __forceinline__ void AskQueries(const Args& args, Shared& shared, int
   CommitCopies();
 }
 
-// Brings q of an item to come near.
-__device__ __forceinline__ void PrefetchQueries(const Args& args, int item) {
-  if (item >= args.items) return;
-  const int tile = item % args.tiles;
-  const int heads = min(static_cast<int>(args.p.h) - tile * kHeads, kHeads);
-  const uint16_t* q = args.p.q + item / args.tiles * args.p.stride_q +
-                      static_cast<int64_t>(tile) * kHeads * kChannels;
-  for (int line = threadIdx.x % 32; line < heads * 8; line += 32) Prefetch(q + line * 64);
+// The same by the copy engine, when those before are read no more: from one thread.
+__device__ __forceinline__ void CopyQueries(const PersistentArgs& args, Shared& shared, int item) {
+  const uint32_t full = SharedAddress(&shared.queries_full);
+  ArriveExpecting(full, sizeof(shared.q));
+#pragma unroll 1
+  for (int chunk = 0; chunk < 2 * kSteps; ++chunk) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, "
+        "{%2, %3, %4}], [%5];" ::"r"(SharedAddress(shared.q[chunk])),
+        "l"(&args.q), "r"(chunk * kChunk), "r"(item % args.tiles * kHeads), "r"(item / args.tiles),
+        "r"(full)
+        : "memory");
+  }
 }
 
-// Cosines and sines of the rotation back, of all items, from one warp, which also asks for the next
-// queries. The reduction in FP64 serves every position, and needs no call, which would cost the
-// kernel registers.
-__device__ __forceinline__ void Rotate(const Args& args, Shared& shared, const Place& place) {
+// Brings q of an item to come near: a lane a chunk.
+__device__ __forceinline__ void PrefetchQueries(const PersistentArgs& args, int item) {
+  const int chunk = threadIdx.x % 32;
+  if (item >= args.items || chunk >= 2 * kSteps) return;
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(&args.q),
+               "r"(chunk * kChunk), "r"(item % args.tiles * kHeads), "r"(item / args.tiles));
+}
+
+template <int kPending>
+__device__ __forceinline__ void WaitForReads() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+// Copies an item's output out, and passes on the pairs that it was in.
+template <Mode kMode>
+__device__ __forceinline__ void CopyOut(const PersistentArgs& args, const Shared& shared,
+                                        const Place& place, int item) {
+  const int lane = threadIdx.x % 32, slot = shared.out_slot;
+  const auto copy = [&](int step, int half) {
+    const uint32_t from =
+        SharedAddress(shared.pairs) + (slot + step) * kPairBytes + half * kChunkBytes;
+    asm volatile(
+        "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(
+            &args.out),
+        "r"((step + half * kSteps) * kChunk), "r"(item % args.tiles * kHeads),
+        "r"(item / args.tiles), "r"(from)
+        : "memory");
+  };
+  if (lane == 0) {
+#pragma unroll 1
+    for (int step = 0; step < kSteps; ++step) {
+      copy(step, 0);
+      copy(step, 1);
+      asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+    }
+  }
+  const auto pass_on = [&](int step) {
+    __syncwarp();
+    if (lane >= 8) return;  // for each of Sum's warps
+    const uint32_t empty = SharedAddress(shared.empty + slot + step);
+    Arrive(empty);
+    if constexpr (kMode == Mode::kPair) ArriveIn(empty, place.rank ^ 1);
+  };
+  static_assert(kSteps == 4);
+  WaitForReads<3>();  // of lane 0
+  pass_on(0);
+  WaitForReads<2>();
+  pass_on(1);
+  WaitForReads<1>();
+  pass_on(2);
+  WaitForReads<0>();
+  pass_on(3);
+}
+
+// Cosines and sines of the rotation back, of all items, from one warp, which also asks for queries
+// and copies output. The reduction in FP64 serves every position, and needs no call, which
+// would cost the kernel registers.
+template <Mode kMode>
+__device__ __forceinline__ void Rotate(const ArgsOf<kMode>& args, Shared& shared,
+                                       const Place& place) {
   const int i = threadIdx.x % 32;
   uint32_t phase = 0;
+  if constexpr (kMode != Mode::kSplit) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&args.out) : "memory");
+    if (i == 0) CopyQueries(args, shared, place.first);
+  }
 #pragma unroll 1
   for (int item = place.first; item < args.items; item += place.step, phase ^= 1) {
     float sine = 0.0f, cosine = 1.0f;
@@ -59,9 +124,19 @@ __device__ __forceinline__ void Rotate(const Args& args, Shared& shared, const P
     }
     Wait(SharedAddress(&shared.last_empty), phase ^ 1);
     shared.rotation[i] = make_float2(cosine, -sine);
-    PrefetchQueries(args, item + place.step);
+    if constexpr (kMode != Mode::kSplit) PrefetchQueries(args, item + place.step);
     Arrive(SharedAddress(&shared.last_full));
+    if constexpr (kMode != Mode::kSplit) {
+      if (item + place.step < args.items) {
+        Wait(SharedAddress(&shared.queries_empty), phase);
+        if (i == 0) CopyQueries(args, shared, item + place.step);
+        __syncwarp();
+      }
+      Wait(SharedAddress(&shared.out_full), phase);
+      CopyOut<kMode>(args, shared, place, item);
+    }
   }
+  if (kMode != Mode::kSplit) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
 template <Mode kMode>
@@ -204,79 +279,97 @@ __device__ __forceinline__ void SendParts(const Args& args, Shared& shared, cons
 }
 
 template <Mode kMode, bool kSending>
-__device__ __forceinline__ void Score(const Args& args, Shared& shared, const Place& place) {
+__device__ __forceinline__ void Score(const ArgsOf<kMode>& args, Shared& shared,
+                                      const Place& place) {
   Scores<kMode> scores{args, shared, SharedAddress(&shared)};
   const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;  // and 8 on
-  int item = place.first;
   float sink[2];
-  const auto head_of = [&](int r) { return item % args.tiles * kHeads + row + 8 * r; };
+  int tile = place.first % args.tiles;
+  const int tile_step = place.step % args.tiles;
+  const auto head_of = [&](int r) { return tile * kHeads + row + 8 * r; };
+  const auto load_sinks = [&] {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sink[r] = head_of(r) < args.p.h ? __fmul_rn(__ldg(args.p.sink + head_of(r)), kLog2E) : 0.0f;
+    }
+  };
   const auto begin_item = [&] {
     scores.slack = 0.0f;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int head = head_of(r);
-      sink[r] = head < args.p.h ? __fmul_rn(__ldg(args.p.sink + head), kLog2E) : 0.0f;
       // Its e is finite.
       scores.largest[r] = fmaxf(__fsub_rn(sink[r], 60.0f), -1e30f);
       scores.sum[r] = 0.0f;
     }
   };
-  const auto end_item = [&] {
-    float factor[2];
+  const auto end_item = [&](const Told& told) {
+    float factor[2], sum[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float sum = scores.sum[r];
-      sum = __fadd_rn(sum, __shfl_xor_sync(0xFFFFFFFFu, sum, 1));
-      sum = __fadd_rn(sum, __shfl_xor_sync(0xFFFFFFFFu, sum, 2));
+      sum[r] = scores.sum[r];
+      sum[r] = __fadd_rn(sum[r], __shfl_xor_sync(0xFFFFFFFFu, sum[r], 1));
+      sum[r] = __fadd_rn(sum[r], __shfl_xor_sync(0xFFFFFFFFu, sum[r], 2));
       if constexpr (kMode == Mode::kSplit) {
         if (threadIdx.x % 4 == 0) {
-          shared.sums[row + 8 * r] = make_float2(scores.largest[r], sum);
+          shared.sums[row + 8 * r] = make_float2(scores.largest[r], sum[r]);
           shared.sinks[row + 8 * r] = sink[r];
         }
         factor[r] = 1.0f;
       } else {
-        sum = __fadd_rn(sum, Exp2(__fsub_rn(sink[r], scores.largest[r])));
-        factor[r] = sum > 0.0f ? __fdividef(1.0f, sum) : sum == 0.0f ? 0.0f : sum;
-        const int head = head_of(r);
-        if (args.p.lse != nullptr && threadIdx.x % 4 == 0 && head < args.p.h) {
-          args.p.lse[static_cast<int64_t>(item / args.tiles) * args.p.h + head] =
-              __fmul_rn(__fadd_rn(scores.largest[r], log2f(sum)), kLn2);
-        }
+        sum[r] = __fadd_rn(sum[r], Exp2(__fsub_rn(sink[r], scores.largest[r])));
+        factor[r] = sum[r] > 0.0f ? __fdividef(1.0f, sum[r]) : sum[r] == 0.0f ? 0.0f : sum[r];
       }
     }
     scores.SendLast(make_float2(factor[0], factor[1]));
+    if constexpr (kMode != Mode::kSplit) {
+      if (args.p.lse == nullptr || threadIdx.x % 4 != 0) return;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if (head_of(r) < args.p.h) {
+          args.p.lse[told.token * args.p.h + head_of(r)] =
+              __fmul_rn(__fadd_rn(scores.largest[r], log2f(sum[r])), kLn2);
+        }
+      }
+    }
   };
   const auto take_queries = [&] {
-    WaitForCopies<0>();
-    FenceAsync();
-    SyncThreads(1, 128);
+    if constexpr (kMode == Mode::kSplit) {
+      WaitForCopies<0>();
+      FenceAsync();
+      SyncThreads(1, 128);
+    } else {
+      Wait(scores.base + offsetof(Shared, queries_full), scores.phase);
+    }
   };
-  AskQueries(args, shared, item);
+  if constexpr (kMode == Mode::kSplit) AskQueries(args, shared, place.first);
+  load_sinks();
   begin_item();
   take_queries();
   float s[32];
   scores.Begin(s);
   for (;;) {
     WgmmaWait<0>();
-    const bool last = shared.told[scores.sent % kTold].last;
-    const bool final = kMode == Mode::kSplit || item + place.step >= args.items;
-    if (last && !final) {
-      // q is read no more: the next item's takes its place.
-      SyncThreads(2, 128);
-      AskQueries(args, shared, item + place.step);
-    }
+    const Told& told = shared.told[scores.sent % kTold];
+    const bool last = told.last, final = kMode == Mode::kSplit ? last : told.final;
+    // q is read no more: the next item's takes its place.
+    if (last && !final) Arrive(scores.base + offsetof(Shared, queries_empty));
     scores.Softmax(s, last);
-    if (last && final) break;
-    if (last) take_queries();
-    scores.Begin(s);
-    // The next item's products are under way while one is done with.
-    if (last) {
-      end_item();
-      item += place.step;
-      begin_item();
+    if (final) break;
+    if constexpr (kMode != Mode::kSplit) {
+      if (last) {
+        end_item(told);
+        if (tile_step != 0) {
+          tile += tile_step;
+          tile = tile >= args.tiles ? tile - args.tiles : tile;
+          load_sinks();
+        }
+        begin_item();
+        take_queries();
+      }
     }
+    scores.Begin(s);
   }
-  end_item();
+  end_item(shared.told[(scores.sent - 1) % kTold]);
   if constexpr (kSending) {
     __syncwarp();
     SyncClusterRelaxed();  // where Sum and the decoders do, before sums are sent

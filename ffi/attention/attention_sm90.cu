@@ -9,7 +9,9 @@
 // value channels each, and return chunks when their products are done (Score's are older).
 //
 // Many queries: thread blocks persist and take (token, tile of heads) in turn, all keys of it; two
-// tiles of a token are a pair's, each of whose thread blocks decodes half of the keys for both.
+// tiles of a token are a pair's, each of whose thread blocks decodes half of the keys for both. The
+// copy engine brings queries and takes output away, which is left where the last keys were, so that
+// the sums of the next item need not wait for it.
 // Few: a cluster shares the keys of one, in proportion, and adds its sums through distributed
 // shared memory, in the order of its ranks; value channels may be shared out too, which changes no
 // bit.
@@ -21,6 +23,7 @@
 #include "attention/attention_decoder.cuh"
 #include "attention/attention_scores.cuh"
 #include "attention/attention_sums.cuh"
+#include "common/tensor_map.h"
 
 namespace dsv4 {
 namespace {
@@ -29,7 +32,7 @@ using namespace attention;
 
 template <Mode kMode, int kParts>
 __global__ void __launch_bounds__(Kinds<kMode, kParts>::kThreads, 1)
-    AttentionSm90Kernel(const __grid_constant__ Args args) {
+    AttentionSm90Kernel(const __grid_constant__ ArgsOf<kMode> args) {
   using Kind = Kinds<kMode, kParts>;
   constexpr bool kSending = kSend<kMode, kParts>;
   extern __shared__ __align__(1024) char raw[];  // the swizzle's pattern
@@ -49,7 +52,11 @@ __global__ void __launch_bounds__(Kinds<kMode, kParts>::kThreads, 1)
     }
     InitBarrier(SharedAddress(&shared.last_full), 128 + 32);
     InitBarrier(SharedAddress(&shared.last_empty), 256);
-    InitBarrier(SharedAddress(&shared.products_done), 256 + Kind::kDecoders);
+    InitBarrier(SharedAddress(&shared.products_done),
+                kMode == Mode::kPair ? 16 : 256 + Kind::kDecoders);
+    InitBarrier(SharedAddress(&shared.queries_full), 1);
+    InitBarrier(SharedAddress(&shared.queries_empty), 128);
+    InitBarrier(SharedAddress(&shared.out_full), 256);
     InitBarrier(SharedAddress(&shared.sums_full), 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -77,7 +84,7 @@ __global__ void __launch_bounds__(Kinds<kMode, kParts>::kThreads, 1)
     if (warp < kKeys / 32) {
       Find<kMode>(args, shared, place);
     } else if (warp == kKeys / 32) {
-      Rotate(args, shared, place);
+      Rotate<kMode>(args, shared, place);
     } else if (threadIdx.x % 32 == 0) {
       Publish<kMode>(shared, place);
     }
@@ -160,7 +167,7 @@ int ClustersAtOnce(int size) {
 }
 
 template <Mode kMode, int kParts>
-cudaError_t Launch(const Args& args, cudaStream_t stream) {
+cudaError_t Launch(const ArgsOf<kMode>& args, cudaStream_t stream) {
   const cudaError_t ready = Prepare<kMode, kParts>();
   if (ready != cudaSuccess) return ready;
   const int cluster = kMode == Mode::kSplit ? args.splits : kMode == Mode::kPair ? 2 : 1;
@@ -178,6 +185,19 @@ bool Fits(const KeyRows& rows, int64_t b) {
   const int64_t widest = std::max({rows.stride_nope, rows.stride_scale, 2 * rows.stride_rope});
   return addresses % 16 == 0 && rows.stride_nope % 16 == 0 && rows.stride_rope % 8 == 0 &&
          widest <= INT32_MAX && rows.slots <= INT32_MAX / 2 && b * rows.slots <= INT32_MAX;
+}
+
+// Of q or o: [tokens, heads, channels].
+bool MakeHeadsMap(CUtensorMap& map, const void* data, const AttentionParams& params,
+                  int64_t stride) {
+  const cuuint64_t sizes[3] = {kChannels, static_cast<cuuint64_t>(params.h),
+                               static_cast<cuuint64_t>(params.b * params.t)};
+  const cuuint64_t pitches[2] = {kChannels * 2, static_cast<cuuint64_t>(stride * 2)};
+  const cuuint32_t box[3] = {kChunk, kHeads, 1}, steps[3] = {1, 1, 1};
+  return TensorMapEncoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(data),
+                            sizes, pitches, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                            CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 Rows Compact(const KeyRows& rows) {
@@ -199,14 +219,15 @@ bool AttentionSm90Takes(const AttentionParams& params) {
          Fits(params.ring, params.b) && Fits(params.chunk, params.b) &&
          Fits(params.pool, params.b) &&
          (params.ring.slots == 0 || params.ring.slots + 1 >= params.window) &&
-         reinterpret_cast<uintptr_t>(params.q) % 16 == 0 && params.stride_q % 8 == 0 &&
-         reinterpret_cast<uintptr_t>(params.o) % 16 == 0 && params.stride_o % 8 == 0 &&
-         tokens * tiles <= most && params.window <= INT32_MAX / 2 && params.topk <= INT32_MAX / 2;
+         reinterpret_cast<uintptr_t>(params.q) % 16 == 0 && params.stride_q % kChannels == 0 &&
+         reinterpret_cast<uintptr_t>(params.o) % 16 == 0 && params.stride_o % kChannels == 0 &&
+         TensorMapEncoder() != nullptr && tokens * tiles <= most &&
+         params.window <= INT32_MAX / 2 && params.topk <= INT32_MAX / 2;
 }
 
 cudaError_t AttentionSm90(const AttentionParams& params, cudaStream_t stream) {
   if (params.b * params.t == 0) return cudaSuccess;
-  Args args = {};
+  PersistentArgs args = {};
   args.p = params;
   args.rows[0] = Compact(params.ring);
   args.rows[1] = Compact(params.chunk);
@@ -216,6 +237,10 @@ cudaError_t AttentionSm90(const AttentionParams& params, cudaStream_t stream) {
   args.scale = static_cast<float>(1.4426950408889634 / 22.627416997969522);
   args.splits = Splits(params) ? SplitsOf(params) : 1;
   if (args.splits == 1) {
+    if (!MakeHeadsMap(args.q, params.q, params, params.stride_q) ||
+        !MakeHeadsMap(args.out, params.o, params, params.stride_o)) {
+      return cudaErrorInvalidValue;
+    }
     return args.tiles % 2 == 0 ? Launch<Mode::kPair, 1>(args, stream)
                                : Launch<Mode::kAlone, 1>(args, stream);
   }

@@ -1,10 +1,12 @@
 // The pieces of Hopper's attention kernel: memory of a thread block, products, keys of a query.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "attention/attention.h"
 #include "common/barrier.cuh"
@@ -24,7 +26,7 @@ constexpr int kSteps = kChannels / kChunk / 2;
 constexpr int kChunkBytes = kKeys * kChunk * 2;
 constexpr int kPairBytes = 2 * kChunkBytes;  // chunks s and s + 4 of step s
 constexpr int kPairs = 2 * kSteps;           // two blocks, in turn
-constexpr int kTold = 4;                     // blocks that are told of, in turn
+constexpr int kTold = 8;                     // blocks that are told of, in turn
 constexpr int kMaxSplits = 16;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
@@ -44,6 +46,10 @@ struct Args {
   int splits;   // thread blocks of a cluster, that share the keys
   float scale;  // d^-0.5 log2(e)
 };
+// Of thread blocks that persist.
+struct PersistentArgs : Args {
+  CUtensorMap q, out;  // of o: boxes of a chunk of 64 heads
+};
 
 // How thread blocks share work.
 enum class Mode {
@@ -51,6 +57,9 @@ enum class Mode {
   kPair,   // two tiles of heads: each decodes half of every block of keys, for both
   kSplit,  // a cluster shares out the keys of a tile
 };
+
+template <Mode kMode>
+using ArgsOf = std::conditional_t<kMode == Mode::kSplit, Args, PersistentArgs>;
 
 // Threads of a thread block, and registers of each kind of them; kParts thread blocks share the
 // value channels. One warpgroup of decoders where sums need most registers; where they need few,
@@ -81,6 +90,7 @@ struct Query {
 // Of a block: which of its keys are there, and whether others follow it.
 struct Told {
   uint32_t mask[kKeys / 32];
+  int token;
   bool last, final;  // of its item, of all
 };
 
@@ -111,8 +121,11 @@ struct Shared {
   uint64_t stored[kPairs], full[kPairs], empty[kPairs];
   uint64_t weights_full, weights_empty;
   uint64_t last_full, last_empty;
-  uint64_t products_done;  // of both halves, and the decoders
-  uint64_t sums_full;      // what a cluster sent
+  uint64_t products_done;                // a split's, and its decoders'; a pair's of an item
+  uint64_t sums_full;                    // what a cluster sent
+  uint64_t queries_full, queries_empty;  // an item's, not in a split
+  uint64_t out_full;                     // an item's output, where the keys of its last block were
+  int out_slot;                          // the first of its pairs
 };
 constexpr int kSharedBytes = sizeof(Shared);
 static_assert(kSharedBytes <= 232448);
@@ -283,6 +296,16 @@ __device__ __forceinline__ void MultiplyQueryKey(float (&d)[32], uint32_t a, uin
                "}, a, b, %34, 1, 1, 0, 0;\n}"
                : DSV4_SUMS_OF_32(d)
                : "r"(a), "r"(b), "n"(kFirst ? 0 : 1));
+}
+
+// The same for two chunks of values, a pair apart.
+__device__ __forceinline__ void MultiplyWeightValues(float (&d)[32], float (&other)[32],
+                                                     const uint4& a, uint32_t b) {
+  asm volatile("{\n.reg .b64 b;\nmov.b64 b, {%68, " DSV4_SWIZZLED
+               "};\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" DSV4_SUMS_64
+               "}, {%64, %65, %66, %67}, b, 1, 1, 1, 1;\n}"
+               : DSV4_SUMS_OF_32(d), DSV4_SUMS_OF_32(other)
+               : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b + ((kPairBytes / 16 - 64) << 16)));
 }
 
 // d += a . b, 64 x 64 x 16: b's rows are keys, along their channels.

@@ -17,52 +17,41 @@ __device__ __forceinline__ uint32_t Rotated(uint32_t pair, float2 by) {
                   __fadd_rn(__fmul_rn(a, by.y), __fmul_rn(b, by.x)));
 }
 
-// Lane i of four gives and gets: v[k] of lane i becomes v[i] of lane k.
-__device__ __forceinline__ void Transpose(uint32_t (&v)[4]) {
-#pragma unroll
-  for (int lanes = 1; lanes <= 2; lanes *= 2) {
-    const bool upper = (threadIdx.x & lanes) != 0;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      uint32_t& low = v[lanes == 1 ? 2 * i : i];
-      uint32_t& high = v[lanes == 1 ? 2 * i + 1 : i + 2];
-      const uint32_t got = __shfl_xor_sync(0xFFFFFFFFu, upper ? low : high, lanes);
-      (upper ? low : high) = got;
-    }
-  }
+// Four blocks of 8 x 8 numbers, of which a thread holds two side by side; lane i has the address of
+// a row of 16 bytes of block i / 8.
+__device__ __forceinline__ void StoreBlocks(uint32_t at, const uint32_t (&pairs)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
+               "r"(pairs[0]), "r"(pairs[1]), "r"(pairs[2]), "r"(pairs[3])
+               : "memory");
 }
 
-// Writes a warpgroup's rows, rounded.
-__device__ __forceinline__ void Write(const Args& args, const Shared& shared, int64_t token,
-                                      int tile, int half, const float (&o)[kSteps][32],
-                                      float2 factor) {
-  const int c = threadIdx.x % 4, row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+// Leaves a warpgroup's rows, rounded, where it had its values from: swizzled, a chunk where a chunk
+// was.
+__device__ __forceinline__ void Write(const Args& args, const Shared& shared, int half,
+                                      uint32_t slot, const float (&o)[kSteps][32], float2 factor) {
+  const int lane = threadIdx.x % 32, c = lane % 4;
+  const int row = threadIdx.x % 128 / 32 * 16 + lane % 16;
+  const uint32_t to = SharedAddress(shared.pairs) + slot * kPairBytes + half * kChunkBytes +
+                      row * 128 + ((lane / 16 ^ lane % 8) << 4);
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int head = tile * kHeads + row + 8 * r;
-    const bool write = head < args.p.h;
-    const float f = r == 0 ? factor.x : factor.y;
-    uint16_t* to = args.p.o + token * args.p.stride_o + static_cast<int64_t>(head) * kChannels +
-                   half * (kChannels / 2) + 8 * c;
+  for (int step = 0; step < kSteps; ++step) {
+    const bool rotate = half == 1 && step == kSteps - 1 && args.p.frequencies != nullptr;
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const bool rotate = half == 1 && step == kSteps - 1 && args.p.frequencies != nullptr;
+    for (int m = 0; m < 4; ++m) {
+      float2 by[2];
+      if (rotate) {
 #pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        // Four times eight channels: two of each, then eight of one.
-        uint32_t pairs[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float* v = &o[step][16 * m + 4 * i + 2 * r];
-          pairs[i] = PackBf16(__fmul_rn(v[0], f), __fmul_rn(v[1], f));
-          if (rotate) pairs[i] = Rotated(pairs[i], shared.rotation[16 * m + 4 * i + c]);
-        }
-        Transpose(pairs);
-        if (write) {
-          *reinterpret_cast<uint4*>(to + step * kChunk + 32 * m) =
-              make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-        }
+        for (int i = 0; i < 2; ++i) by[i] = shared.rotation[8 * m + 4 * i + c];
       }
+      uint32_t pairs[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* v = &o[step][8 * m + 2 * i];
+        const float f = i % 2 == 0 ? factor.x : factor.y;
+        pairs[i] = PackBf16(__fmul_rn(v[0], f), __fmul_rn(v[1], f));
+        if (rotate) pairs[i] = Rotated(pairs[i], by[i / 2]);
+      }
+      StoreBlocks((to ^ 32 * m) + step * kPairBytes, pairs);
     }
   }
 }
@@ -295,7 +284,7 @@ __device__ __forceinline__ void Sum(const Args& args, Shared& shared, const Plac
   uint32_t count = 0;  // blocks; the highest bit: whether an odd number of items is done with
   float o[kMine][32];
 #pragma unroll 1
-  for (int item = place.first; item < args.items; item += place.step) {
+  for (;;) {
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
 #pragma unroll
@@ -322,6 +311,7 @@ __device__ __forceinline__ void Sum(const Args& args, Shared& shared, const Plac
                               : kParts == 1        ? 1
                                                    : 4,
                     kLast = 4 / kAtOnce - 1;
+      constexpr int kWide = kMine == 4 ? 2 : 1;  // chunks of an MMA
 #pragma unroll
       for (int part = 0; part <= kLast; ++part) {
         uint4 e[kAtOnce];
@@ -332,11 +322,16 @@ __device__ __forceinline__ void Sum(const Args& args, Shared& shared, const Plac
         }
         WgmmaFence();
 #pragma unroll
-        for (int i = 0; i < kMine; ++i) {
+        for (int i = 0; i < kMine; i += kWide) {
           const uint32_t from = values + (slot + first_step + i) * (2 * kChunkStep);
 #pragma unroll
           for (int k = 0; k < kAtOnce; ++k) {
-            MultiplyWeightValue(o[i], e[k], from + (kAtOnce * part + k) * kKeyStep);
+            const uint32_t keys = from + (kAtOnce * part + k) * kKeyStep;
+            if constexpr (kWide == 2) {
+              MultiplyWeightValues(o[i], o[i + 1], e[k], keys);
+            } else {
+              MultiplyWeightValue(o[i], e[k], keys);
+            }
           }
           if (part == kLast) WgmmaCommit();
           // Not sooner: what is loaded is there when products of it have begun. An arrival can
@@ -355,23 +350,31 @@ __device__ __forceinline__ void Sum(const Args& args, Shared& shared, const Plac
       for (int step = 0; step < kSteps; ++step) {
         if (kParts > 1 && step / kMine != place.part) PassOn<kMode>(empty + 8 * step, place);
       }
-      const auto pass_on = [&](int i) { PassOn<kMode>(empty + 8 * (first_step + i), place); };
-      if constexpr (kMine == 4) {
-        WgmmaWait<3>();
-        pass_on(0);
-        WgmmaWait<2>();
-        pass_on(1);
-      }
+      // An item's last are passed on when its output, which takes their place, has left.
+      const auto pass_on = [&](int i) {
+        if (kMode == Mode::kSplit || !last) PassOn<kMode>(empty + 8 * (first_step + i), place);
+      };
       if constexpr (kMine > 1) {
         WgmmaWait<1>();
-        pass_on(kMine - 2);
+#pragma unroll
+        for (int i = 0; i < kMine / 2; ++i) pass_on(i);
       }
       WgmmaWait<0>();
-      pass_on(kMine - 1);
+#pragma unroll
+      for (int i = kMine / 2; i < kMine; ++i) pass_on(i);
       if (last) break;
     }
-    const int64_t token = item / args.tiles;
-    const int tile = item % args.tiles;
+    const int token = place.first / args.tiles, tile = place.first % args.tiles;  // of a split
+    if constexpr (kMode != Mode::kSplit) {
+      // Nobody reads the last block's values any more: of this warpgroup, or what is copied to the
+      // other thread block.
+      if constexpr (kMode == Mode::kPair) {
+        PassOn<kMode>(base + offsetof(Shared, products_done), place);
+        Wait(base + offsetof(Shared, products_done), count >> 31);
+      } else {
+        SyncThreads(3 + half, 128);
+      }
+    }
     Wait(base + offsetof(Shared, last_full), count >> 31);
     count ^= 1u << 31;
     if constexpr (kSend<kMode, kParts>) {
@@ -388,9 +391,14 @@ __device__ __forceinline__ void Sum(const Args& args, Shared& shared, const Plac
       Combine(args, shared, place, token, tile);
       return;
     } else {
-      Write(args, shared, token, tile, half, o,
-            LoadShared2(base + offsetof(Shared, last) + mine / 2));
+      const uint32_t slot = SlotOf(count - 1);
+      const bool final = shared.told[(count - 1) % kTold].final;
+      Write(args, shared, half, slot, o, LoadShared2(base + offsetof(Shared, last) + mine / 2));
+      if (half == 0 && threadIdx.x % 128 == 0) shared.out_slot = slot;
+      FenceAsync();
+      Arrive(base + offsetof(Shared, out_full));
       Arrive(base + offsetof(Shared, last_empty));
+      if (final) return;
     }
   }
 }
