@@ -96,12 +96,9 @@ __global__ void __launch_bounds__(Kinds<kMode, kParts>::kThreads, 1)
   } else if (role == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Kind::kScoreRegisters));
     Score<kMode, kSending>(args, shared, place);
-  } else if (role == 1) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Kind::kSumRegisters));
-    Sum<kMode, kParts, 0>(args, shared, place);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Kind::kSumRegisters));
-    Sum<kMode, kParts, 1>(args, shared, place);
+    Sum<kMode, kParts>(args, shared, place, role - 1);
   }
   if constexpr (kMode == Mode::kSplit) {
     // Where Sum does, when products are made.

@@ -33,13 +33,11 @@ __device__ __forceinline__ void Write(const Args& args, const Shared& shared, in
   const int row = threadIdx.x % 128 / 32 * 16 + lane % 16;
   const uint32_t to = SharedAddress(shared.pairs) + slot * kPairBytes + half * kChunkBytes +
                       row * 128 + ((lane / 16 ^ lane % 8) << 4);
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    const bool rotate = half == 1 && step == kSteps - 1 && args.p.frequencies != nullptr;
+  const auto store = [&](int step, auto rotate) {
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
       float2 by[2];
-      if (rotate) {
+      if constexpr (rotate.value) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) by[i] = shared.rotation[8 * m + 4 * i + c];
       }
@@ -49,10 +47,17 @@ __device__ __forceinline__ void Write(const Args& args, const Shared& shared, in
         const float* v = &o[step][8 * m + 2 * i];
         const float f = i % 2 == 0 ? factor.x : factor.y;
         pairs[i] = PackBf16(__fmul_rn(v[0], f), __fmul_rn(v[1], f));
-        if (rotate) pairs[i] = Rotated(pairs[i], by[i / 2]);
+        if constexpr (rotate.value) pairs[i] = Rotated(pairs[i], by[i / 2]);
       }
       StoreBlocks((to ^ 32 * m) + step * kPairBytes, pairs);
     }
+  };
+#pragma unroll
+  for (int step = 0; step < kSteps - 1; ++step) store(step, std::false_type());
+  if (half == 1 && args.p.frequencies != nullptr) {
+    store(kSteps - 1, std::true_type());
+  } else {
+    store(kSteps - 1, std::false_type());
   }
 }
 
@@ -274,8 +279,10 @@ __device__ __forceinline__ void PassOn(uint32_t empty, const Place& place) {
   if constexpr (kMode == Mode::kPair) ArriveIn(empty, place.rank ^ 1);
 }
 
-template <Mode kMode, int kParts, int half>
-__device__ __forceinline__ void Sum(const Args& args, Shared& shared, const Place& place) {
+// half: of the channels. Both run the same instructions, for a thread block has many.
+template <Mode kMode, int kParts>
+__device__ __forceinline__ void Sum(const Args& args, Shared& shared, const Place& place,
+                                    int half) {
   constexpr int kMine = kSteps / kParts;
   const int first_step = place.part * kMine;
   const uint32_t base = SharedAddress(&shared);
