@@ -500,7 +500,31 @@ __device__ __forceinline__ void StoreChunk(const MoeParams& params, int64_t to, 
   }
 }
 
-__device__ __forceinline__ void AddTo(float (&sum)[kChunk], const float (&v)[kChunk]) {
+// Chunks of BF16 as they lie, all on their way together, zeros beyond `left` and where there is
+// none. kWhole: see LoadChunks.
+template <bool kWhole, int kChunks>
+__device__ __forceinline__ void LoadPacked(const uint16_t* const (&from)[kChunks], int64_t left,
+                                           uint4 (&words)[kChunks]) {
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) words[i] = make_uint4(0, 0, 0, 0);
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) {
+    if (from[i] == nullptr) continue;
+    if constexpr (kWhole) {
+      words[i] = __ldg(reinterpret_cast<const uint4*>(from[i]));
+    } else {
+      const Chunk part = LoadPart(from[i], false, left);
+      uint32_t pairs[kChunk / 2];
+#pragma unroll
+      for (int j = 0; j < kChunk / 2; ++j) pairs[j] = PackBf16(part.v[2 * j], part.v[2 * j + 1]);
+      words[i] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    }
+  }
+}
+
+__device__ __forceinline__ void AddTo(float (&sum)[kChunk], const uint4& words) {
+  float v[kChunk];
+  UnpackChunk(words, v);
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) sum[i] = __fadd_rn(sum[i], v[i]);
 }
@@ -515,7 +539,10 @@ __device__ __forceinline__ int SlotOf(const Args& args, int pair) {
   return ExpertOf(args.picks, pair) < 0 ? -1 : pair;
 }
 
-__global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant__ Args args) {
+// Packed until they are added, so that four thread blocks' loads are on their way in an SM.
+template <bool kWhole>
+__global__ void __launch_bounds__(kThreads, kWhole ? 4 : 1)
+    CombineKernel(const __grid_constant__ Args args) {
   const MoeParams& params = args.params;
   WaitForPrevious();
   const unsigned chunks = static_cast<unsigned>((params.d + kChunk - 1) / kChunk);
@@ -523,32 +550,28 @@ __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant_
   const unsigned chunk = blockIdx.y * kThreads + threadIdx.x;
   if (chunk >= chunks) return;
   const int64_t at = int64_t{chunk} * kChunk, left = params.d - at;
-  const bool whole = params.d % kChunk == 0;
+  // The shared expert's result does not wait for the slots.
+  const uint16_t* const shared[1] = {
+      params.shared == nullptr ? nullptr : params.shared + token * params.d + at};
+  uint4 of_shared[1];
+  LoadPacked<kWhole>(shared, left, of_shared);
   float sum[kChunk] = {};
-  for (int64_t first = 0; first < params.k; first += kPicks) {
-    const char* from[kPicks];
-    int64_t count[kPicks];
+  for (int first = 0; first < static_cast<int>(params.k); first += kPicks) {
+    const uint16_t* from[kPicks];
 #pragma unroll
     for (int i = 0; i < kPicks; ++i) {
       const int slot =
           first + i < params.k ? SlotOf(args, static_cast<int>(token * params.k + first + i)) : -1;
-      from[i] = reinterpret_cast<const char*>(args.work.y + slot * params.d + at);
-      count[i] = slot < 0 ? 0 : left;
+      from[i] = slot < 0 ? nullptr : args.work.y + slot * params.d + at;
     }
-    float v[kPicks][kChunk];
-    LoadChunks(from, count, false, whole, v);
+    uint4 words[kPicks];
+    LoadPacked<kWhole>(from, left, words);
 #pragma unroll
     for (int i = 0; i < kPicks; ++i) {
-      if (count[i] > 0) AddTo(sum, v[i]);
+      if (from[i] != nullptr) AddTo(sum, words[i]);
     }
   }
-  if (params.shared != nullptr) {
-    const uint16_t* const shared = params.shared + token * params.d + at;
-    const char* const from[1] = {reinterpret_cast<const char*>(shared)};
-    float v[1][kChunk];
-    LoadChunks(from, {left}, false, whole && reinterpret_cast<uintptr_t>(shared) % 16 == 0, v);
-    AddTo(sum, v[0]);
-  }
+  if (shared[0] != nullptr) AddTo(sum, of_shared[0]);
   StoreChunk(params, token * params.d + at, left, sum);
 }
 
@@ -649,7 +672,10 @@ cudaError_t MoeCuda(const MoeParams& params, cudaStream_t stream) {
     const int64_t chunks = (params.d + kChunk - 1) / kChunk;
     const dim3 grid(static_cast<unsigned>(params.t),
                     static_cast<unsigned>((chunks + kThreads - 1) / kThreads));
-    return LaunchDependent(CombineKernel, grid, kThreads, 0, stream, args);
+    const bool whole =
+        params.d % kChunk == 0 && reinterpret_cast<uintptr_t>(params.shared) % 16 == 0;
+    return LaunchDependent(whole ? CombineKernel<true> : CombineKernel<false>, grid, kThreads, 0,
+                           stream, args);
   };
 #ifdef DSV4_SM90
   constexpr int kRawPairs = 12;  // that are tiles of their own: two tokens of most models
