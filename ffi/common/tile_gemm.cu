@@ -23,7 +23,8 @@ constexpr int kColumns = 8;
 constexpr int kPrepareThreads = 256;
 constexpr int kTeams = 8192;        // that lay out x, if there is so much
 constexpr int kFullGrid = 128;      // thread blocks that keep the memory busy
-constexpr int kRoundedTokens = 3;   // that every thread block may round for itself
+constexpr int kRoundedTokens = 3;   // that every thread block may round for itself,
+constexpr int kNvfp4Tokens = 6;     // and of NVFP4, for which a kernel ahead takes longer
 constexpr int kWideBlocks = 66;     // of 256 rows and a tile, that keep half of the chip busy
 constexpr int kNarrowBlocks = 200;  // of 128 rows and a narrow tile, that run at once
 
@@ -409,10 +410,13 @@ void SetWidths(TileGemm* gemms, int count) {
 // Whether the kernel of few tokens lays out x itself; else one of its own does, into scratch.
 bool TakesRaw(const LinearParams& params, const TileGemm& gemm) {
   const bool rounded = params.act != ActForm::kBf16 && params.x_scale == nullptr;
+  const int most = params.act == ActForm::kNvfp4 ? kNvfp4Tokens
+                   : rounded                     ? kRoundedTokens
+                                                 : kRawWidth;
   return gemm.width == kRawWidth && !params.x_float32 &&
          (reinterpret_cast<uintptr_t>(params.x) | reinterpret_cast<uintptr_t>(params.up)) % 16 ==
              0 &&
-         params.t <= (rounded ? kRoundedTokens : kRawWidth) && HopperTakes(gemm);
+         params.t <= most && HopperTakes(gemm);
 }
 
 // x into scratch, as the products of this width read it.

@@ -678,8 +678,9 @@ cudaError_t MoeCuda(const MoeParams& params, cudaStream_t stream) {
                            stream, args);
   };
 #ifdef DSV4_SM90
-  constexpr int kRawPairs = 12;  // that are tiles of their own: two tokens of most models
-  args.raw = few && pairs <= kRawPairs && HopperTakes(gemm) && HopperTakes(down) &&
+  // That are tiles of their own: two tokens of most models, six with NVFP4 activations.
+  const int raw_pairs = params.act == ActForm::kNvfp4 ? 36 : 12;
+  args.raw = few && pairs <= raw_pairs && HopperTakes(gemm) && HopperTakes(down) &&
              reinterpret_cast<uintptr_t>(params.x) % 16 == 0;
   if (args.raw) {
     for (TileGemm* one : {&gemm, &down}) {
