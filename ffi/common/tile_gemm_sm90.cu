@@ -254,7 +254,7 @@ cudaError_t LaunchRaw(const TileGemm* gemms, int count, cudaStream_t stream) {
       return LaunchRaw<kForm, kFp8Mma, Input::kCodes>(gemms, count, stream);
     }
   }
-  constexpr bool kGates = kForm == WeightForm::kFp8 || kForm == WeightForm::kNvfp4;
+  constexpr bool kGates = kForm == WeightForm::kFp8 || (kForm == WeightForm::kNvfp4 && !kFp8Mma);
   if constexpr (kGates && kInput == Input::kPlain) {
     if (gemms[0].raw_up != nullptr) {
       return LaunchRaw<kForm, kFp8Mma, Input::kGated>(gemms, count, stream);
@@ -347,7 +347,8 @@ cudaError_t RawGemmSm90(const TileGemm* gemms, int count, cudaStream_t stream) {
       return fp8_mma ? LaunchRaw<WeightForm::kMxfp4, true>(gemms, count, stream)
                      : LaunchRaw<WeightForm::kMxfp4, false>(gemms, count, stream);
     case WeightForm::kNvfp4:
-      return LaunchRaw<WeightForm::kNvfp4, false>(gemms, count, stream);
+      return fp8_mma ? LaunchRaw<WeightForm::kNvfp4, true>(gemms, count, stream)
+                     : LaunchRaw<WeightForm::kNvfp4, false>(gemms, count, stream);
   }
   return cudaErrorInvalidValue;
 }

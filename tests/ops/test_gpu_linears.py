@@ -557,6 +557,18 @@ def test_scales_far_apart_of_many_tokens() -> None:
         assert_same_bits(alone, got[:few], f"rows of {few} tokens")
 
 
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("form", EXPERT_FORMS)
+def test_experts_of_a_regime_have_the_same_bits(form: str, regime: str) -> None:
+    """Any number of tokens: picks that are tiles of their own, and those that are sorted."""
+    run = experts(form, "many-tokens")
+    x, idx, weight = run.inputs(200, seed=11)
+    most = run(x, idx, weight, regime=regime)
+    for few in (1, 2, 3, 5, 8, 13, 40, 100):
+        got = run(x[:few], idx[:few], weight[:few], regime=regime)
+        assert_same_bits(got, most[:few], f"{few} tokens")
+
+
 @pytest.mark.parametrize("form", EXPERT_FORMS)
 def test_experts_equal_the_cpu_handler(form: str) -> None:
     run = experts(form, "small")
