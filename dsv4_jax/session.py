@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from dsv4_jax.cache import Cache
-from dsv4_jax.generate import Model, TokenEvent, check_lengths, decode_step, prefill
+from dsv4_jax.generate import Model, TokenEvent, check_lengths, decode_step, default_chunk, prefill
 from dsv4_jax.loop import Settings, sample_next, stepwise
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.typing import Array, Params
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 __all__ = ["Session"]
-
-_CHUNK = 256
-"""Prompt tokens between two looks at ``cancelled``; `prefill`'s own chunk."""
 
 
 class Session:
@@ -162,8 +159,9 @@ class Session:
 
     @staticmethod
     def _parts(ids: np.ndarray) -> list[np.ndarray]:
-        """How a prompt is fed: token by token, or in chunks."""
-        size = 1 if stepwise(ids.size) else _CHUNK
+        """How a prompt is fed, with a look at ``cancelled`` before each part: token by token, or in
+        `prefill`'s own chunks."""
+        size = 1 if stepwise(ids.size) else default_chunk(1)
         return [ids[start : start + size] for start in range(0, ids.size, size)]
 
     def _append(self, ids: np.ndarray) -> Array:
@@ -178,7 +176,7 @@ class Session:
         if ids.size == 1:
             logits, cache = decode_step(self._model, self._params, ids, cache)
         else:
-            logits, cache = prefill(self._model, self._params, ids[None], cache, chunk_size=_CHUNK)
+            logits, cache = prefill(self._model, self._params, ids[None], cache)
         self._tokens += ids.tolist()
         self._cache = cache
         return logits
