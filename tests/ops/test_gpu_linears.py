@@ -538,15 +538,15 @@ def test_experts(form: str, layer: str, t: int) -> None:
 
 
 def test_scales_far_apart_of_many_tokens() -> None:
-    """Blocks of 128 inputs far below and above the others of their row, in some rows; and bit for
-    bit the kernel of fewer tokens."""
+    """Blocks of 128 inputs far below and above the others of their row, in half of the rows; and
+    the bits of fewer tokens."""
     run = Experts("mxfp4_w4a8", "many-tokens")
     rng = np.random.default_rng(3)
     for leaves in run.stacks.values():
         scale = np.asarray(leaves["scale"]).view(np.uint8)
         shape = (*scale.shape[:2], scale.shape[2] // 4, 1)
         shift = rng.choice([0, -13, 5], shape, p=[0.9, 0.05, 0.05])
-        shift[:, : shape[1] // 2] = 0  # whole thread blocks without
+        shift[:, : shape[1] // 2] = 0
         far = (scale.reshape(*shape[:3], 4) + shift).astype(np.uint8).reshape(scale.shape)
         leaves["scale"] = jnp.asarray(far.view(np.asarray(leaves["scale"]).dtype))
     x, idx, weight = run.inputs(300, seed=5)

@@ -29,9 +29,11 @@ __all__ = [
     "assert_product",
     "check_bad_rows",
     "check_empty",
+    "check_gated_empty",
     "check_regimes",
     "check_rounding",
     "check_rows",
+    "check_wrong_gated",
     "exact",
     "gated",
     "operands",
@@ -207,6 +209,23 @@ def check_bad_rows(op: str, bad: float, **act: str) -> jax.Array:
 
 LIMIT = 10.0
 """Of gates."""
+
+
+def check_wrong_gated(op: str) -> None:
+    """A comparison with `swiglu` and then the linear sees every operand and the clamps."""
+    gate, up = gated(9, 384)
+    weights = stored(op, 40, 384)
+    want = np.asarray(OPS[op](ungated(gate, up), *weights))
+    for wrong, limit in (((up, gate), LIMIT), ((gate, up[::-1]), LIMIT), ((gate, up), 9.0)):
+        got = OPS[op](wrong[0], *weights, up=wrong[1], limit=limit)
+        assert (np.asarray(got) != want).any()
+
+
+def check_gated_empty(op: str) -> None:
+    """No tokens."""
+    x = jnp.zeros((0, 96), jnp.bfloat16)
+    got = OPS[op](x, *stored(op, 40, 96), up=x, limit=LIMIT)
+    assert got.shape == (0, 40)
 
 
 def gated(t: int, k: int, groups: int = 0) -> tuple[jax.Array, jax.Array]:
