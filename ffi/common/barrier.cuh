@@ -104,6 +104,15 @@ __device__ __forceinline__ void StoreIn(const void* at, uint32_t barrier, int ra
                : "memory");
 }
 
+__device__ __forceinline__ void StoreIn(const void* at, uint32_t barrier, int rank, float4 x) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(AddressIn(SharedAddress(at), rank)),
+      "r"(__float_as_uint(x.x)), "r"(__float_as_uint(x.y)), "r"(__float_as_uint(x.z)),
+      "r"(__float_as_uint(x.w)), "r"(AddressIn(barrier, rank))
+      : "memory");
+}
+
 // A kernel launched by LaunchDependent may begin before the one ahead of it in the stream has
 // ended: as soon as all of that one's thread blocks say so. Before it reads what that one writes,
 // it waits.

@@ -1,6 +1,6 @@
 // Two launches: the first writes the streams back and sums tiles of 128 channels for some tokens,
 // so that fn is read once for them; the second takes a token a thread block, its streams out of the
-// L2 if the tokens are few.
+// L2 if the tokens are few. Up to 8 tokens of Flash's width are one launch of clusters.
 //
 // What bounds it: a few tokens are latency, as many loads at once as there can be, two reductions
 // over the token, 40 normalisations of comb in a row, by a warp of their own beside all else. Many
@@ -170,11 +170,13 @@ struct Weights {
   }
 };
 
-// A lane's part of a tile's sums of a warp's mixes, of one token.
+// A lane's part of a tile's sums of a warp's mixes, of one token, and behind them maybe of the
+// squares.
+template <bool kSquares = false>
 __device__ __forceinline__ void MixLane(const Weights& weights, const uint2* streams, int lane,
-                                        float (&sums)[kWarpMixes]) {
+                                        float* sums) {
 #pragma unroll
-  for (int m = 0; m < kWarpMixes; ++m) sums[m] = 0.0f;
+  for (int m = 0; m < kWarpMixes + kSquares; ++m) sums[m] = 0.0f;
 #pragma unroll
   for (int j = 0; j < kStreams; ++j) {
     float x[kChannels];
@@ -186,6 +188,12 @@ __device__ __forceinline__ void MixLane(const Weights& weights, const uint2* str
       sums[m] = __fmaf_rn(x[1], w.y, sums[m]);
       sums[m] = __fmaf_rn(x[2], w.z, sums[m]);
       sums[m] = __fmaf_rn(x[3], w.w, sums[m]);
+    }
+    if constexpr (kSquares) {
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i) {
+        sums[kWarpMixes] = __fmaf_rn(x[i], x[i], sums[kWarpMixes]);
+      }
     }
   }
 }
@@ -279,6 +287,19 @@ __device__ __forceinline__ float Exponential(float logit) {
     top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, half));
   }
   return Exp(logit - top);
+}
+
+// The next write-back's weights, of what LaneMix has made.
+__device__ __forceinline__ void FinishMixes(const MhcParams& p, int64_t token, float weight,
+                                            int lane) {
+  StorePost(p, token, weight, lane);
+  const float exponential = Exponential(weight);
+  float comb[kStreams * kStreams];
+#pragma unroll
+  for (int i = 0; i < kStreams * kStreams; ++i) {
+    comb[i] = __shfl_sync(kAllLanes, exponential, 2 * kStreams + i);
+  }
+  if (lane == 0) StoreComb(p, token, comb);
 }
 
 // ---- Write-back alone: a warp a tile of a token.
@@ -581,6 +602,23 @@ __device__ __forceinline__ void StoreFp8(const MhcParams& p, int64_t at, bool va
   if (at % kScaleLanes == 0) p.scale8[at / kScaleLanes] = static_cast<uint8_t>(byte);
 }
 
+// E2M1 codes of a block and its scale; `at`: which block.
+__device__ __forceinline__ void StoreNvfp4(const MhcParams& p, int64_t at,
+                                           const Nvfp4Encoder& encoder, uint32_t largest,
+                                           const uint32_t (&block)[kNormWords]) {
+  uint32_t words[kNormWords];  // as Encode takes them
+#pragma unroll
+  for (int i = 0; i < kNormWords; i += 4) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const uint32_t first = block[i + k], fourth_after = block[i + k + 2];
+      words[i + 2 * k] = __byte_perm(first, fourth_after, 0x5410);
+      words[i + 2 * k + 1] = __byte_perm(first, fourth_after, 0x7632);
+    }
+  }
+  StoreVector(p.code4 + at * (kNvfp4Block / 2), encoder.Encode(words, largest, p.block_scale[at]));
+}
+
 // kPasses: groups of 512 channels that a warp takes.
 template <int kPasses>
 __global__ void __launch_bounds__(FinishThreads(kPasses), 3 - kPasses)
@@ -629,15 +667,7 @@ __global__ void __launch_bounds__(FinishThreads(kPasses), 3 - kPasses)
   }
   __syncthreads();
   if (group >= 0) {
-    if (group > 0 || p.mixes != kMhcMixes) return;
-    StorePost(p, token, weight, lane);
-    const float exponential = Exponential(weight);
-    float comb[kStreams * kStreams];
-#pragma unroll
-    for (int i = 0; i < kStreams * kStreams; ++i) {
-      comb[i] = __shfl_sync(kAllLanes, exponential, 2 * kStreams + i);
-    }
-    if (lane == 0) StoreComb(p, token, comb);
+    if (group == 0 && p.mixes == kMhcMixes) FinishMixes(p, token, weight, lane);
     return;
   }
   const float pre[kStreams] = {pre_of[0], pre_of[1], pre_of[2], pre_of[3]};
@@ -703,20 +733,300 @@ __global__ void __launch_bounds__(FinishThreads(kPasses), 3 - kPasses)
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
     if (block_of(pass) >= blocks) return;
-    uint32_t words[kNormWords];  // as Encode takes them
-#pragma unroll
-    for (int i = 0; i < kNormWords; i += 4) {
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const uint32_t first = y[pass][i + k], fourth_after = y[pass][i + k + 2];
-        words[i + 2 * k] = __byte_perm(first, fourth_after, 0x5410);
-        words[i + 2 * k + 1] = __byte_perm(first, fourth_after, 0x7632);
-      }
-    }
-    const int64_t at = int64_t{token} * blocks + block_of(pass);
-    StoreVector(p.code4 + at * (kNvfp4Block / 2),
-                encoder.Encode(words, largest[pass], p.block_scale[at]));
+    StoreNvfp4(p, int64_t{token} * blocks + block_of(pass), encoder, largest[pass], y[pass]);
   }
+}
+
+// ---- Few tokens of kFewDim channels in one launch: a cluster takes one or two, a thread block of
+// it two tiles, whose part of fn is in registers before the kernel ahead has ended. Sums of tiles,
+// then the norm's, then the largest magnitudes are traded through shared memory, so that streams
+// are read once. A lane has the same 4 channels of a tile from beginning to end.
+
+constexpr int kFewBlocks = 16;  // of a cluster
+constexpr int kFewTiles = 2;    // of a thread block, half of the token apart: their sums are added
+constexpr int kFewAllTiles = kFewBlocks * kFewTiles;
+constexpr int kFewDim = kFewAllTiles * kMhcTile;
+constexpr int kFewThreads = kMixWarps * kLanes;
+constexpr int kFewGroups = kFewDim / kGroup;
+constexpr int kBlockLanes = kNormBlock / kChannels;  // that have a block of 16 channels
+constexpr int kTileBlocks = kMhcTile / kNormBlock;
+constexpr int kGroupPitch = kLanes + 4;   // floats: the groups lie in banks of their own
+constexpr int kFewSums = kWarpMixes + 1;  // of a warp: its mixes, and the squares
+static_assert(kFewAllTiles == kMhcTileGroup && kMixWarps == kFewTiles * kStreams);
+
+struct FewParams {
+  MhcParams p;
+  bool weights_first;  // fn, base, scale, norm and global_scale: as in SumsParams
+};
+
+// Written by all thread blocks of the cluster, but for `streams`.
+template <int kTokens>
+struct FewShared {
+  float4 sums[kTokens][kFewBlocks][kMixWarps];       // kFewSums
+  float squares[kTokens][kFewGroups * kGroupPitch];  // of y's blocks
+  uint32_t largest[kTokens][kFewAllTiles];
+  uint2 streams[kTokens][kFewTiles][kStreams * kLanes];
+  uint64_t sums_barrier, squares_barrier, largest_barrier;
+};
+
+// Stream k of a token at four channels, as TokenStreams has it, yet not stored.
+__device__ __forceinline__ uint2 OneStream(const MhcParams& p, int64_t token, int k, int channel) {
+  const uint16_t* const from = p.streams + token * kStreams * kFewDim + channel;
+  if (p.branch == nullptr) return *reinterpret_cast<const uint2*>(from + k * kFewDim);
+  uint2 streams[kStreams];
+  float comb[kStreams], sum[kChannels];
+#pragma unroll
+  for (int j = 0; j < kStreams; ++j) {
+    streams[j] = *reinterpret_cast<const uint2*>(from + j * kFewDim);
+    comb[j] = __ldg(p.comb + (token * kStreams + j) * kStreams + k);
+  }
+  const float post = __ldg(p.post + token * kStreams + k);
+  Unpack(__ldg(reinterpret_cast<const uint2*>(p.branch + token * kFewDim + channel)), sum);
+#pragma unroll
+  for (int i = 0; i < kChannels; ++i) sum[i] = __fmul_rn(post, sum[i]);
+#pragma unroll
+  for (int j = 0; j < kStreams; ++j) {
+    float x[kChannels];
+    Unpack(streams[j], x);
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) sum[i] = __fmaf_rn(comb[j], x[i], sum[i]);
+  }
+  return Pack(sum);
+}
+
+// HalvedLanes of several sums at once: where two lanes are added each keeps half of the sums. A
+// lane ends up with the one whose number is in its highest bits.
+template <int kCount, int kHalf = kLanes / 2>
+__device__ __forceinline__ float HalvedSums(float* sums, int lane) {
+  if constexpr (kHalf == 0) {
+    return sums[0];
+  } else if constexpr (kCount == 1) {
+    sums[0] = __fadd_rn(sums[0], __shfl_xor_sync(kAllLanes, sums[0], kHalf));
+    return HalvedSums<1, kHalf / 2>(sums, lane);
+  } else {
+    constexpr int kKept = kCount / 2;
+    const bool upper = (lane & kHalf) != 0;
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) {
+      const float theirs = __shfl_xor_sync(kAllLanes, upper ? sums[i] : sums[i + kKept], kHalf);
+      sums[i] = __fadd_rn(upper ? sums[i + kKept] : sums[i], theirs);
+    }
+    return HalvedSums<kKept, kHalf / 2>(sums, lane);
+  }
+}
+
+// A warp's sums of the thread block's tiles to all of the cluster.
+template <int kTokens>
+__device__ __forceinline__ void SendSums(const Weights (&weights)[kFewTiles],
+                                         FewShared<kTokens>& shared, int rank, int warp, int lane,
+                                         int count) {
+  constexpr int kSums = kFewTiles * kTokens * kFewSums;
+  float sums[kSums];
+#pragma unroll
+  for (int i = 0; i < kFewTiles; ++i) {
+#pragma unroll
+    for (int g = 0; g < kTokens; ++g) {  // whatever there is of a token that is none
+      MixLane<true>(weights[i], shared.streams[g][i], lane, sums + (i * kTokens + g) * kFewSums);
+    }
+  }
+  float sum = HalvedSums<kSums>(sums, lane);
+  sum = __fadd_rn(sum, __shfl_xor_sync(kAllLanes, sum, kLanes / 2));  // both tiles
+  const int g = lane / kFewBlocks % kTokens, to = lane % kFewBlocks;
+  constexpr int kSumLanes = kLanes / kSums;
+  float four[kFewSums];
+#pragma unroll
+  for (int m = 0; m < kFewSums; ++m) {
+    four[m] = __shfl_sync(kAllLanes, sum, (g * kFewSums + m) * kSumLanes);
+  }
+  if (lane / kFewBlocks >= count) return;
+  StoreIn(&shared.sums[g][rank][warp], SharedAddress(&shared.sums_barrier), to,
+          make_float4(four[0], four[1], four[2], four[3]));
+}
+
+__device__ __forceinline__ uint2 CollapseStreams(const uint2* streams,
+                                                 const float (&pre)[kStreams]) {
+  float sum[kChannels], x[kChannels];
+  Unpack(streams[0], x);
+#pragma unroll
+  for (int i = 0; i < kChannels; ++i) sum[i] = __fmul_rn(pre[0], x[i]);
+#pragma unroll
+  for (int j = 1; j < kStreams; ++j) {
+    Unpack(streams[j * kLanes], x);
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) sum[i] = __fmaf_rn(pre[j], x[i], sum[i]);
+  }
+  return Pack(sum);
+}
+
+// The block to which the lane's 4 channels belong.
+__device__ __forceinline__ void BlockOf(uint2 y, int lane, uint32_t (&words)[kNormWords]) {
+#pragma unroll
+  for (int i = 0; i < kBlockLanes; ++i) {
+    const int from = lane / kBlockLanes * kBlockLanes + i;
+    words[2 * i] = __shfl_sync(kAllLanes, y.x, from);
+    words[2 * i + 1] = __shfl_sync(kAllLanes, y.y, from);
+  }
+}
+
+// The sum of the squares of a tile's y to all of the cluster, a block apart.
+template <int kTokens>
+__device__ __forceinline__ void SendSquares(FewShared<kTokens>& shared, int g, int tile, uint2 y,
+                                            int lane) {
+  uint32_t words[kNormWords];
+  BlockOf(y, lane, words);
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kNormWords; ++i) {
+    sum = __fmaf_rn(Low(words[i]), Low(words[i]), sum);
+    sum = __fmaf_rn(High(words[i]), High(words[i]), sum);
+  }
+  // A lane sends half of the tile's to one thread block.
+  const int half = lane / kFewBlocks * (kTileBlocks / 2);
+  float of[kTileBlocks / 2];
+#pragma unroll
+  for (int i = 0; i < kTileBlocks / 2; ++i) {
+    of[i] = __shfl_sync(kAllLanes, sum, (half + i) * kBlockLanes);
+  }
+  const int block = tile * kTileBlocks + half;
+  StoreIn(&shared.squares[g][block / kLanes * kGroupPitch + block % kLanes],
+          SharedAddress(&shared.squares_barrier), lane % kFewBlocks,
+          make_float4(of[0], of[1], of[2], of[3]));
+}
+
+// The same of the token: a group a lane, then the groups in sequence.
+__device__ __forceinline__ float TokenSquares(const float* squares, int lane) {
+  const float* const from = squares + lane % kFewGroups * kGroupPitch;
+  float of[kLanes];
+#pragma unroll
+  for (int i = 0; i < kLanes; i += 4) {
+    const float4 four = *reinterpret_cast<const float4*>(from + i);
+    of[i] = four.x;
+    of[i + 1] = four.y;
+    of[i + 2] = four.z;
+    of[i + 3] = four.w;
+  }
+  const float group = Halved<kLanes>([&](int i) { return of[i]; });
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kFewGroups; ++i) sum = __fadd_rn(sum, __shfl_sync(kAllLanes, group, i));
+  return sum;
+}
+
+__device__ __forceinline__ uint32_t Normed(uint32_t weight, uint32_t pair, float norm) {
+  return PackBf16(__fmul_rn(Low(weight), __fmul_rn(Low(pair), norm)),
+                  __fmul_rn(High(weight), __fmul_rn(High(pair), norm)));
+}
+
+__device__ __forceinline__ uint32_t EncodeScaled(uint32_t pair, float inverse) {
+  return EncodeE4m3Pair(__fmul_rn(Low(pair), inverse), __fmul_rn(High(pair), inverse));
+}
+
+template <int kTokens>
+__global__ void __launch_bounds__(kFewThreads, 1)
+    FewKernel(const __grid_constant__ FewParams params) {
+  __shared__ FewShared<kTokens> shared;
+  const MhcParams& p = params.p;
+  const int warp = UniformWarp(), lane = threadIdx.x % kLanes;
+  const int rank = static_cast<int>(blockIdx.x % kFewBlocks);
+  const int64_t first = static_cast<int64_t>(blockIdx.x / kFewBlocks) * kTokens;
+  const int count = min(kTokens, static_cast<int>(p.t - first));
+  const auto tile_of = [&](int i) { return rank + i * kFewBlocks; };
+  const auto channel_of = [&](int i) { return tile_of(i) * kMhcTile + lane * kChannels; };
+  const bool trades_largest = p.code4 != nullptr && p.global_scale == nullptr;
+  const uint32_t sums_barrier = SharedAddress(&shared.sums_barrier);
+  const uint32_t squares_barrier = SharedAddress(&shared.squares_barrier);
+  const uint32_t largest_barrier = SharedAddress(&shared.largest_barrier);
+  if (threadIdx.x == 0) {
+    for (uint32_t barrier : {sums_barrier, squares_barrier, largest_barrier}) {
+      InitBarrier(barrier, 1);
+    }
+    FenceBarrierInit();
+    ArriveExpecting(sums_barrier, count * sizeof(shared.sums[0]));
+    ArriveExpecting(squares_barrier, count * (kFewDim / kNormBlock) * sizeof(float));
+    ArriveExpecting(largest_barrier, trades_largest ? count * sizeof(shared.largest[0]) : 0);
+  }
+  __syncwarp();
+  ArriveAtCluster();
+  if (!params.weights_first) WaitForPrevious();
+  Weights weights[kFewTiles];
+#pragma unroll
+  for (int i = 0; i < kFewTiles; ++i) weights[i].Load(p, warp * kWarpMixes, channel_of(i));
+  // The first warps finish a tile of a token each, the next one of some thread block its comb.
+  const bool combs = warp == kFewTiles * kTokens + rank;
+  const int g = combs ? rank : warp / kFewTiles, tile = tile_of(warp % kFewTiles);
+  const int channel = channel_of(warp % kFewTiles);
+  const uint2 norm_weight = __ldg(reinterpret_cast<const uint2*>(p.norm + channel));
+  const LaneMix mix(p, lane);
+  float global = 0.0f;
+  if (p.global_scale != nullptr) global = StaticGlobalScale(__ldg(p.global_scale));
+  WaitForCluster();
+  WaitForPrevious();
+  LetNextBegin();
+
+  const int stream = warp % kStreams, back = warp / kStreams;
+  uint2 own[kTokens];
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) {
+    if (i >= count) break;
+    own[i] = OneStream(p, first + i, stream, channel_of(back));
+    shared.streams[i][back][stream * kLanes + lane] = own[i];
+  }
+  __syncthreads();
+  if (p.branch != nullptr) {  // maybe in place: all of them were read
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      if (i >= count) break;
+      const int64_t row = (first + i) * kStreams + stream;
+      StoreVector(p.new_streams + row * kFewDim + channel_of(back), own[i]);
+    }
+  }
+  SendSums(weights, shared, rank, warp, lane, count);
+  if (g >= count) return;
+  const int64_t token = first + g;
+  Wait(sums_barrier, 0);
+  const int of_lane = lane < p.mixes ? lane / kWarpMixes * 4 + lane % kWarpMixes : kWarpMixes;
+  const float* const sums = reinterpret_cast<const float*>(shared.sums[g]) + of_lane;
+  const float total =
+      __fadd_rn(0.0f, Halved<kFewBlocks>([&](int i) { return sums[i * kMixWarps * 4]; }));
+  const float weight = mix.Weight(p, total, lane);
+  if (combs) {
+    if (p.mixes == kMhcMixes) FinishMixes(p, token, weight, lane);
+    return;
+  }
+
+  float pre[kStreams];
+#pragma unroll
+  for (int j = 0; j < kStreams; ++j) pre[j] = __shfl_sync(kAllLanes, weight, j);
+  uint2 y = CollapseStreams(shared.streams[g][warp % kFewTiles] + lane, pre);
+  SendSquares(shared, g, tile, y, lane);
+  Wait(squares_barrier, 0);
+  const float mean = __fmul_rn(TokenSquares(shared.squares[g], lane), p.reciprocal_d);
+  const float norm = __frsqrt_rn(__fadd_rn(mean, p.rms_eps));
+  y = make_uint2(Normed(norm_weight.x, y.x, norm), Normed(norm_weight.y, y.y, norm));
+  const int64_t at = token * kFewDim + channel;
+  if (p.x != nullptr) StoreVector(p.x + at, y);
+  const uint32_t largest = __reduce_max_sync(kAllLanes, LargerOf(MaxMagnitudes(y.x, y.y)));
+  if (p.code8 != nullptr) {
+    const uint32_t byte = Fp8ScaleByte(largest << 16);
+    const float inverse = InverseScale(byte);
+    *reinterpret_cast<uint32_t*>(p.code8 + at) =
+        EncodeScaled(y.x, inverse) | EncodeScaled(y.y, inverse) << 16;
+    if (lane == 0) p.scale8[at / kMhcTile] = static_cast<uint8_t>(byte);
+  }
+  if (p.code4 == nullptr) return;
+  if (trades_largest) {
+    if (lane < kFewBlocks) {
+      StoreIn(&shared.largest[g][tile], largest_barrier, lane, __uint_as_float(largest));
+    }
+    Wait(largest_barrier, 0);
+    const uint32_t of_token = __reduce_max_sync(kAllLanes, shared.largest[g][lane]);
+    global = TokenGlobalScale(__uint_as_float(of_token << 16));
+  }
+  if (tile == 0 && lane == 0) p.token_scale[token] = global;
+  uint32_t words[kNormWords];
+  BlockOf(y, lane, words);
+  if (lane % kBlockLanes != 0) return;
+  StoreNvfp4(p, at / kNormBlock, Nvfp4Encoder(global), Largest(words), words);
 }
 
 template <int kTokens>
@@ -762,10 +1072,43 @@ cudaError_t Launch(const MhcParams& p, cudaStream_t stream, Sums how, int per_gr
   return error == cudaSuccess ? LaunchFinish(p, stream) : error;
 }
 
+template <int kTokens>
+cudaError_t PrepareFew() {
+  return cudaFuncSetAttribute(FewKernel<kTokens>, cudaFuncAttributeNonPortableClusterSizeAllowed,
+                              1);
+}
+
+// Whether the device that is current at the first call runs such clusters.
+bool FewFit() {
+  static const bool fit = [] {
+    int one = 0, two = 0;
+    const bool asked = PrepareFew<1>() == cudaSuccess && PrepareFew<2>() == cudaSuccess &&
+                       MostClusters(FewKernel<1>, kFewThreads, 0, kFewBlocks, one) == cudaSuccess &&
+                       MostClusters(FewKernel<2>, kFewThreads, 0, kFewBlocks, two) == cudaSuccess;
+    if (!asked) cudaGetLastError();  // so that no later call reports it
+    return asked && one > 0 && two > 0;
+  }();
+  return fit;
+}
+
+template <int kTokens>
+cudaError_t LaunchFew(const MhcParams& p, cudaStream_t stream) {
+  const bool settled = IsSettled(p.fn) && IsSettled(p.base) && IsSettled(p.scale) &&
+                       IsSettled(p.norm) &&
+                       (p.global_scale == nullptr || IsSettled(p.global_scale));
+  const cudaError_t error = PrepareFew<kTokens>();
+  if (error != cudaSuccess) return error;
+  const auto clusters = static_cast<unsigned>((p.t + kTokens - 1) / kTokens);
+  return LaunchFirst(FewKernel<kTokens>, dim3(clusters * kFewBlocks), kFewThreads, 0, stream,
+                     kFewBlocks, FewParams{p, settled});
+}
+
 // Measured on H100.
-constexpr int kDecodeTokens = 8;   // in the regime kAuto
-constexpr int kBlocks = 128;       // about as many as there are SMs
-constexpr int kFewSumsTokens = 8;  // by FMA: up to so many, half of the tokens share fn
+constexpr int kDecodeTokens = 8;     // in the regime kAuto
+constexpr int kBlocks = 128;         // about as many as there are SMs
+constexpr int kFewSumsTokens = 8;    // by FMA: up to so many, half of the tokens share fn
+constexpr int kOneLaunchTokens = 8;  // the same bits, so that it is a matter of time alone
+constexpr int kClusterTokens = 4;    // up to so many have a cluster each
 
 }  // namespace
 
@@ -776,6 +1119,9 @@ cudaError_t MhcCuda(const MhcParams& p, cudaStream_t stream) {
   if (p.regime == Regime::kPrefill || (p.regime == Regime::kAuto && p.t > kDecodeTokens)) {
     const int per_group = (p.t + 15) / 16 * tiles < kBlocks ? 16 : 32;
     return Launch(p, stream, Sums::kMma, per_group);
+  }
+  if (p.d == kFewDim && p.t <= kOneLaunchTokens && FewFit()) {
+    return p.t <= kClusterTokens ? LaunchFew<1>(p, stream) : LaunchFew<2>(p, stream);
   }
   const int64_t few = std::clamp<int64_t>(p.t / 2, 1, kFewSumsTokens);
   const int64_t per_group =
