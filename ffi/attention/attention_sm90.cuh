@@ -294,7 +294,7 @@ __device__ __forceinline__ void MultiplyQueryKey(float (&d)[32], uint32_t a, uin
                "};\nmov.b64 b, {%33, " DSV4_SWIZZLED
                "};\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" DSV4_SUMS_32
                "}, a, b, %34, 1, 1, 0, 0;\n}"
-               : DSV4_SUMS_OF_32(d)
+               : DSV4_OF_32(d, 0)
                : "r"(a), "r"(b), "n"(kFirst ? 0 : 1));
 }
 
@@ -304,7 +304,7 @@ __device__ __forceinline__ void MultiplyWeightValues(float (&d)[32], float (&oth
   asm volatile("{\n.reg .b64 b;\nmov.b64 b, {%68, " DSV4_SWIZZLED
                "};\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" DSV4_SUMS_64
                "}, {%64, %65, %66, %67}, b, 1, 1, 1, 1;\n}"
-               : DSV4_SUMS_OF_32(d), DSV4_SUMS_OF_32(other)
+               : DSV4_OF_32(d, 0), DSV4_OF_32(other, 0)
                : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b + ((kPairBytes / 16 - 64) << 16)));
 }
 
@@ -313,7 +313,7 @@ __device__ __forceinline__ void MultiplyWeightValue(float (&d)[32], const uint4&
   asm volatile("{\n.reg .b64 b;\nmov.b64 b, {%36, " DSV4_SWIZZLED
                "};\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" DSV4_SUMS_32
                "}, {%32, %33, %34, %35}, b, 1, 1, 1, 1;\n}"
-               : DSV4_SUMS_OF_32(d)
+               : DSV4_OF_32(d, 0)
                : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b));
 }
 

@@ -315,8 +315,8 @@ __device__ __forceinline__ Int LineAt(Int at, int lane) {
   return 2 * step + (c & 1);
 }
 
-// The same for products with E4M3 on both sides: codes of lanes c = 0, 1, and the scale of 128
-// inputs.
+// The same for products with E4M3 on both sides: 8-bit weights take inputs as they come; of 4 bits,
+// lanes c = 0, 1 have the codes. And the scale of 128 inputs.
 struct Fp8Line {
   uint4 codes;
   float scale;
@@ -324,9 +324,11 @@ struct Fp8Line {
 
 template <WeightForm kForm>
 __device__ __forceinline__ Fp8Line Fp8LineOf(const Fp8Chunk& chunk, int lane) {
-  // Codes 0..3 go to the lower 16 inputs of an MMA step, 4..7 to the upper.
   uint32_t words[4] = {chunk.codes.x, chunk.codes.y, 0, 0};
-  Transpose<kLineShift<kForm>>(words, lane >> kLineShift<kForm> & 3);
+  if constexpr (kForm != WeightForm::kFp8) {
+    // Codes 0..3 go to the lower 16 inputs of an MMA step, 4..7 to the upper.
+    Transpose<kLineShift<kForm>>(words, lane >> kLineShift<kForm> & 3);
+  }
   return {make_uint4(words[0], words[1], words[2], words[3]), chunk.scale};
 }
 
@@ -338,16 +340,20 @@ constexpr int kFp8Stage = kForm == WeightForm::kFp8 ? 128 : 256;
 template <WeightForm kForm>
 __device__ __forceinline__ void StoreFp8Line(const Fp8Line& line, uint8_t* stage, int in, int width,
                                              int column, int lane) {
-  constexpr bool kEight = kForm == WeightForm::kFp8;
   if (lane % 16 == 0) {
     reinterpret_cast<float*>(stage + kFp8Stage<kForm> * width)[in / 128 * width + column] =
         line.scale;
   }
-  const int c = lane >> kLineShift<kForm> & 3;
-  if (c > 1) return;
-  // 32 inputs a step: a piece of 64 bytes has 2 of E4M3, 4 of 4 bits.
-  const int step = kEight ? in / 64 * 2 + (lane & 1) : in / 128 * 4 + (lane & 3);
-  *reinterpret_cast<uint4*>(stage + ((2 * step + c) * width + column) * 16) = line.codes;
+  if constexpr (kForm == WeightForm::kFp8) {
+    *reinterpret_cast<uint2*>(stage + (in / 16 * width + column) * 16 + in % 16) =
+        make_uint2(line.codes.x, line.codes.y);
+  } else {
+    const int c = lane >> kLineShift<kForm> & 3;
+    if (c > 1) return;
+    // 32 inputs a step: a piece of 64 bytes has 4.
+    const int step = in / 128 * 4 + (lane & 3);
+    *reinterpret_cast<uint4*>(stage + ((2 * step + c) * width + column) * 16) = line.codes;
+  }
 }
 
 // One row: rounded, and laid out as column `column` of a tile of `width`.

@@ -156,8 +156,8 @@ __device__ __forceinline__ void MultiplyBf16(const Args& args, Ring<Layout>& rin
     WgmmaFence();
 #pragma unroll
     for (int step = 0; step < kInputs / 16; ++step) {
-      WgmmaSharedBf16(sum, SwizzledRows(ring.Weight() + mine + step * 32),
-                      SwizzledRows(ring.X() + step * 32), i + step > 0);
+      Wgmma<kTokens, false>::Run(sum, SwizzledRows(ring.Weight() + mine + step * 32),
+                                 SwizzledRows(ring.X() + step * 32), i + step > 0);
     }
     WgmmaCommit();
     WgmmaWait<1>();

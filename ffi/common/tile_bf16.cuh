@@ -66,8 +66,8 @@ __device__ __forceinline__ void Decode(uint32_t (&a)[4][4], const Words<kForm>& 
 
 // Whether warps multiply by themselves: for eight columns a warpgroup's MMA takes as long as for
 // several times as many. The sums are the same bits.
-template <WeightForm kForm, int kN>
-constexpr bool kByWarps = kForm == WeightForm::kNvfp4 && kN == 8;
+template <int kN>
+constexpr bool kByWarps = kN == 8;
 
 // What they read of x for four MMA steps.
 __device__ __forceinline__ void LoadColumns(uint32_t (&b)[4][2], uint32_t columns, int group) {
@@ -84,10 +84,11 @@ __device__ __forceinline__ void LoadColumns(uint32_t (&b)[4][2], uint32_t column
 template <WeightForm kForm, bool kMany, int kN, typename A>
 __device__ __forceinline__ void Multiply(const A& args, Feed<kForm, false, kMany, A>& feed,
                                          const Unit& unit) {
-  using Layout = Stage<kForm, false, kMany>;
+  using Layout = Stage<kForm, false, kMany, A::kSlim>;
+  constexpr int kHalves = Layout::kHalves;
   constexpr int kGroups = kStageInputs<kForm> / kStepInputs / 4;
   const int row = LaneRow(), c = threadIdx.x % 4;
-  float acc[2][kN / 2];  // by a warpgroup: the first product of each sets it
+  float acc[kHalves][kN / 2];  // by a warpgroup: the first product of each sets it
   uint32_t a[2][4][4];
   Words<kForm> words[2];
   const uint8_t* scale_rows[2];
@@ -99,9 +100,9 @@ __device__ __forceinline__ void Multiply(const A& args, Feed<kForm, false, kMany
       scale_bytes[half] = __ldg(scale_rows[half] + min(feed.stage, feed.stages - 1));
     }
   }
-  if constexpr (kByWarps<kForm, kN>) {
+  if constexpr (kByWarps<kN>) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) acc[0][i] = acc[1][i] = 0.0f;
+    for (int i = 0; i < 4; ++i) acc[0][i] = acc[kHalves - 1][i] = 0.0f;
   }
   bool begun = false;
   while (feed.stage < feed.stages) {
@@ -120,19 +121,21 @@ __device__ __forceinline__ void Multiply(const A& args, Feed<kForm, false, kMany
     [[maybe_unused]] uint32_t b[4][2];
     if constexpr (kGroups > 1) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int half = 0; half < kHalves; ++half) {
         Load<kForm>(words[half], here + half * Layout::kRows * kRowBytes, row, c, 0);
       }
     }
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int half = 0; half < kHalves; ++half) {
         // Undecoded words are the operand itself: they change when no product reads them any more.
         if constexpr (kGroups == 1) {
           Load<kForm>(words[half], here + half * Layout::kRows * kRowBytes, row, c, 0);
         }
-        Decode<kForm>(a[half], words[half],
+        // In turns, since products read the operand before.
+        auto& operand = a[kHalves > 1 ? half : group % 2];
+        Decode<kForm>(operand, words[half],
                       here + Layout::kScaleAt + half * Layout::kRows * kScaleBytes, row, c, group,
                       feed.stage, factor[half], rest[half]);
         // The next piece, while the tensor cores work.
@@ -141,32 +144,36 @@ __device__ __forceinline__ void Multiply(const A& args, Feed<kForm, false, kMany
           Load<kForm>(words[half], here + half * Layout::kRows * kRowBytes, row, c,
                       (group + 1) / kPerPiece);
         }
-        if constexpr (kByWarps<kForm, kN>) {
+        if constexpr (kByWarps<kN>) {
           if (half == 0) LoadColumns(b, columns, group);
 #pragma unroll
-          for (int step = 0; step < 4; ++step) MmaBf16(acc[half], a[half][step], b[step]);
+          for (int step = 0; step < 4; ++step) MmaBf16(acc[half], operand[step], b[step]);
           // What the stage before still read is in use.
-          if (group == 0 && half == 1 && begun) feed.ReleaseBehind(1, acc[1][0]);
+          if (group == 0 && half + 1 == kHalves && begun) feed.ReleaseBehind(1, acc[half][0]);
           continue;
         }
         WgmmaFence();
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
-          Wgmma<kN, false>::Run(acc[half], a[half][step],
+          Wgmma<kN, false>::Run(acc[half], operand[step],
                                 Further(matrices, (4 * group + step) * kStepInputs * kN * 2),
                                 begun || group + step > 0);
         }
         WgmmaCommit();
         WgmmaWait<1>();
         // What the stage before still read is done.
-        if (group == 0 && half == 1 && begun) feed.Release(1);
+        if (group == 0 && half + 1 == kHalves && begun) feed.Release(1);
       }
     }
     begun = true;
     feed.Next();
   }
-  if constexpr (!kByWarps<kForm, kN>) WgmmaWait<0>();
-  Finish<kMany, kN>(args, feed.shared, acc, Weights<kForm>::kUnit, unit);
+  if constexpr (!kByWarps<kN>) {
+    WgmmaWait<0>();
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) SettleSums(acc[half]);
+  }
+  Finish<false, Layout, kN>(args, feed, acc, Weights<kForm>::kUnit, unit);
 }
 
 }  // namespace tile

@@ -26,10 +26,13 @@ constexpr int kStageInputs = 2 * Weights<kForm>::kPieceInputs;
 
 // A tile is the work of one warpgroup with two MMA blocks ("halves") of 64 rows, so narrow that
 // latency and the memory are what counts, or (kMany) of two with as much each. One more warp fills
-// the stages.
-template <WeightForm kForm, bool kFp8Mma, bool kMany>
+// the stages. A slim one has half as many rows, its halves in one MMA block: where thread blocks
+// are so few that some SMs would have twice as many as others.
+template <WeightForm kForm, bool kFp8Mma, bool kMany, bool kSlim>
 struct Stage {
-  static constexpr int kRows = (kMany ? 2 : 1) * kBlockRows;  // of each half
+  static constexpr bool kIsMany = kMany, kIsSlim = kSlim;
+  static constexpr int kHalves = kSlim ? 1 : 2;                                        // MMA blocks
+  static constexpr int kRows = kSlim ? kBlockRows / 2 : (kMany ? 2 : 1) * kBlockRows;  // of a half
   static constexpr int kScaleAt = 2 * kRows * kRowBytes;
   static constexpr int kColumnsAt = kScaleAt + (kFourBits<kForm> ? 2 * kRows * kScaleBytes : 0);
   // x of a stage; E4M3 comes with a scale per column and 128 inputs.
@@ -45,9 +48,11 @@ struct Stage {
 // What a thread block works on: a tile times a block of rows.
 struct Unit {
   Tile tile;
-  unsigned index, block;           // of the tile, of rows
-  unsigned weight;                 // of several, whose rows
-  const float* x_scale = nullptr;  // RawArgs, NVFP4 activations: of the tile's columns
+  unsigned index, block;  // of the tile, of rows
+  unsigned weight;        // of several, whose rows
+  // RawArgs:
+  const float* x_scale = nullptr;  // NVFP4 activations: of the tile's columns
+  struct Meeting* meeting = nullptr;
 };
 
 // One weight of several for the same x.
@@ -104,7 +109,7 @@ struct Parts {
 
 template <bool kSeveral>
 struct Args : Parts<kSeveral> {
-  static constexpr bool kCopiesX = true;
+  static constexpr bool kCopiesX = true, kSlim = false;
 
   const void* x;
   const Tile* tiles;
@@ -119,7 +124,7 @@ struct Args : Parts<kSeveral> {
 
 // Of a kernel that lays out x itself (tile_raw.cuh): of few tokens.
 struct RawArgs : Parts<true> {
-  static constexpr bool kCopiesX = false;
+  static constexpr bool kCopiesX = false, kSlim = false;
 
   const void* x;           // BF16 [tokens, groups, inputs], or E4M3 codes
   const uint8_t* x_scale;  // of codes: UE8M0 [tokens, groups, inputs / 128]
@@ -136,6 +141,10 @@ struct RawArgs : Parts<true> {
   }
 };
 
+struct SlimArgs : RawArgs {
+  static constexpr bool kSlim = true;
+};
+
 template <typename A>
 __device__ __forceinline__ int ClusterRank(const A& args) {
   return static_cast<int>(blockIdx.x & ((1u << args.cluster_log) - 1));
@@ -148,7 +157,7 @@ enum class Filling { kFirst, kSecond, kScales, kColumns };
 template <WeightForm kForm, bool kFp8Mma, bool kMany, typename A>
 __device__ __forceinline__ void Fill(const A& args, const Unit& unit, int stage, uint32_t to,
                                      uint32_t full, Filling what) {
-  using Layout = Stage<kForm, kFp8Mma, kMany>;
+  using Layout = Stage<kForm, kFp8Mma, kMany, A::kSlim>;
   const Tile& tile = unit.tile;
   const Output& out = args.OutputOf(unit);
   const uint32_t column_bytes = A::kCopiesX ? Layout::ColumnBytes(tile.width) : 0;
@@ -195,11 +204,16 @@ struct Feed {
 
   __device__ Feed(const A& a, const Unit& u, char* memory, uint32_t barriers)
       : args(a), unit(u), shared(memory), full(barriers), empty(barriers + 8 * kMaxSlots) {
-    stage_bytes = Stage<kForm, kFp8Mma, kMany>::Bytes(args.OutputOf(unit).width);
-    const int all = static_cast<int>(args.inputs / kStageInputs<kForm>);
-    const int rank = ClusterRank(args);
-    first = stage = all * rank >> args.cluster_log;
-    stages = all * (rank + 1) >> args.cluster_log;
+    stage_bytes = Stage<kForm, kFp8Mma, kMany, A::kSlim>::Bytes(args.OutputOf(unit).width);
+    first = stage = FirstOf(ClusterRank(args));
+    stages = first + StagesOf(ClusterRank(args));
+  }
+  // Of the thread blocks of a cluster.
+  __device__ __forceinline__ int FirstOf(int rank) const {
+    return static_cast<int>(args.inputs / kStageInputs<kForm>) * rank >> args.cluster_log;
+  }
+  __device__ __forceinline__ int StagesOf(int rank) const {
+    return FirstOf(rank + 1) - FirstOf(rank);
   }
   __device__ __forceinline__ void Copy(int of, int into, Filling what) const {
     Fill<kForm, kFp8Mma, kMany>(args, unit, of, SharedAddress(shared) + into * stage_bytes,
@@ -330,30 +344,103 @@ __device__ __forceinline__ void AddUp(float2 (&value)[2], const float* from, int
   }
 }
 
-// Sums through shared memory, column by column, so that rows lie side by side.
-template <bool kMany, int kN, typename A>
-__device__ __forceinline__ void Finish(const A& args, char* shared, float (&acc)[2][kN / 2],
-                                       float unit_scale, const Unit& unit) {
-  constexpr int kRows = (kMany ? 2 : 1) * kBlockRows;
-  const int warpgroup = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-  WaitForPrevious();         // long past: scales of columns come from there
-  SyncMultiplying<kMany>();  // the stages are drained
-  float* const sums = reinterpret_cast<float*>(shared) + warpgroup * 2 * kN * kSumPitch;
-  const int c = lane % 4, in_block = 16 * warp + RowOf(lane / 4);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-#pragma unroll
-    for (int i = 0; i < kN / 2; ++i) {
-      const int column = i / 4 * 8 + 2 * c + i % 2;
-      sums[(half * kN + column) * kSumPitch + in_block + i % 4 / 2 * 8] = acc[half][i];
+// Of the kernel of few tokens, whose thread blocks send their sums to those of the cluster that add
+// them up: four columns each. They come into the slot that the receiver is the first to need no
+// more, of which it tells the others.
+constexpr int kOwnColumns = 4;
+__device__ __forceinline__ int OwnColumns(int count, int rank) {
+  return min(max(count - kOwnColumns * rank, 0), kOwnColumns);
+}
+
+struct Meeting {
+  uint64_t may_send, received;  // barriers
+
+  __device__ __forceinline__ void Init(const RawArgs& args, const Unit& unit) {
+    const int own = OwnColumns(unit.tile.count, ClusterRank(args));
+    InitBarrier(SharedAddress(&may_send), (unit.tile.count + kOwnColumns - 1) / kOwnColumns);
+    InitBarrier(SharedAddress(&received), 1);
+    FenceBarrierInit();
+    if (own > 0) {
+      const uint32_t bytes = 2 * kBlockRows * static_cast<uint32_t>(sizeof(float));
+      ArriveExpecting(SharedAddress(&received), (own * bytes) << args.cluster_log);
     }
   }
-  const int cluster = 1 << args.cluster_log, rank = ClusterRank(args);
-  if (cluster > 1) {
-    SyncCluster();
-  } else {
-    SyncMultiplying<kMany>();
+};
+
+// By the thread that has filled the stages: once the slot behind the last is free, which is for
+// good.
+template <typename F>
+__device__ __forceinline__ void LetOthersSend(const RawArgs& args, const F& feed, const Unit& unit,
+                                              Meeting& meeting) {
+  if (OwnColumns(unit.tile.count, ClusterRank(args)) == 0) return;
+  feed.AwaitEmpty();
+  for (int rank = 0; rank < 1 << args.cluster_log; ++rank) {
+    ArriveIn(SharedAddress(&meeting.may_send), rank);
   }
+}
+
+// Where the sums that a thread block receives are: of a column and a sender, both halves' rows.
+template <typename F>
+__device__ __forceinline__ float* ReceivedAt(const RawArgs& args, const F& feed, int rank,
+                                             int column, int sender) {
+  const int slot = feed.StagesOf(rank) % args.slots;
+  float* const at = reinterpret_cast<float*>(feed.shared + slot * feed.stage_bytes);
+  return at + (((column % kOwnColumns) << args.cluster_log) + sender) * 2 * kBlockRows;
+}
+
+template <typename F>
+__device__ __forceinline__ void SendSums(const RawArgs& args, const F& feed,
+                                         const float (&acc)[2][kRawWidth / 2], const Unit& unit,
+                                         int in_block, Meeting& meeting) {
+  WaitForCluster();
+  Wait(SharedAddress(&meeting.may_send), 0);
+  const int c = threadIdx.x % 4, rank = ClusterRank(args);
+#pragma unroll
+  for (int odd = 0; odd < 2; ++odd) {
+    const int column = 2 * c + odd, to = column / kOwnColumns;
+    if (column >= unit.tile.count) continue;
+    const float* const at = ReceivedAt(args, feed, to, column, rank) + in_block;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        StoreIn(at + half * kBlockRows + 8 * r, SharedAddress(&meeting.received), to,
+                acc[half][2 * r + odd]);
+      }
+    }
+  }
+}
+
+// Adds up what came of a column, in the order of the senders.
+template <typename F>
+__device__ __forceinline__ void AddReceived(const RawArgs& args, const F& feed, int column,
+                                            float2 (&value)[2]) {
+  const float* const from =
+      ReceivedAt(args, feed, ClusterRank(args), column, 0) + 2 * (threadIdx.x % 32);
+  value[0] = value[1] = make_float2(0.0f, 0.0f);
+#pragma unroll 4
+  for (int sender = 0; sender < 1 << args.cluster_log; ++sender) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float2 part = *reinterpret_cast<const float2*>(from + (2 * sender + half) * kBlockRows);
+      value[half].x = __fadd_rn(value[half].x, part.x);
+      value[half].y = __fadd_rn(value[half].y, part.y);
+    }
+  }
+}
+
+// Sums to where they belong. Through shared memory, column by column, so that rows lie side by
+// side. In order: a lane's rows are g and g + 8, not those of LaneRow.
+template <bool kInOrder, typename Layout, int kN, typename A, typename F>
+__device__ __forceinline__ void Finish(const A& args, const F& feed,
+                                       float (&acc)[Layout::kHalves][kN / 2], float unit_scale,
+                                       const Unit& unit) {
+  constexpr bool kMany = Layout::kIsMany;
+  constexpr int kRows = Layout::kRows;
+  const int warpgroup = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+  const int c = lane % 4, in_block = 16 * warp + (kInOrder ? lane / 4 : RowOf(lane / 4));
+  const int cluster = 1 << args.cluster_log, rank = ClusterRank(args);
+  WaitForPrevious();  // long past: scales of columns come from there
   const Tile& tile = unit.tile;
   const Output& out = args.OutputOf(unit);
   const Scales scales(out, tile.group);
@@ -362,48 +449,74 @@ __device__ __forceinline__ void Finish(const A& args, char* shared, float (&acc)
   void* const y = args.YOf(unit);
   const int64_t row =
       int64_t{unit.block} * kRows * (pair ? 1 : 2) + warpgroup * kBlockRows + 2 * lane;
-  const auto store = [&](bool shared) {  // by a cluster, whose sums are added here
+  const auto store = [&](float2(&value)[2], int column) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float scale = __fmul_rn(unit_scale, args.ScaleOf(unit, scales, half, column));
+      value[half].x = __fmul_rn(value[half].x, scale);
+      value[half].y = __fmul_rn(value[half].y, scale);
+    }
+    const int64_t at = lines.first + column * lines.step + row;
+    if (pair) {
+      const float weight = out.column_weight[tile.first + column];
+      const float2 h = {Swiglu(value[0].x, value[1].x, out.limit, weight),
+                        Swiglu(value[0].y, value[1].y, out.limit, weight)};
+      StoreTwo(out, y, h, true, at, row);
+    } else {
+      StoreTwo(out, y, value[0], out.y_bf16, at, row);
+      StoreTwo(out, y, value[1], out.y_bf16, at + kRows, row + kRows);
+    }
+  };
+  if constexpr (!A::kCopiesX && !A::kSlim) {
+    if (cluster > 1) {
+      Meeting& meeting = *unit.meeting;
+      SendSums(args, feed, acc, unit, in_block, meeting);
+      if (warp >= OwnColumns(tile.count, rank)) return;
+      Wait(SharedAddress(&meeting.received), 0);
+      float2 value[2];
+      AddReceived(args, feed, warp, value);
+      store(value, kOwnColumns * rank + warp);
+      return;
+    }
+  }
+  SyncMultiplying<kMany>();  // the stages are drained
+  float* const sums = reinterpret_cast<float*>(feed.shared) + warpgroup * 2 * kN * kSumPitch;
+#pragma unroll
+  for (int half = 0; half < Layout::kHalves; ++half) {
+#pragma unroll
+    for (int i = 0; i < kN / 2; ++i) {
+      const int column = i / 4 * 8 + 2 * c + i % 2;
+      sums[(half * kN + column) * kSumPitch + in_block + i % 4 / 2 * 8] = acc[half][i];
+    }
+  }
+  constexpr int kOtherHalf = A::kSlim ? kRows : kN * kSumPitch;
+  if (A::kCopiesX && cluster > 1) {
+    SyncCluster();
 #pragma unroll 2
-    for (int column = 4 * rank + warp; column < tile.count; column += shared ? 4 * cluster : 4) {
+    for (int column = 4 * rank + warp; column < tile.count; column += 4 * cluster) {
       float2 value[2];
       const float* const from = sums + column * kSumPitch + 2 * lane;
-      constexpr int kOtherHalf = kN * kSumPitch;
-      if (!shared) {
-        value[0] = *reinterpret_cast<const float2*>(from);
-        value[1] = *reinterpret_cast<const float2*>(from + kOtherHalf);
-      } else if (cluster == 8) {
+      if (cluster == 8) {
         AddUp<8>(value, from, kOtherHalf);
       } else if (cluster == 4) {
         AddUp<4>(value, from, kOtherHalf);
       } else {
         AddUp<2>(value, from, kOtherHalf);
       }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float scale = __fmul_rn(unit_scale, args.ScaleOf(unit, scales, half, column));
-        value[half].x = __fmul_rn(value[half].x, scale);
-        value[half].y = __fmul_rn(value[half].y, scale);
-      }
-      const int64_t at = lines.first + column * lines.step + row;
-      if (pair) {
-        const float weight = out.column_weight[tile.first + column];
-        const float2 h = {Swiglu(value[0].x, value[1].x, out.limit, weight),
-                          Swiglu(value[0].y, value[1].y, out.limit, weight)};
-        StoreTwo(out, y, h, true, at, row);
-      } else {
-        StoreTwo(out, y, value[0], out.y_bf16, at, row);
-        StoreTwo(out, y, value[1], out.y_bf16, at + kRows, row + kRows);
-      }
+      store(value, column);
     }
-  };
-  if (cluster > 1) {
-    store(true);
-  } else {
-    store(false);
-  }
-  if (cluster > 1) {  // its shared memory is read until here
-    ArriveAtCluster();
+    ArriveAtCluster();  // its shared memory is read until here
     WaitForCluster();
+  } else {
+    SyncMultiplying<kMany>();
+    if (A::kSlim && 2 * lane >= kRows) return;
+#pragma unroll 2
+    for (int column = 4 * rank + warp; column < tile.count; column += 4) {
+      const float* const from = sums + column * kSumPitch + 2 * lane;
+      float2 value[2] = {*reinterpret_cast<const float2*>(from),
+                         *reinterpret_cast<const float2*>(from + kOtherHalf)};
+      store(value, column);
+    }
   }
 }
 

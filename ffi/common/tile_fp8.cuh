@@ -10,10 +10,16 @@
 namespace dsv4 {
 namespace tile {
 
+// Half a tile's weights: of 4 bits in registers, of 8 where they lie.
 template <WeightForm kForm>
 struct Fp8Operand {
   uint32_t a[4][4];
   float scale[2];  // of rows g and g + 8
+};
+template <>
+struct Fp8Operand<WeightForm::kFp8> {
+  uint64_t a[4];
+  float scale[1];
 };
 
 // E4M3 of the magnitudes 0, .5, 1, 1.5 and 2, 3, 4, 6 times 2^(6 - down), nearest even.
@@ -58,53 +64,40 @@ __device__ __forceinline__ void ExponentsOfE4m3(uint32_t bytes, int& first, int&
 template <WeightForm kForm>
 __device__ __forceinline__ void LoadOperand(Fp8Operand<kForm>& out, const char* rows,
                                             const char* scales, int row, int c, int block,
-                                            int stage, float fp8_scale, const uint2* tables) {
+                                            int stage, const uint2* tables) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int at = row + 8 * r;
-    if constexpr (kForm == WeightForm::kFp8) {
+    const uint4 w = PieceOf(rows, at, block, c);
+    const uint32_t words[4] = {w.x, w.y, w.z, w.w};
+    const char* scale = scales + at * kScaleBytes;
+    if constexpr (kForm == WeightForm::kNvfp4) {  // two scales, each a power of two
+      const uint32_t bytes = *reinterpret_cast<const uint16_t*>(scale + 8 * block + 2 * c);
+      int exponents[2];
+      ExponentsOfE4m3(bytes, exponents[0], exponents[1]);
+      int top = max(exponents[0], exponents[1]);
+      top = max(top, __shfl_xor_sync(0xFFFFFFFFu, top, 1));
+      top = max(top, __shfl_xor_sync(0xFFFFFFFFu, top, 2));
 #pragma unroll
-      for (int piece = 0; piece < 2; ++piece) {
-        const uint4 w = PieceOf(rows, at, piece, c);
-        out.a[2 * piece][r] = w.x;
-        out.a[2 * piece][2 + r] = w.y;
-        out.a[2 * piece + 1][r] = w.z;
-        out.a[2 * piece + 1][2 + r] = w.w;
-      }
-      out.scale[r] = fp8_scale;
-    } else {
-      const uint4 w = PieceOf(rows, at, block, c);
-      const uint32_t words[4] = {w.x, w.y, w.z, w.w};
-      const char* scale = scales + at * kScaleBytes;
-      if constexpr (kForm == WeightForm::kNvfp4) {  // two scales, each a power of two
-        const uint32_t bytes = *reinterpret_cast<const uint16_t*>(scale + 8 * block + 2 * c);
-        int exponents[2];
-        ExponentsOfE4m3(bytes, exponents[0], exponents[1]);
-        int top = max(exponents[0], exponents[1]);
-        top = max(top, __shfl_xor_sync(0xFFFFFFFFu, top, 1));
-        top = max(top, __shfl_xor_sync(0xFFFFFFFFu, top, 2));
+      for (int half = 0; half < 2; ++half) {
+        const uint2 table = tables[min(top - exponents[half], kTables - 1)];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const uint2 table = tables[min(top - exponents[half], kTables - 1)];
-#pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            LookUp(words[i], table.x, table.y, out.a[i][r], out.a[i][2 + r]);
-          }
-        }
-        out.scale[r] =
-            top < -2 ? 0.0f : __uint_as_float(static_cast<uint32_t>(127 - 13 + top) << 23);
-      } else {
-        const uint32_t byte =
-            *reinterpret_cast<const uint8_t*>(scale + (stage & 1) * 8 + 4 * block + c);
-        uint32_t top = max(byte, __shfl_xor_sync(0xFFFFFFFFu, byte, 1));
-        top = max(top, __shfl_xor_sync(0xFFFFFFFFu, top, 2));
-        const uint2 table = tables[min(top - byte, static_cast<uint32_t>(kTables - 1))];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
           LookUp(words[i], table.x, table.y, out.a[i][r], out.a[i][2 + r]);
         }
-        out.scale[r] = __fmul_rn(DecodeUe8m0(top), 0x1p-6f);
       }
+      out.scale[r] = top < -2 ? 0.0f : __uint_as_float(static_cast<uint32_t>(127 - 13 + top) << 23);
+    } else {
+      const uint32_t byte =
+          *reinterpret_cast<const uint8_t*>(scale + (stage & 1) * 8 + 4 * block + c);
+      uint32_t top = max(byte, __shfl_xor_sync(0xFFFFFFFFu, byte, 1));
+      top = max(top, __shfl_xor_sync(0xFFFFFFFFu, top, 2));
+      const uint2 table = tables[min(top - byte, static_cast<uint32_t>(kTables - 1))];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        LookUp(words[i], table.x, table.y, out.a[i][r], out.a[i][2 + r]);
+      }
+      out.scale[r] = __fmul_rn(DecodeUe8m0(top), 0x1p-6f);
     }
   }
 }
@@ -113,15 +106,15 @@ __device__ __forceinline__ void LoadOperand(Fp8Operand<kForm>& out, const char* 
 // column scale that it read.
 template <WeightForm kForm, int kN>
 __device__ __forceinline__ float Promote(float (&sum)[kN / 2], const float (&part)[kN / 2],
-                                         const float (&row_scale)[2], const float* column_scale,
-                                         int c) {
+                                         const Fp8Operand<kForm>& operand,
+                                         const float* column_scale, int c) {
   float2 scale;
 #pragma unroll
   for (int j = 0; j < kN / 8; ++j) {
     scale = *reinterpret_cast<const float2*>(column_scale + 8 * j + 2 * c);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float row = row_scale[kForm == WeightForm::kFp8 ? 0 : r];
+      const float row = operand.scale[kForm == WeightForm::kFp8 ? 0 : r];
       const int i = 4 * j + 2 * r;
       sum[i] = __fmaf_rn(part[i], __fmul_rn(scale.x, row), sum[i]);
       sum[i + 1] = __fmaf_rn(part[i + 1], __fmul_rn(scale.y, row), sum[i + 1]);
@@ -137,10 +130,12 @@ constexpr int kAtOnce = kN <= 80 ? 2 : 1;
 template <WeightForm kForm, bool kMany, int kN, typename A>
 __device__ __forceinline__ void MultiplyFp8(const A& args, Feed<kForm, true, kMany, A>& feed,
                                             const uint2* tables, const Unit& unit) {
-  using Layout = Stage<kForm, true, kMany>;
-  constexpr int kBlocks = kStageInputs<kForm> / 128;
+  using Layout = Stage<kForm, true, kMany, A::kSlim>;
+  constexpr int kBlocks = kStageInputs<kForm> / 128, kHalves = Layout::kHalves;
+  constexpr int kTogether = kAtOnce<kN> < kHalves ? kAtOnce<kN> : kHalves;
+  static_assert(!A::kSlim || kForm != WeightForm::kFp8);
   const int row = LaneRow(), c = threadIdx.x % 4;
-  float sum[2][kN / 2] = {};
+  float sum[kHalves][kN / 2] = {};
   const uint8_t* scale_rows[2];
   uint32_t scale_bytes[2] = {};
   if constexpr (kForm == WeightForm::kFp8) {
@@ -167,21 +162,31 @@ __device__ __forceinline__ void MultiplyFp8(const A& args, Feed<kForm, true, kMa
 #pragma unroll
     for (int k = 0; k < kBlocks; ++k) {
 #pragma unroll
-      for (int first = 0; first < 2; first += kAtOnce<kN>) {
-        Fp8Operand<kForm> operand[kAtOnce<kN>];
-        float part[kAtOnce<kN>][kN / 2];
+      for (int first = 0; first < kHalves; first += kTogether) {
+        Fp8Operand<kForm> operand[kTogether];
+        float part[kTogether][kN / 2];
 #pragma unroll
-        for (int i = 0; i < kAtOnce<kN>; ++i) {
+        for (int i = 0; i < kTogether; ++i) {
           const int half = first + i;
-          LoadOperand<kForm>(operand[i], here + half * Layout::kRows * kRowBytes,
-                             here + Layout::kScaleAt + half * Layout::kRows * kScaleBytes, row, c,
-                             k, feed.stage, fp8_scale[half], tables);
+          const char* const rows = here + half * Layout::kRows * kRowBytes;
+          if constexpr (kForm == WeightForm::kFp8) {
+            const uint32_t mine = SharedAddress(rows) + threadIdx.x / 128 * kBlockRows * kRowBytes;
+#pragma unroll
+            for (int step = 0; step < 4; ++step) {
+              operand[i].a[step] = SwizzledRows(mine + step * 32);
+            }
+            operand[i].scale[0] = fp8_scale[half];
+          } else {
+            LoadOperand<kForm>(operand[i], rows,
+                               here + Layout::kScaleAt + half * Layout::kRows * kScaleBytes, row, c,
+                               k, feed.stage, tables);
+          }
         }
         WgmmaFence();
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
 #pragma unroll
-          for (int i = 0; i < kAtOnce<kN>; ++i) {
+          for (int i = 0; i < kTogether; ++i) {
             Wgmma<kN, true>::Run(part[i], operand[i].a[step],
                                  CoreMatrices(columns + (4 * k + step) * 32 * kN, kN * 16),
                                  step > 0);
@@ -190,16 +195,15 @@ __device__ __forceinline__ void MultiplyFp8(const A& args, Feed<kForm, true, kMa
         WgmmaCommit();
         WgmmaWait<0>();
 #pragma unroll
-        for (int i = 0; i < kAtOnce<kN>; ++i) {
-          last = Promote<kForm, kN>(sum[first + i], part[i], operand[i].scale,
-                                    column_scales + k * kN, c);
+        for (int i = 0; i < kTogether; ++i) {
+          last = Promote<kForm, kN>(sum[first + i], part[i], operand[i], column_scales + k * kN, c);
         }
       }
     }
     feed.ReleaseBehind(last);
     feed.Next();
   }
-  Finish<kMany, kN>(args, feed.shared, sum, 1.0f, unit);
+  Finish<kForm == WeightForm::kFp8, Layout, kN>(args, feed, sum, 1.0f, unit);
 }
 
 }  // namespace tile

@@ -3,10 +3,10 @@
 // Weights are the rows of the MMA (M), tokens its columns (N), so that a few tokens waste nothing.
 // A warp keeps a ring of stages full: 128 bytes of every row by the tensor copy engine, scales, and
 // the tile's x, already laid out, or of few tokens as other warps lay it out. A warpgroup decodes
-// weights in registers, for one block of 64 rows while the tensor cores work on another. Where
-// weights have few rows, a cluster of thread blocks shares their inputs, and adds its sums in the
-// end. Sums are in order of the inputs whatever the tile's width, so that a column is the same bits
-// in any tile.
+// weights in registers, for one block of 64 rows while the tensor cores work on another; E4M3 ones
+// times E4M3 are read where they lie. Where weights have few rows, a cluster of thread blocks
+// shares their inputs, and adds its sums in the end. Sums are in order of the inputs whatever the
+// tile's width, so that a column is the same bits in any tile.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -98,14 +98,14 @@ __global__ void __launch_bounds__(kThreads<kMany>, kMany ? 1 : 3)
 // The same for few tokens whose x three more warps lay out.
 constexpr int kRawThreads = 128 + 32 + 32 * kRawWarps;
 
-template <WeightForm kForm, bool kFp8Mma, Input kInput>
-__global__ void __launch_bounds__(kRawThreads, 3)
-    RawGemmKernel(const __grid_constant__ RawArgs args) {
+template <WeightForm kForm, bool kFp8Mma, Input kInput, typename A>
+__global__ void __launch_bounds__(kRawThreads, 3) RawGemmKernel(const __grid_constant__ A args) {
   extern __shared__ char raw[];
   __shared__ uint64_t barriers[2 * kMaxSlots];  // full, then empty
   __shared__ uint2 tables[kTables];
   __shared__ float x_scale[kRawWidth];
   __shared__ alignas(16) RawLargest largest;
+  __shared__ Meeting meeting;
   Unit unit = {{}, blockIdx.y, blockIdx.x >> args.cluster_log, 0};
   args.FindPart(unit);
   // The kernel ahead is any, and may have written what is read here, weights and picks included.
@@ -126,11 +126,14 @@ __global__ void __launch_bounds__(kRawThreads, 3)
       InitBarrier(SharedAddress(barriers + i), arrivals);
       InitBarrier(SharedAddress(barriers + kMaxSlots + i), 128);
     }
+    if (args.cluster_log > 0) meeting.Init(args, unit);
     FenceBarrierInit();
   }
+  unit.meeting = &meeting;
   __syncthreads();
+  if (args.cluster_log > 0) ArriveAtCluster();
 
-  Feed<kForm, kFp8Mma, false, RawArgs> feed(args, unit, shared, SharedAddress(barriers));
+  Feed<kForm, kFp8Mma, false, A> feed(args, unit, shared, SharedAddress(barriers));
   if (threadIdx.x >= 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");  // who round need few registers
     const int warp = static_cast<int>(threadIdx.x) / 32 - 5;
@@ -138,6 +141,11 @@ __global__ void __launch_bounds__(kRawThreads, 3)
       LayOutRaw<kForm, kFp8Mma, kInput>(args, feed, unit, warp, x_scale, largest);
     } else if (threadIdx.x == 128) {
       feed.FillWeights();
+    }
+    __syncwarp();
+    if (args.cluster_log > 0) {
+      WaitForCluster();
+      if (threadIdx.x == 128) LetOthersSend(args, feed, unit, meeting);
     }
     return;
   }
@@ -160,6 +168,9 @@ constexpr int kHalfBytes = 112 << 10;  // two do
 constexpr int kAllBytes = 224 << 10;   // one has it
 // As many as would leave a remainder behind two on each of 132 SMs. Clusters fit less well.
 constexpr int kThreeFrom = 265, kThreeFromOfClusters = 199, kThreeTo = 528;
+// Thread blocks that some of 132 SMs have one of and others two; slim ones are twice as many.
+constexpr int kSlimFrom = 132, kSlimTo = 198;
+constexpr int kSlimSlots = 4;  // of theirs: the linears beside them want some of the shared memory
 
 // Slots of `stage` bytes for a kernel that several thread blocks of a grid share an SM by.
 int SlotsOf(int stage, int64_t grid_blocks, int cluster) {
@@ -217,7 +228,7 @@ bool FillParts(Parts<kSeveral>& args, const TileGemm* gemms, int count, int rows
 
 template <WeightForm kForm, bool kFp8Mma, bool kMany, bool kSeveral>
 cudaError_t Launch(const TileGemm* gemms, int count, cudaStream_t stream) {
-  using Layout = Stage<kForm, kFp8Mma, kMany>;
+  using Layout = Stage<kForm, kFp8Mma, kMany, false>;
   static_assert(sizeof(Args<kSeveral>) <= 4096);
   const TileGemm& gemm = gemms[0];
   Args<kSeveral> args = {};
@@ -245,10 +256,10 @@ cudaError_t Launch(const TileGemm* gemms, int count, cudaStream_t stream) {
   return LaunchDependent(kernel, grid, kThreads<kMany>, bytes, stream, args, cluster);
 }
 
-template <WeightForm kForm, bool kFp8Mma, Input kInput = Input::kPlain>
+template <WeightForm kForm, bool kFp8Mma, Input kInput = Input::kPlain, typename A = RawArgs>
 cudaError_t LaunchRaw(const TileGemm* gemms, int count, cudaStream_t stream) {
-  using Layout = Stage<kForm, kFp8Mma, false>;
-  static_assert(sizeof(RawArgs) <= 4096);
+  using Layout = Stage<kForm, kFp8Mma, false, A::kSlim>;
+  static_assert(sizeof(A) <= 4096);
   if constexpr (kForm == WeightForm::kFp8 && kInput == Input::kPlain) {
     if (gemms[0].raw_scale != nullptr) {
       return LaunchRaw<kForm, kFp8Mma, Input::kCodes>(gemms, count, stream);
@@ -261,7 +272,15 @@ cudaError_t LaunchRaw(const TileGemm* gemms, int count, cudaStream_t stream) {
     }
   }
   const TileGemm& gemm = gemms[0];
-  RawArgs args = {};
+  if constexpr (kFourBits<kForm> && kInput == Input::kPlain && !A::kSlim) {
+    const int rows = gemm.store == Store::kSwiglu ? 64 : 128;
+    const int64_t blocks = (gemm.rows + rows - 1) / rows * gemm.max_tiles;
+    if (gemm.picks.expert != nullptr && TileGemmSplit(gemm) == 1 && blocks > kSlimFrom &&
+        blocks <= kSlimTo) {
+      return LaunchRaw<kForm, kFp8Mma, kInput, SlimArgs>(gemms, count, stream);
+    }
+  }
+  A args = {};
   int64_t blocks;
   if (!FillParts<kForm>(args, gemms, count, Layout::kRows, blocks)) return cudaErrorInvalidValue;
   args.x = gemm.raw_x;
@@ -273,9 +292,16 @@ cudaError_t LaunchRaw(const TileGemm* gemms, int count, cudaStream_t stream) {
   args.weights_first = gemm.weights_first;
   const int cluster = 1 << args.cluster_log;
   const int stage = Layout::Bytes(kRawWidth);
-  args.slots = SlotsOf(stage, blocks * cluster * gemm.max_tiles, cluster);
+  // All that a thread block will read, if it has an SM to itself: then two cannot meet where the
+  // kernel ahead still fills the other SMs, and little is left to wait for behind x.
+  const int64_t grid_blocks = blocks * cluster * gemm.max_tiles;
+  const int64_t stages = (gemm.inputs / kStageInputs<kForm> + cluster - 1) / cluster;
+  const int most = A::kSlim                            ? kSlimSlots
+                   : grid_blocks <= MostAlone(cluster) ? (kAllBytes - 1024) / stage
+                                                       : SlotsOf(stage, grid_blocks, cluster);
+  args.slots = static_cast<int>(std::min<int64_t>({most, kMaxSlots, stages}));
   const int bytes = std::max(args.slots * stage, 2 * kRawWidth * kSumPitch * 4) + 1024;
-  const auto kernel = RawGemmKernel<kForm, kFp8Mma, kInput>;
+  const auto kernel = RawGemmKernel<kForm, kFp8Mma, kInput, A>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;

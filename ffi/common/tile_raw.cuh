@@ -133,12 +133,11 @@ __device__ __forceinline__ float RawScale(const RawArgs& args, const Unit& unit,
 
 // By the warps `warp` < kRawWarps; `x_scale`: in shared memory, of the tile's columns. Those who
 // read it wait for the first stage, on which the lanes that write it arrive.
-template <WeightForm kForm, bool kFp8Mma, Input kInput>
-__device__ __forceinline__ void LayOutRaw(const RawArgs& args,
-                                          Feed<kForm, kFp8Mma, false, RawArgs> feed,
+template <WeightForm kForm, bool kFp8Mma, Input kInput, typename A>
+__device__ __forceinline__ void LayOutRaw(const A& args, Feed<kForm, kFp8Mma, false, A> feed,
                                           const Unit& unit, int warp, float* x_scale,
                                           const RawLargest& largest) {
-  using Layout = Stage<kForm, kFp8Mma, false>;
+  using Layout = Stage<kForm, kFp8Mma, false, A::kSlim>;
   constexpr int kLanes = kRawLanes<kForm>, kAtOnce = kRawAtOnce<kForm>;
   constexpr int kAhead = kRawAhead<kForm, kFp8Mma, kInput>;
   constexpr int kTogether = kRawTogether<kForm, kFp8Mma, kInput>;

@@ -273,8 +273,8 @@ __device__ __forceinline__ void Begin(Product& product, const Ring& ring, uint32
   WgmmaFence();
 #pragma unroll
   for (int step = 0; step < kInputs / 32; ++step) {
-    WgmmaSharedE4m3(product.part, SwizzledRows(x + step * 32), SwizzledRows(weight + step * 32),
-                    step > 0);
+    Wgmma<128, true>::Run(product.part, SwizzledRows(x + step * 32),
+                          SwizzledRows(weight + step * 32), step > 0);
   }
   WgmmaCommit();
 }

@@ -570,6 +570,21 @@ def test_experts_of_a_regime_have_the_same_bits(form: str, regime: str) -> None:
 
 
 @pytest.mark.parametrize("form", EXPERT_FORMS)
+def test_two_tokens_of_wide_experts_have_the_bits_of_one(form: str) -> None:
+    """Of two, 192 tiles of 128 rows would leave some multiprocessors with twice the work of others:
+    they are halved. Those of one are not."""
+    run = experts(form, "flash-width")
+    x, idx, weight = run.inputs(2, seed=3)
+    for regime in REGIMES:
+        both = run(x, idx, weight, regime=regime)
+        for i in range(2):
+            one = slice(i, i + 1)
+            alone = run(x[one], idx[one], weight[one], regime=regime)
+            assert_same_bits(both[one], alone, f"{regime}, token {i}")
+    products.assert_experts(run(x, idx, weight), run.exact(x, idx, weight), form, form)
+
+
+@pytest.mark.parametrize("form", EXPERT_FORMS)
 def test_experts_equal_the_cpu_handler(form: str) -> None:
     run = experts(form, "small")
     x, idx, weight = run.inputs(21, seed=1)
