@@ -48,6 +48,11 @@ __device__ __forceinline__ void CopyBytes(uint32_t to, const void* from, uint32_
       : "memory");
 }
 
+// A line of 128 bytes, of which it does not matter who wrote it last.
+__device__ __forceinline__ void PrefetchL2(const void* at) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+}
+
 // What the thread has written to shared memory, before the tensor cores or the copy engine read it.
 __device__ __forceinline__ void FenceForAsyncReads() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
