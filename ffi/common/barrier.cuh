@@ -48,8 +48,8 @@ __device__ __forceinline__ void CopyBytes(uint32_t to, const void* from, uint32_
       : "memory");
 }
 
-// A line of 128 bytes, of which it does not matter who wrote it last.
-__device__ __forceinline__ void PrefetchL2(const void* at) {
+// A line of 128 bytes into the L2; it does not matter who writes it last.
+__device__ __forceinline__ void Prefetch(const void* at) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
 }
 

@@ -30,7 +30,7 @@ constexpr int kStageInputs = 2 * Weights<kForm>::kPieceInputs;
 // are so few that some SMs would have twice as many as others.
 template <WeightForm kForm, bool kFp8Mma, bool kMany, bool kSlim>
 struct Stage {
-  static constexpr bool kIsMany = kMany, kIsSlim = kSlim;
+  static constexpr bool kIsMany = kMany;
   static constexpr int kHalves = kSlim ? 1 : 2;                                        // MMA blocks
   static constexpr int kRows = kSlim ? kBlockRows / 2 : (kMany ? 2 : 1) * kBlockRows;  // of a half
   static constexpr int kScaleAt = 2 * kRows * kRowBytes;

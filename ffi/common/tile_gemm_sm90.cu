@@ -273,8 +273,7 @@ cudaError_t LaunchRaw(const TileGemm* gemms, int count, cudaStream_t stream) {
   }
   const TileGemm& gemm = gemms[0];
   if constexpr (kFourBits<kForm> && kInput == Input::kPlain && !A::kSlim) {
-    const int rows = gemm.store == Store::kSwiglu ? 64 : 128;
-    const int64_t blocks = (gemm.rows + rows - 1) / rows * gemm.max_tiles;
+    const int64_t blocks = TileGemmRowBlocks(gemm) / gemm.groups * gemm.max_tiles;
     if (gemm.picks.expert != nullptr && TileGemmSplit(gemm) == 1 && blocks > kSlimFrom &&
         blocks <= kSlimTo) {
       return LaunchRaw<kForm, kFp8Mma, kInput, SlimArgs>(gemms, count, stream);

@@ -68,9 +68,6 @@ __device__ __forceinline__ void StoreShared(float* to, float2 x) {
 __device__ __forceinline__ float2 Add(float2 a, float2 b) {
   return make_float2(a.x + b.x, a.y + b.y);
 }
-__device__ __forceinline__ void Prefetch(const void* at) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
-}
 // The larger; NaN of either.
 __device__ __forceinline__ float MaxOrNan(float a, float b) {
   float most;

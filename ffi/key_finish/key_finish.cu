@@ -163,8 +163,8 @@ __global__ void __launch_bounds__(kThreads)
                         const __grid_constant__ QueryNormParams norm, uint32_t keys) {
   // Weights of the linears behind this may be on their way already, which makes the memory slow.
   const int64_t ahead = int64_t{threadIdx.x} * 64;
-  if (ahead < p.d) PrefetchL2(p.weight + ahead);
-  if (ahead < norm.d) PrefetchL2(norm.weight + ahead);
+  if (ahead < p.d) Prefetch(p.weight + ahead);
+  if (ahead < norm.d) Prefetch(norm.weight + ahead);
   WaitForPrevious();
   LetNextBegin();
   if (blockIdx.x < keys) {

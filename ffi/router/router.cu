@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kFew ? kFewThreads : 32 * kWarps)
     RouterKernel(const __grid_constant__ RouterParams p) {
   // What the memory is slow to bring while others' weights are on their way.
   const int64_t ahead = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * 32;
-  if (p.bias != nullptr && ahead < p.experts) PrefetchL2(p.bias + ahead);
+  if (p.bias != nullptr && ahead < p.experts) Prefetch(p.bias + ahead);
   // The experts, who can do nothing before this has ended, must not take the SMs from what runs
   // beside: they begin when the product has ended.
   WaitForPrevious();
