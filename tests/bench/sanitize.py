@@ -224,8 +224,17 @@ def _moe_weights(form: str, shape: tuple[int, int, int]) -> dict[str, Any]:
 
 
 def _moe() -> Iterator[Any]:
-    """Every regime and format; sizes that fill the tiles and that do not; any routing."""
+    """Every regime and format; sizes that fill the tiles and that do not; any routing; thread
+    blocks that are halved."""
     rng = np.random.default_rng(0)
+    for form in ("mxfp4_w4a8", "nvfp4_w4a4", "nvfp4_w4a8"):
+        one, inter, d = 3, 3072, 6144  # 144 tiles of w1 and w3, as many of w2
+        w1, w3 = (_moe_weights(form.split("_")[0], (one, inter, d)) for _ in range(2))
+        w2 = _moe_weights(form.split("_")[0], (one, d, inter))
+        x = jnp.asarray(rng.standard_normal((1, d)), jnp.bfloat16)
+        idx, weight = jnp.arange(one, dtype=jnp.int32)[None], jnp.ones((1, one))
+        power = {"power_of_two": True} if form == "nvfp4_w4a8" else {}
+        yield moe(x, idx, weight, jnp.ones(1, bool), w1, w2, w3, linear=form, limit=10.0, **power)
     experts, k = 6, 3
     for form in ("mxfp4_w4a8", "nvfp4_w4a4", "nvfp4_w4a16", "nvfp4_w4a8"):
         stored = form.split("_")[0]
@@ -422,14 +431,16 @@ def _index_query_finish() -> Iterator[Any]:
 
 def _mhc() -> Iterator[Any]:
     """One and several groups of tiles, tokens left over; sums by FMA and on tensor cores, whose
-    blocks are of two sizes; every form, reads without writes and the reverse."""
+    blocks are of two sizes; one launch for one token and for pairs of them; every form, reads
+    without writes and the reverse."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
         return jnp.asarray(rng.standard_normal(shape), dtype)
 
     eps = {"hc_eps": 1e-6, "rms_eps": 1e-6}
-    for t, d in ((3, 128), (2, 640), (1, 2048), (2, 4224), (20, 640), (40, 128), (130, 256)):
+    shapes = ((3, 128), (2, 640), (1, 2048), (2, 4224), (20, 640), (40, 128), (130, 256))
+    for t, d in (*shapes, (1, 4096), (7, 4096)):
         streams = normal(t, 4, d, dtype=jnp.bfloat16)
         write = Write(normal(t, d, dtype=jnp.bfloat16), normal(t, 4), normal(t, 4, 4))
         norm = normal(d, dtype=jnp.bfloat16)
