@@ -39,6 +39,18 @@ __device__ __forceinline__ void CopyTile(uint32_t to, const CUtensorMap* map, in
       "l"(map), "r"(x), "r"(y), "r"(barrier)
       : "memory");
 }
+// What is read once is the first to leave the L2, before what the next layer reads again: code,
+// caches, the results of other kernels.
+__device__ __forceinline__ void CopyTileOnce(uint32_t to, const CUtensorMap* map, int x, int y,
+                                             uint32_t barrier) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(barrier), "l"(policy)
+      : "memory");
+}
 __device__ __forceinline__ void CopyBytes(uint32_t to, const void* from, uint32_t bytes,
                                           uint32_t barrier) {
   asm volatile(

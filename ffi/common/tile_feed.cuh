@@ -18,6 +18,9 @@ constexpr int kScaleBytes = 16;  // of every row in a stage: the least the copy 
 constexpr int kBlockRows = 64;   // rows of an MMA
 constexpr int kStepInputs = 16;
 constexpr int kMaxSlots = 8;
+// Stages that a thread block that lays out x has on their way at a time, however many slots are
+// free. They keep the memory busy; behind more, whatever other kernels ask for would queue.
+constexpr int kOnTheirWay = 2;
 
 template <WeightForm kForm>
 constexpr bool kFourBits = kForm == WeightForm::kMxfp4 || kForm == WeightForm::kNvfp4;
@@ -175,13 +178,20 @@ __device__ __forceinline__ void Fill(const A& args, const Unit& unit, int stage,
   const int row = static_cast<int>(tile.group * out.rows) +
                   static_cast<int>(unit.block) * (pair ? 1 : 2) * Layout::kRows;
   const int second = row + (pair ? 0 : Layout::kRows);
+  const auto copy_weights = [&](uint32_t into, int half, int first_row) {
+    const CUtensorMap* const weights = args.WeightOf(unit, half);
+    if constexpr (A::kCopiesX) {
+      CopyTile(into, weights, stage * kRowBytes, first_row, full);
+    } else {
+      CopyTileOnce(into, weights, stage * kRowBytes, first_row, full);
+    }
+  };
   if (what == Filling::kFirst) {
     constexpr int kScales = kFourBits<kForm> ? 2 * Layout::kRows * kScaleBytes : 0;
     ArriveExpecting(full, 2 * Layout::kRows * kRowBytes + kScales + column_bytes);
-    CopyTile(to, args.WeightOf(unit, 0), stage * kRowBytes, row, full);
+    copy_weights(to, 0, row);
   } else if (what == Filling::kSecond) {
-    CopyTile(to + Layout::kRows * kRowBytes, args.WeightOf(unit, 1), stage * kRowBytes, second,
-             full);
+    copy_weights(to + Layout::kRows * kRowBytes, 1, second);
   } else if (kFourBits<kForm>) {
     const int column = kForm == WeightForm::kNvfp4 ? stage * 16 : stage / 2 * 16;
     CopyTile(to + Layout::kScaleAt, args.WeightScaleOf(unit, 0), column, row, full);
@@ -196,14 +206,20 @@ struct Feed {
   const A& args;
   const Unit& unit;
   char* shared;
-  uint32_t full, empty;  // barriers of its slots
+  // Barriers of its slots: of x that is laid out here `full` tells, and `landed` of the weights.
+  uint32_t full, empty, landed;
   int stage_bytes, first, stages;
   int stage;  // now
   int slot = 0;
   uint32_t phase = 0;
 
   __device__ Feed(const A& a, const Unit& u, char* memory, uint32_t barriers)
-      : args(a), unit(u), shared(memory), full(barriers), empty(barriers + 8 * kMaxSlots) {
+      : args(a),
+        unit(u),
+        shared(memory),
+        full(barriers),
+        empty(barriers + 8 * kMaxSlots),
+        landed(A::kCopiesX ? full : barriers + 16 * kMaxSlots) {
     stage_bytes = Stage<kForm, kFp8Mma, kMany, A::kSlim>::Bytes(args.OutputOf(unit).width);
     first = stage = FirstOf(ClusterRank(args));
     stages = first + StagesOf(ClusterRank(args));
@@ -217,7 +233,7 @@ struct Feed {
   }
   __device__ __forceinline__ void Copy(int of, int into, Filling what) const {
     Fill<kForm, kFp8Mma, kMany>(args, unit, of, SharedAddress(shared) + into * stage_bytes,
-                                full + 8 * into, what);
+                                landed + 8 * into, what);
   }
   // All copies, by one thread. x comes from the kernel ahead: weights need not wait for it.
   __device__ __forceinline__ void FillAll() {
@@ -237,10 +253,11 @@ struct Feed {
       for (int what = 0; what < 4; ++what) Copy(stage, slot, static_cast<Filling>(what));
     }
   }
-  // All of the weights alone.
+  // All of the weights alone, a stage when one that was on its way before it has landed.
   __device__ __forceinline__ void FillWeights() {
-    for (; stage < stages; Next()) {
+    for (int before = -min(kOnTheirWay, args.slots); stage < stages; Next(), ++before) {
       AwaitEmpty();
+      if (before >= 0) Wait(landed + 8 * (before % args.slots), before / args.slots & 1);
 #pragma unroll
       for (int what = 0; what < 3; ++what) Copy(stage, slot, static_cast<Filling>(what));
     }
@@ -249,6 +266,7 @@ struct Feed {
   __device__ __forceinline__ void AwaitEmpty() const { Wait(empty + 8 * slot, phase ^ 1); }
   __device__ __forceinline__ const char* Here() const {
     Wait(full + 8 * slot, phase);
+    if constexpr (!A::kCopiesX) Wait(landed + 8 * slot, phase);
     return shared + slot * stage_bytes;
   }
   __device__ __forceinline__ void Next() {

@@ -101,7 +101,7 @@ constexpr int kRawThreads = 128 + 32 + 32 * kRawWarps;
 template <WeightForm kForm, bool kFp8Mma, Input kInput, typename A>
 __global__ void __launch_bounds__(kRawThreads, 3) RawGemmKernel(const __grid_constant__ A args) {
   extern __shared__ char raw[];
-  __shared__ uint64_t barriers[2 * kMaxSlots];  // full, then empty
+  __shared__ uint64_t barriers[3 * kMaxSlots];  // full, then empty, then landed
   __shared__ uint2 tables[kTables];
   __shared__ float x_scale[kRawWidth];
   __shared__ alignas(16) RawLargest largest;
@@ -121,10 +121,11 @@ __global__ void __launch_bounds__(kRawThreads, 3) RawGemmKernel(const __grid_con
   char* const shared = raw + (1024 - (SharedAddress(raw) & 1023)) % 1024;  // the swizzle's pattern
   if (kFp8Mma && threadIdx.x < kTables) tables[threadIdx.x] = Magnitudes(threadIdx.x);
   if (threadIdx.x == 0) {
-    const int arrivals = 1 + RawArrivals(unit.tile.count, kRawAtOnce<kForm>);
+    const int arrivals = RawArrivals(unit.tile.count, kRawAtOnce<kForm>);
     for (int i = 0; i < kMaxSlots; ++i) {
       InitBarrier(SharedAddress(barriers + i), arrivals);
       InitBarrier(SharedAddress(barriers + kMaxSlots + i), 128);
+      InitBarrier(SharedAddress(barriers + 2 * kMaxSlots + i), 1);
     }
     if (args.cluster_log > 0) meeting.Init(args, unit);
     FenceBarrierInit();
