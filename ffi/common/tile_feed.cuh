@@ -159,7 +159,7 @@ enum class Filling { kFirst, kSecond, kScales, kColumns };
 
 template <WeightForm kForm, bool kFp8Mma, bool kMany, typename A>
 __device__ __forceinline__ void Fill(const A& args, const Unit& unit, int stage, uint32_t to,
-                                     uint32_t full, Filling what) {
+                                     uint32_t barrier, Filling what) {
   using Layout = Stage<kForm, kFp8Mma, kMany, A::kSlim>;
   const Tile& tile = unit.tile;
   const Output& out = args.OutputOf(unit);
@@ -169,7 +169,7 @@ __device__ __forceinline__ void Fill(const A& args, const Unit& unit, int stage,
       const char* x =
           static_cast<const char*>(args.x) + tile.first * dsv4::ColumnBytes(kFp8Mma, args.inputs);
       CopyBytes(to + Layout::kColumnsAt, x + static_cast<int64_t>(stage) * column_bytes,
-                column_bytes, full);
+                column_bytes, barrier);
     }
     return;
   }
@@ -181,22 +181,22 @@ __device__ __forceinline__ void Fill(const A& args, const Unit& unit, int stage,
   const auto copy_weights = [&](uint32_t into, int half, int first_row) {
     const CUtensorMap* const weights = args.WeightOf(unit, half);
     if constexpr (A::kCopiesX) {
-      CopyTile(into, weights, stage * kRowBytes, first_row, full);
+      CopyTile(into, weights, stage * kRowBytes, first_row, barrier);
     } else {
-      CopyTileOnce(into, weights, stage * kRowBytes, first_row, full);
+      CopyTileOnce(into, weights, stage * kRowBytes, first_row, barrier);
     }
   };
   if (what == Filling::kFirst) {
     constexpr int kScales = kFourBits<kForm> ? 2 * Layout::kRows * kScaleBytes : 0;
-    ArriveExpecting(full, 2 * Layout::kRows * kRowBytes + kScales + column_bytes);
+    ArriveExpecting(barrier, 2 * Layout::kRows * kRowBytes + kScales + column_bytes);
     copy_weights(to, 0, row);
   } else if (what == Filling::kSecond) {
     copy_weights(to + Layout::kRows * kRowBytes, 1, second);
   } else if (kFourBits<kForm>) {
     const int column = kForm == WeightForm::kNvfp4 ? stage * 16 : stage / 2 * 16;
-    CopyTile(to + Layout::kScaleAt, args.WeightScaleOf(unit, 0), column, row, full);
+    CopyTile(to + Layout::kScaleAt, args.WeightScaleOf(unit, 0), column, row, barrier);
     CopyTile(to + Layout::kScaleAt + Layout::kRows * kScaleBytes, args.WeightScaleOf(unit, 1),
-             column, second, full);
+             column, second, barrier);
   }
 }
 

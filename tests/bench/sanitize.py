@@ -228,11 +228,11 @@ def _moe() -> Iterator[Any]:
     blocks that are halved."""
     rng = np.random.default_rng(0)
     for form in ("mxfp4_w4a8", "nvfp4_w4a4", "nvfp4_w4a8"):
-        one, inter, d = 3, 3072, 6144  # 144 tiles of w1 and w3, as many of w2
-        w1, w3 = (_moe_weights(form.split("_")[0], (one, inter, d)) for _ in range(2))
-        w2 = _moe_weights(form.split("_")[0], (one, d, inter))
+        picks, inter, d = 3, 3072, 6144  # 144 tiles of w1 and w3, as many of w2
+        w1, w3 = (_moe_weights(form.split("_")[0], (picks, inter, d)) for _ in range(2))
+        w2 = _moe_weights(form.split("_")[0], (picks, d, inter))
         x = jnp.asarray(rng.standard_normal((1, d)), jnp.bfloat16)
-        idx, weight = jnp.arange(one, dtype=jnp.int32)[None], jnp.ones((1, one))
+        idx, weight = jnp.arange(picks, dtype=jnp.int32)[None], jnp.ones((1, picks))
         power = {"power_of_two": True} if form == "nvfp4_w4a8" else {}
         yield moe(x, idx, weight, jnp.ones(1, bool), w1, w2, w3, linear=form, limit=10.0, **power)
     experts, k = 6, 3
