@@ -84,35 +84,35 @@ __device__ __forceinline__ void LoadColumns(uint32_t (&b)[4][2], uint32_t column
 template <WeightForm kForm, bool kMany, int kN, typename A>
 __device__ __forceinline__ void Multiply(const A& args, Feed<kForm, false, kMany, A>& feed,
                                          const Unit& unit) {
-  using Layout = Stage<kForm, false, kMany, A::kSlim>;
-  constexpr int kHalves = Layout::kHalves;
+  using Layout = Stage<kForm, false, kMany, A>;
+  constexpr int kBlocks = Layout::kBlocks;
   constexpr int kGroups = kStageInputs<kForm> / kStepInputs / 4;
   const int row = LaneRow(), c = threadIdx.x % 4;
-  float acc[kHalves][kN / 2];  // by a warpgroup: the first product of each sets it
+  float acc[kBlocks][kN / 2];  // by a warpgroup: the first product of each sets it
   uint32_t a[2][4][4];
-  Words<kForm> words[2];
-  const uint8_t* scale_rows[2];
-  uint32_t scale_bytes[2] = {};
+  Words<kForm> words[kBlocks];
+  const uint8_t* scale_rows[kBlocks];
+  uint32_t scale_bytes[kBlocks] = {};
   if constexpr (kForm == WeightForm::kFp8) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      scale_rows[half] = Fp8ScaleRow(args, unit, (2 * int64_t{unit.block} + half) * Layout::kRows);
-      scale_bytes[half] = __ldg(scale_rows[half] + min(feed.stage, feed.stages - 1));
+    for (int block = 0; block < kBlocks; ++block) {
+      scale_rows[block] = Fp8ScaleRow<Layout>(args, unit, block);
+      scale_bytes[block] = __ldg(scale_rows[block] + min(feed.stage, feed.stages - 1));
     }
   }
   if constexpr (kByWarps<kN>) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) acc[0][i] = acc[kHalves - 1][i] = 0.0f;
+    for (int i = 0; i < 4; ++i) acc[0][i] = 0.0f;
   }
   bool begun = false;
   while (feed.stage < feed.stages) {
-    uint32_t factor[2] = {}, rest[2] = {};
+    uint32_t factor[kBlocks] = {}, rest[kBlocks] = {};
     if constexpr (kForm == WeightForm::kFp8) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        factor[half] = Fp8Factor(scale_bytes[half]);
-        rest[half] = Fp8Rest(scale_bytes[half]);
-        scale_bytes[half] = __ldg(scale_rows[half] + min(feed.stage + 1, feed.stages - 1));
+      for (int block = 0; block < kBlocks; ++block) {
+        factor[block] = Fp8Factor(scale_bytes[block]);
+        rest[block] = Fp8Rest(scale_bytes[block]);
+        scale_bytes[block] = __ldg(scale_rows[block] + min(feed.stage + 1, feed.stages - 1));
       }
     }
     const char* here = feed.Here();
@@ -121,48 +121,48 @@ __device__ __forceinline__ void Multiply(const A& args, Feed<kForm, false, kMany
     [[maybe_unused]] uint32_t b[4][2];
     if constexpr (kGroups > 1) {
 #pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        Load<kForm>(words[half], here + half * Layout::kRows * kRowBytes, row, c, 0);
+      for (int block = 0; block < kBlocks; ++block) {
+        Load<kForm>(words[block], here + block * Layout::kRows * kRowBytes, row, c, 0);
       }
     }
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
+      for (int block = 0; block < kBlocks; ++block) {
         // Undecoded words are the operand itself: they change when no product reads them any more.
         if constexpr (kGroups == 1) {
-          Load<kForm>(words[half], here + half * Layout::kRows * kRowBytes, row, c, 0);
+          Load<kForm>(words[block], here + block * Layout::kRows * kRowBytes, row, c, 0);
         }
         // In turns, since products read the operand before.
-        auto& operand = a[kHalves > 1 ? half : group % 2];
-        Decode<kForm>(operand, words[half],
-                      here + Layout::kScaleAt + half * Layout::kRows * kScaleBytes, row, c, group,
-                      feed.stage, factor[half], rest[half]);
+        auto& operand = a[kBlocks > 1 ? block : group % 2];
+        Decode<kForm>(operand, words[block],
+                      here + Layout::kScaleAt + block * Layout::kRows * kScaleBytes, row, c, group,
+                      feed.stage, factor[block], rest[block]);
         // The next piece, while the tensor cores work.
         constexpr int kPerPiece = kFourBits<kForm> ? 2 : 1;
         if (group + 1 < kGroups && (group + 1) % kPerPiece == 0) {
-          Load<kForm>(words[half], here + half * Layout::kRows * kRowBytes, row, c,
+          Load<kForm>(words[block], here + block * Layout::kRows * kRowBytes, row, c,
                       (group + 1) / kPerPiece);
         }
         if constexpr (kByWarps<kN>) {
-          if (half == 0) LoadColumns(b, columns, group);
+          if (block == 0) LoadColumns(b, columns, group);
 #pragma unroll
-          for (int step = 0; step < 4; ++step) MmaBf16(acc[half], operand[step], b[step]);
+          for (int step = 0; step < 4; ++step) MmaBf16(acc[block], operand[step], b[step]);
           // What the stage before still read is in use.
-          if (group == 0 && half + 1 == kHalves && begun) feed.ReleaseBehind(1, acc[half][0]);
+          if (group == 0 && block + 1 == kBlocks && begun) feed.ReleaseBehind(1, acc[block][0]);
           continue;
         }
         WgmmaFence();
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
-          Wgmma<kN, false>::Run(acc[half], operand[step],
+          Wgmma<kN, false>::Run(acc[block], operand[step],
                                 Further(matrices, (4 * group + step) * kStepInputs * kN * 2),
                                 begun || group + step > 0);
         }
         WgmmaCommit();
         WgmmaWait<1>();
         // What the stage before still read is done.
-        if (group == 0 && half + 1 == kHalves && begun) feed.Release(1);
+        if (group == 0 && block + 1 == kBlocks && begun) feed.Release(1);
       }
     }
     begun = true;
@@ -171,7 +171,7 @@ __device__ __forceinline__ void Multiply(const A& args, Feed<kForm, false, kMany
   if constexpr (!kByWarps<kN>) {
     WgmmaWait<0>();
 #pragma unroll
-    for (int half = 0; half < kHalves; ++half) SettleSums(acc[half]);
+    for (int block = 0; block < kBlocks; ++block) SettleSums(acc[block]);
   }
   Finish<false, Layout, kN>(args, feed, acc, Weights<kForm>::kUnit, unit);
 }

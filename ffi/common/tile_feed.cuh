@@ -27,14 +27,17 @@ constexpr bool kFourBits = kForm == WeightForm::kMxfp4 || kForm == WeightForm::k
 template <WeightForm kForm>
 constexpr int kStageInputs = 2 * Weights<kForm>::kPieceInputs;
 
-// A tile is the work of one warpgroup with two MMA blocks ("halves") of 64 rows, so narrow that
-// latency and the memory are what counts, or (kMany) of two with as much each. One more warp fills
-// the stages. A slim one has half as many rows, its halves in one MMA block: where thread blocks
-// are so few that some SMs would have twice as many as others.
-template <WeightForm kForm, bool kFp8Mma, bool kMany, bool kSlim>
+// A tile is two halves of rows. Of few columns, where latency and the memory are what counts, a
+// half is an MMA block of 64 rows; one warpgroup has both, or two have one each. Of many (kMany) a
+// half is twice as long, and two warpgroups have a block of each half. One more warp fills the
+// stages. A slim tile has half as many rows as one of few columns, its halves in one MMA block:
+// where thread blocks are so few that some SMs would have twice as many as others.
+template <WeightForm kForm, bool kFp8Mma, bool kMany, typename A>
 struct Stage {
-  static constexpr bool kIsMany = kMany;
-  static constexpr int kHalves = kSlim ? 1 : 2;                                        // MMA blocks
+  static constexpr bool kIsMany = kMany, kSlim = A::kSlim;
+  static constexpr int kWarpgroups = A::kWarpgroups;
+  static constexpr int kMultiplying = 128 * kWarpgroups;                   // threads
+  static constexpr int kBlocks = kMany ? 2 : kSlim ? 1 : 2 / kWarpgroups;  // of a warpgroup
   static constexpr int kRows = kSlim ? kBlockRows / 2 : (kMany ? 2 : 1) * kBlockRows;  // of a half
   static constexpr int kScaleAt = 2 * kRows * kRowBytes;
   static constexpr int kColumnsAt = kScaleAt + (kFourBits<kForm> ? 2 * kRows * kScaleBytes : 0);
@@ -113,6 +116,7 @@ struct Parts {
 template <bool kSeveral>
 struct Args : Parts<kSeveral> {
   static constexpr bool kCopiesX = true, kSlim = false;
+  static constexpr int kWarpgroups = 2;
 
   const void* x;
   const Tile* tiles;
@@ -128,6 +132,7 @@ struct Args : Parts<kSeveral> {
 // Of a kernel that lays out x itself (tile_raw.cuh): of few tokens.
 struct RawArgs : Parts<true> {
   static constexpr bool kCopiesX = false, kSlim = false;
+  static constexpr int kWarpgroups = 1;
 
   const void* x;           // BF16 [tokens, groups, inputs], or E4M3 codes
   const uint8_t* x_scale;  // of codes: UE8M0 [tokens, groups, inputs / 128]
@@ -142,6 +147,11 @@ struct RawArgs : Parts<true> {
     const float global = scales.global[half];
     return unit.x_scale != nullptr ? __fmul_rn(global, unit.x_scale[column]) : global;
   }
+};
+
+// Of thread blocks that have an SM to themselves, where one warpgroup would leave it waiting.
+struct AloneArgs : RawArgs {
+  static constexpr int kWarpgroups = 2;
 };
 
 struct SlimArgs : RawArgs {
@@ -160,7 +170,7 @@ enum class Filling { kFirst, kSecond, kScales, kColumns };
 template <WeightForm kForm, bool kFp8Mma, bool kMany, typename A>
 __device__ __forceinline__ void Fill(const A& args, const Unit& unit, int stage, uint32_t to,
                                      uint32_t barrier, Filling what) {
-  using Layout = Stage<kForm, kFp8Mma, kMany, A::kSlim>;
+  using Layout = Stage<kForm, kFp8Mma, kMany, A>;
   const Tile& tile = unit.tile;
   const Output& out = args.OutputOf(unit);
   const uint32_t column_bytes = A::kCopiesX ? Layout::ColumnBytes(tile.width) : 0;
@@ -220,7 +230,7 @@ struct Feed {
         full(barriers),
         empty(barriers + 8 * kMaxSlots),
         landed(A::kCopiesX ? full : barriers + 16 * kMaxSlots) {
-    stage_bytes = Stage<kForm, kFp8Mma, kMany, A::kSlim>::Bytes(args.OutputOf(unit).width);
+    stage_bytes = Stage<kForm, kFp8Mma, kMany, A>::Bytes(args.OutputOf(unit).width);
     first = stage = FirstOf(ClusterRank(args));
     stages = first + StagesOf(ClusterRank(args));
   }
@@ -305,11 +315,12 @@ __device__ __forceinline__ const uint4& PieceOf(const char* rows, int row, int p
                                          (((4 * piece + c) ^ (row & 7)) << 4));
 }
 
-// Scales of the block of 128 rows around a row of a group; half a tile never leaves one.
-template <typename A>
-__device__ __forceinline__ const uint8_t* Fp8ScaleRow(const A& args, const Unit& unit,
-                                                      int64_t row) {
+// Scales of the 128 rows that a warpgroup's MMA block is part of: half a tile never leaves them.
+template <typename Layout, typename A>
+__device__ __forceinline__ const uint8_t* Fp8ScaleRow(const A& args, const Unit& unit, int block) {
   const Output& out = args.OutputOf(unit);
+  const int half = Layout::kBlocks > 1 ? block : threadIdx.x / 128;
+  const int64_t row = (2 * int64_t{unit.block} + half) * Layout::kRows;
   const int64_t at = (unit.tile.group * out.rows + row) / 128;
   const int64_t last = (out.groups * out.rows - 1) / 128;
   return args.Fp8ScaleOf(unit) + (at < last ? at : last) * args.scale_columns;
@@ -318,9 +329,9 @@ __device__ __forceinline__ const uint8_t* Fp8ScaleRow(const A& args, const Unit&
 constexpr int kSumPitch = kBlockRows + 4;  // floats of a column of sums: other banks for the next
 
 // The warps that multiply.
-template <bool kMany>
+template <typename Layout>
 __device__ __forceinline__ void SyncMultiplying() {
-  asm volatile("bar.sync 1, %0;" ::"n"(kMany ? 256 : 128) : "memory");
+  asm volatile("bar.sync 1, %0;" ::"n"(Layout::kMultiplying) : "memory");
 }
 
 __device__ __forceinline__ void SyncCluster() {
@@ -406,10 +417,10 @@ __device__ __forceinline__ float* ReceivedAt(const RawArgs& args, const F& feed,
   return at + (((column % kOwnColumns) << args.cluster_log) + sender) * 2 * kBlockRows;
 }
 
-template <typename F>
+template <int kBlocks, typename F>
 __device__ __forceinline__ void SendSums(const RawArgs& args, const F& feed,
-                                         const float (&acc)[2][kRawWidth / 2], const Unit& unit,
-                                         int in_block, Meeting& meeting) {
+                                         const float (&acc)[kBlocks][kRawWidth / 2],
+                                         const Unit& unit, int in_block, Meeting& meeting) {
   WaitForCluster();
   Wait(SharedAddress(&meeting.may_send), 0);
   const int c = threadIdx.x % 4, rank = ClusterRank(args);
@@ -419,11 +430,12 @@ __device__ __forceinline__ void SendSums(const RawArgs& args, const F& feed,
     if (column >= unit.tile.count) continue;
     const float* const at = ReceivedAt(args, feed, to, column, rank) + in_block;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int block = 0; block < kBlocks; ++block) {
+      const int half = kBlocks > 1 ? block : threadIdx.x / 128;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         StoreIn(at + half * kBlockRows + 8 * r, SharedAddress(&meeting.received), to,
-                acc[half][2 * r + odd]);
+                acc[block][2 * r + odd]);
       }
     }
   }
@@ -451,7 +463,7 @@ __device__ __forceinline__ void AddReceived(const RawArgs& args, const F& feed, 
 // side. In order: a lane's rows are g and g + 8, not those of LaneRow.
 template <bool kInOrder, typename Layout, int kN, typename A, typename F>
 __device__ __forceinline__ void Finish(const A& args, const F& feed,
-                                       float (&acc)[Layout::kHalves][kN / 2], float unit_scale,
+                                       float (&acc)[Layout::kBlocks][kN / 2], float unit_scale,
                                        const Unit& unit) {
   constexpr bool kMany = Layout::kIsMany;
   constexpr int kRows = Layout::kRows;
@@ -465,8 +477,11 @@ __device__ __forceinline__ void Finish(const A& args, const F& feed,
   const Lines lines(out, tile, unit.index);
   const bool pair = out.store == Store::kSwiglu;
   void* const y = args.YOf(unit);
-  const int64_t row =
-      int64_t{unit.block} * kRows * (pair ? 1 : 2) + warpgroup * kBlockRows + 2 * lane;
+  // Of few columns a warp stores what both warpgroups have of some; of many each stores its own.
+  constexpr int kSide = kMany ? 1 : Layout::kWarpgroups;
+  constexpr int kWarps = 4 * kSide;  // that share the columns
+  const int side = warpgroup / kSide, of_side = threadIdx.x / 32 % kWarps;
+  const int64_t row = int64_t{unit.block} * kRows * (pair ? 1 : 2) + side * kBlockRows + 2 * lane;
   const auto store = [&](float2(&value)[2], int column) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -489,29 +504,30 @@ __device__ __forceinline__ void Finish(const A& args, const F& feed,
     if (cluster > 1) {
       Meeting& meeting = *unit.meeting;
       SendSums(args, feed, acc, unit, in_block, meeting);
-      if (warp >= OwnColumns(tile.count, rank)) return;
+      if (of_side >= OwnColumns(tile.count, rank)) return;
       Wait(SharedAddress(&meeting.received), 0);
       float2 value[2];
-      AddReceived(args, feed, warp, value);
-      store(value, kOwnColumns * rank + warp);
+      AddReceived(args, feed, of_side, value);
+      store(value, kOwnColumns * rank + of_side);
       return;
     }
   }
-  SyncMultiplying<kMany>();  // the stages are drained
-  float* const sums = reinterpret_cast<float*>(feed.shared) + warpgroup * 2 * kN * kSumPitch;
+  SyncMultiplying<Layout>();  // the stages are drained
+  float* const sums = reinterpret_cast<float*>(feed.shared) + side * 2 * kN * kSumPitch;
 #pragma unroll
-  for (int half = 0; half < Layout::kHalves; ++half) {
+  for (int block = 0; block < Layout::kBlocks; ++block) {
+    const int half = Layout::kBlocks > 1 ? block : warpgroup;
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) {
       const int column = i / 4 * 8 + 2 * c + i % 2;
-      sums[(half * kN + column) * kSumPitch + in_block + i % 4 / 2 * 8] = acc[half][i];
+      sums[(half * kN + column) * kSumPitch + in_block + i % 4 / 2 * 8] = acc[block][i];
     }
   }
   constexpr int kOtherHalf = A::kSlim ? kRows : kN * kSumPitch;
   if (A::kCopiesX && cluster > 1) {
     SyncCluster();
 #pragma unroll 2
-    for (int column = 4 * rank + warp; column < tile.count; column += 4 * cluster) {
+    for (int column = kWarps * rank + of_side; column < tile.count; column += kWarps * cluster) {
       float2 value[2];
       const float* const from = sums + column * kSumPitch + 2 * lane;
       if (cluster == 8) {
@@ -526,10 +542,10 @@ __device__ __forceinline__ void Finish(const A& args, const F& feed,
     ArriveAtCluster();  // its shared memory is read until here
     WaitForCluster();
   } else {
-    SyncMultiplying<kMany>();
+    SyncMultiplying<Layout>();
     if (A::kSlim && 2 * lane >= kRows) return;
 #pragma unroll 2
-    for (int column = 4 * rank + warp; column < tile.count; column += 4) {
+    for (int column = of_side; column < tile.count; column += kWarps) {
       const float* const from = sums + column * kSumPitch + 2 * lane;
       float2 value[2] = {*reinterpret_cast<const float2*>(from),
                          *reinterpret_cast<const float2*>(from + kOtherHalf)};

@@ -10,7 +10,7 @@
 namespace dsv4 {
 namespace tile {
 
-// Half a tile's weights: of 4 bits in registers, of 8 where they lie.
+// Weights of an MMA block: of 4 bits in registers, of 8 where they lie.
 template <WeightForm kForm>
 struct Fp8Operand {
   uint32_t a[4][4];
@@ -123,35 +123,35 @@ __device__ __forceinline__ float Promote(float (&sum)[kN / 2], const float (&par
   return scale.y;
 }
 
-// Halves whose products are on their way together: both, while there are registers for them.
+// MMA blocks whose products are on their way together: both, while there are registers for them.
 template <int kN>
 constexpr int kAtOnce = kN <= 80 ? 2 : 1;
 
 template <WeightForm kForm, bool kMany, int kN, typename A>
 __device__ __forceinline__ void MultiplyFp8(const A& args, Feed<kForm, true, kMany, A>& feed,
                                             const uint2* tables, const Unit& unit) {
-  using Layout = Stage<kForm, true, kMany, A::kSlim>;
-  constexpr int kBlocks = kStageInputs<kForm> / 128, kHalves = Layout::kHalves;
-  constexpr int kTogether = kAtOnce<kN> < kHalves ? kAtOnce<kN> : kHalves;
+  using Layout = Stage<kForm, true, kMany, A>;
+  constexpr int kProducts = kStageInputs<kForm> / 128, kBlocks = Layout::kBlocks;
+  constexpr int kTogether = kAtOnce<kN> < kBlocks ? kAtOnce<kN> : kBlocks;
   static_assert(!A::kSlim || kForm != WeightForm::kFp8);
   const int row = LaneRow(), c = threadIdx.x % 4;
-  float sum[kHalves][kN / 2] = {};
-  const uint8_t* scale_rows[2];
-  uint32_t scale_bytes[2] = {};
+  float sum[kBlocks][kN / 2] = {};
+  const uint8_t* scale_rows[kBlocks];
+  uint32_t scale_bytes[kBlocks] = {};
   if constexpr (kForm == WeightForm::kFp8) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      scale_rows[half] = Fp8ScaleRow(args, unit, (2 * int64_t{unit.block} + half) * Layout::kRows);
-      scale_bytes[half] = __ldg(scale_rows[half] + min(feed.stage, feed.stages - 1));
+    for (int block = 0; block < kBlocks; ++block) {
+      scale_rows[block] = Fp8ScaleRow<Layout>(args, unit, block);
+      scale_bytes[block] = __ldg(scale_rows[block] + min(feed.stage, feed.stages - 1));
     }
   }
   while (feed.stage < feed.stages) {
-    float fp8_scale[2] = {};
+    float fp8_scale[kBlocks] = {};
     if constexpr (kForm == WeightForm::kFp8) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        fp8_scale[half] = DecodeUe8m0(scale_bytes[half]);
-        scale_bytes[half] = __ldg(scale_rows[half] + min(feed.stage + 1, feed.stages - 1));
+      for (int block = 0; block < kBlocks; ++block) {
+        fp8_scale[block] = DecodeUe8m0(scale_bytes[block]);
+        scale_bytes[block] = __ldg(scale_rows[block] + min(feed.stage + 1, feed.stages - 1));
       }
     }
     const char* here = feed.Here();
@@ -160,26 +160,26 @@ __device__ __forceinline__ void MultiplyFp8(const A& args, Feed<kForm, true, kMa
     const float* column_scales = reinterpret_cast<const float*>(x + kStageInputs<kForm> * kN);
     float last = 0.0f;
 #pragma unroll
-    for (int k = 0; k < kBlocks; ++k) {
+    for (int k = 0; k < kProducts; ++k) {
 #pragma unroll
-      for (int first = 0; first < kHalves; first += kTogether) {
+      for (int first = 0; first < kBlocks; first += kTogether) {
         Fp8Operand<kForm> operand[kTogether];
         float part[kTogether][kN / 2];
 #pragma unroll
         for (int i = 0; i < kTogether; ++i) {
-          const int half = first + i;
-          const char* const rows = here + half * Layout::kRows * kRowBytes;
+          const int block = first + i;
+          const char* const rows = here + block * Layout::kRows * kRowBytes;
           if constexpr (kForm == WeightForm::kFp8) {
             const uint32_t mine = SharedAddress(rows) + threadIdx.x / 128 * kBlockRows * kRowBytes;
 #pragma unroll
             for (int step = 0; step < 4; ++step) {
               operand[i].a[step] = SwizzledRows(mine + step * 32);
             }
-            operand[i].scale[0] = fp8_scale[half];
+            operand[i].scale[0] = fp8_scale[block];
           } else {
             LoadOperand<kForm>(operand[i], rows,
-                               here + Layout::kScaleAt + half * Layout::kRows * kScaleBytes, row, c,
-                               k, feed.stage, tables);
+                               here + Layout::kScaleAt + block * Layout::kRows * kScaleBytes, row,
+                               c, k, feed.stage, tables);
           }
         }
         WgmmaFence();

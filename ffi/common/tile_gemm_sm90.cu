@@ -2,11 +2,11 @@
 //
 // Weights are the rows of the MMA (M), tokens its columns (N), so that a few tokens waste nothing.
 // A warp keeps a ring of stages full: 128 bytes of every row by the tensor copy engine, scales, and
-// the tile's x, already laid out, or of few tokens as other warps lay it out. A warpgroup decodes
-// weights in registers, for one block of 64 rows while the tensor cores work on another; E4M3 ones
-// times E4M3 are read where they lie. Where weights have few rows, a cluster of thread blocks
-// shares their inputs, and adds its sums in the end. Sums are in order of the inputs whatever the
-// tile's width, so that a column is the same bits in any tile.
+// the tile's x, already laid out, or of few tokens as other warps lay it out. One or two warpgroups
+// decode weights in registers, some while the tensor cores work on others; E4M3 ones times E4M3 are
+// read where they lie. Where weights have few rows, a cluster of thread blocks shares their inputs,
+// and adds its sums in the end. Sums are in order of the inputs whatever the tile's width, so that
+// a column is the same bits in any tile.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -25,11 +25,17 @@ namespace {
 using namespace tile;
 
 template <bool kMany>
-constexpr int kThreads = kMany ? 3 * 128 : 128 + 32;
+constexpr int kThreads = kMany ? 3 * 128 : 2 * 128 + 32;
+// Of an SM: as many as have registers.
+template <bool kFp8Mma, bool kMany>
+constexpr int kThreadBlocks = kMany     ? 1
+                              : kFp8Mma ? 3
+                                        : 2;
 
 template <WeightForm kForm, bool kFp8Mma, bool kMany, bool kSeveral>
-__global__ void __launch_bounds__(kThreads<kMany>, kMany ? 1 : 3)
+__global__ void __launch_bounds__(kThreads<kMany>, kThreadBlocks<kFp8Mma, kMany>)
     TileGemmKernel(const __grid_constant__ Args<kSeveral> args) {
+  constexpr int kMultiplying = Stage<kForm, kFp8Mma, kMany, Args<kSeveral>>::kMultiplying;
   extern __shared__ char raw[];
   __shared__ uint64_t barriers[2 * kMaxSlots];  // full, then empty
   __shared__ uint2 tables[kTables];
@@ -43,7 +49,7 @@ __global__ void __launch_bounds__(kThreads<kMany>, kMany ? 1 : 3)
   if (threadIdx.x == 0) {
     for (int i = 0; i < kMaxSlots; ++i) {
       InitBarrier(SharedAddress(barriers + i), 1);
-      InitBarrier(SharedAddress(barriers + kMaxSlots + i), kMany ? 256 : 128);
+      InitBarrier(SharedAddress(barriers + kMaxSlots + i), kMultiplying);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -51,7 +57,6 @@ __global__ void __launch_bounds__(kThreads<kMany>, kMany ? 1 : 3)
 
   Feed<kForm, kFp8Mma, kMany, Args<kSeveral>> feed(args, unit, shared, SharedAddress(barriers));
   // Of many, the copying warp is one of a warpgroup that hands its registers to the others.
-  constexpr int kMultiplying = kMany ? 256 : 128;
   if (threadIdx.x >= kMultiplying) {
     if constexpr (kMany) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == kMultiplying) feed.FillAll();
@@ -96,15 +101,20 @@ __global__ void __launch_bounds__(kThreads<kMany>, kMany ? 1 : 3)
 }
 
 // The same for few tokens whose x three more warps lay out.
-constexpr int kRawThreads = 128 + 32 + 32 * kRawWarps;
+template <typename A>
+constexpr int kRawThreads = 128 * A::kWarpgroups + 32 + 32 * kRawWarps;
+template <typename A>
+constexpr int kRawBlocks = A::kWarpgroups == 1 ? 3 : 2;
 
 template <WeightForm kForm, bool kFp8Mma, Input kInput, typename A>
-__global__ void __launch_bounds__(kRawThreads, 3) RawGemmKernel(const __grid_constant__ A args) {
+__global__ void __launch_bounds__(kRawThreads<A>, kRawBlocks<A>)
+    RawGemmKernel(const __grid_constant__ A args) {
+  constexpr int kMultiplying = 128 * A::kWarpgroups;
   extern __shared__ char raw[];
   __shared__ uint64_t barriers[3 * kMaxSlots];  // full, then empty, then landed
   __shared__ uint2 tables[kTables];
   __shared__ float x_scale[kRawWidth];
-  __shared__ alignas(16) RawLargest largest;
+  __shared__ RawLargest<kMultiplying> largest;
   __shared__ Meeting meeting;
   Unit unit = {{}, blockIdx.y, blockIdx.x >> args.cluster_log, 0};
   args.FindPart(unit);
@@ -124,7 +134,7 @@ __global__ void __launch_bounds__(kRawThreads, 3) RawGemmKernel(const __grid_con
     const int arrivals = RawArrivals(unit.tile.count, kRawAtOnce<kForm>);
     for (int i = 0; i < kMaxSlots; ++i) {
       InitBarrier(SharedAddress(barriers + i), arrivals);
-      InitBarrier(SharedAddress(barriers + kMaxSlots + i), 128);
+      InitBarrier(SharedAddress(barriers + kMaxSlots + i), kMultiplying);
       InitBarrier(SharedAddress(barriers + 2 * kMaxSlots + i), 1);
     }
     if (args.cluster_log > 0) meeting.Init(args, unit);
@@ -135,26 +145,26 @@ __global__ void __launch_bounds__(kRawThreads, 3) RawGemmKernel(const __grid_con
   if (args.cluster_log > 0) ArriveAtCluster();
 
   Feed<kForm, kFp8Mma, false, A> feed(args, unit, shared, SharedAddress(barriers));
-  if (threadIdx.x >= 128) {
+  if (threadIdx.x >= kMultiplying) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");  // who round need few registers
-    const int warp = static_cast<int>(threadIdx.x) / 32 - 5;
+    const int warp = static_cast<int>(threadIdx.x - kMultiplying) / 32 - 1;
     if (warp >= 0) {
       LayOutRaw<kForm, kFp8Mma, kInput>(args, feed, unit, warp, x_scale, largest);
-    } else if (threadIdx.x == 128) {
+    } else if (threadIdx.x == kMultiplying) {
       feed.FillWeights();
     }
     __syncwarp();
     if (args.cluster_log > 0) {
       WaitForCluster();
-      if (threadIdx.x == 128) LetOthersSend(args, feed, unit, meeting);
+      if (threadIdx.x == kMultiplying) LetOthersSend(args, feed, unit, meeting);
     }
     return;
   }
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 96;");
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(A::kWarpgroups == 1 ? 96 : 88));
   LetNextBegin();
   if constexpr (kForm == WeightForm::kNvfp4) {
     if (args.act == ActForm::kNvfp4 && args.act_scale == nullptr) {
-      FindLargest<kInput>(args, unit, largest);
+      FindLargest<kInput, kMultiplying>(args, unit, largest);
     }
   }
   if constexpr (kFp8Mma) {
@@ -173,14 +183,22 @@ constexpr int kThreeFrom = 265, kThreeFromOfClusters = 199, kThreeTo = 528;
 constexpr int kSlimFrom = 132, kSlimTo = 198;
 constexpr int kSlimSlots = 4;  // of theirs: the linears beside them want some of the shared memory
 
-// Slots of `stage` bytes for a kernel that several thread blocks of a grid share an SM by.
-int SlotsOf(int stage, int64_t grid_blocks, int cluster) {
-  const bool three =
-      grid_blocks >= (cluster > 1 ? kThreeFromOfClusters : kThreeFrom) && grid_blocks <= kThreeTo;
+// Slots of `stage` bytes for a kernel of which up to `most` thread blocks share an SM.
+int SlotsOf(int stage, int64_t grid_blocks, int cluster, int most) {
+  const bool three = most >= 3 &&
+                     grid_blocks >= (cluster > 1 ? kThreeFromOfClusters : kThreeFrom) &&
+                     grid_blocks <= kThreeTo;
   const int budget = three && 3 * stage + 1024 <= kThirdBytes ? kThirdBytes
                      : 3 * stage + 1024 <= kHalfBytes         ? kHalfBytes
                                                               : kAllBytes;
   return std::min(kMaxSlots, (budget - 1024) / stage);
+}
+
+// Thread blocks of 128 rows, or of 64 of a pair, with as many tiles as there may be.
+int64_t GridBlocks(const TileGemm* gemms, int count) {
+  int64_t blocks = 0;
+  for (int i = 0; i < count; ++i) blocks += TileGemmRowBlocks(gemms[i]) / gemms[i].groups;
+  return blocks * TileGemmSplit(gemms[0]) * gemms[0].max_tiles;
 }
 
 // Weights of one half, and the scales that are copied with them.
@@ -229,7 +247,7 @@ bool FillParts(Parts<kSeveral>& args, const TileGemm* gemms, int count, int rows
 
 template <WeightForm kForm, bool kFp8Mma, bool kMany, bool kSeveral>
 cudaError_t Launch(const TileGemm* gemms, int count, cudaStream_t stream) {
-  using Layout = Stage<kForm, kFp8Mma, kMany, false>;
+  using Layout = Stage<kForm, kFp8Mma, kMany, Args<kSeveral>>;
   static_assert(sizeof(Args<kSeveral>) <= 4096);
   const TileGemm& gemm = gemms[0];
   Args<kSeveral> args = {};
@@ -246,7 +264,7 @@ cudaError_t Launch(const TileGemm* gemms, int count, cudaStream_t stream) {
   // kernel ahead still fills some SMs.
   const bool alone = kMany || grid_blocks <= MostAlone(cluster);
   args.slots = alone ? std::min(kMaxSlots, (kAllBytes - 1024) / stage)
-                     : SlotsOf(stage, grid_blocks, cluster);
+                     : SlotsOf(stage, grid_blocks, cluster, kThreadBlocks<kFp8Mma, kMany>);
   const int sums = (kMany ? 2 : 1) * 2 * gemm.width * kSumPitch * 4;
   const int bytes = std::max(args.slots * stage, sums) + 1024;
   const auto kernel = TileGemmKernel<kForm, kFp8Mma, kMany, kSeveral>;
@@ -259,30 +277,36 @@ cudaError_t Launch(const TileGemm* gemms, int count, cudaStream_t stream) {
 
 template <WeightForm kForm, bool kFp8Mma, Input kInput = Input::kPlain, typename A = RawArgs>
 cudaError_t LaunchRaw(const TileGemm* gemms, int count, cudaStream_t stream) {
-  using Layout = Stage<kForm, kFp8Mma, false, A::kSlim>;
+  using Layout = Stage<kForm, kFp8Mma, false, A>;
   static_assert(sizeof(A) <= 4096);
-  if constexpr (kForm == WeightForm::kFp8 && kInput == Input::kPlain) {
+  if constexpr (kForm == WeightForm::kFp8 && kInput == Input::kPlain &&
+                std::is_same_v<A, RawArgs>) {
     if (gemms[0].raw_scale != nullptr) {
       return LaunchRaw<kForm, kFp8Mma, Input::kCodes>(gemms, count, stream);
     }
   }
   constexpr bool kGates = kForm == WeightForm::kFp8 || (kForm == WeightForm::kNvfp4 && !kFp8Mma);
-  if constexpr (kGates && kInput == Input::kPlain) {
+  if constexpr (kGates && kInput == Input::kPlain && std::is_same_v<A, RawArgs>) {
     if (gemms[0].raw_up != nullptr) {
       return LaunchRaw<kForm, kFp8Mma, Input::kGated>(gemms, count, stream);
     }
   }
   const TileGemm& gemm = gemms[0];
-  if constexpr (kFourBits<kForm> && kInput == Input::kPlain && !A::kSlim) {
-    const int64_t blocks = TileGemmRowBlocks(gemm) / gemm.groups * gemm.max_tiles;
-    if (gemm.picks.expert != nullptr && TileGemmSplit(gemm) == 1 && blocks > kSlimFrom &&
-        blocks <= kSlimTo) {
+  const int64_t grid_blocks = GridBlocks(gemms, count);
+  const bool alone = !A::kSlim && grid_blocks <= MostAlone(TileGemmSplit(gemm));
+  if constexpr (kFourBits<kForm> && kInput == Input::kPlain && std::is_same_v<A, RawArgs>) {
+    if (gemm.picks.expert != nullptr && TileGemmSplit(gemm) == 1 && grid_blocks > kSlimFrom &&
+        grid_blocks <= kSlimTo) {
       return LaunchRaw<kForm, kFp8Mma, kInput, SlimArgs>(gemms, count, stream);
     }
+  }
+  if constexpr (kInput != Input::kGated && std::is_same_v<A, RawArgs>) {
+    if (alone) return LaunchRaw<kForm, kFp8Mma, kInput, AloneArgs>(gemms, count, stream);
   }
   A args = {};
   int64_t blocks;
   if (!FillParts<kForm>(args, gemms, count, Layout::kRows, blocks)) return cudaErrorInvalidValue;
+  const int cluster = 1 << args.cluster_log;
   args.x = gemm.raw_x;
   args.x_scale = gemm.raw_scale;
   args.up = gemm.raw_up;
@@ -290,15 +314,13 @@ cudaError_t LaunchRaw(const TileGemm* gemms, int count, cudaStream_t stream) {
   args.act_scale = gemm.act_scale;
   args.picks = gemm.picks;
   args.weights_first = gemm.weights_first;
-  const int cluster = 1 << args.cluster_log;
   const int stage = Layout::Bytes(kRawWidth);
   // All that a thread block will read, if it has an SM to itself: then two cannot meet where the
   // kernel ahead still fills the other SMs, and little is left to wait for behind x.
-  const int64_t grid_blocks = blocks * cluster * gemm.max_tiles;
   const int64_t stages = (gemm.inputs / kStageInputs<kForm> + cluster - 1) / cluster;
-  const int most = A::kSlim                            ? kSlimSlots
-                   : grid_blocks <= MostAlone(cluster) ? (kAllBytes - 1024) / stage
-                                                       : SlotsOf(stage, grid_blocks, cluster);
+  const int most = A::kSlim ? kSlimSlots
+                   : alone  ? (kAllBytes - 1024) / stage
+                            : SlotsOf(stage, grid_blocks, cluster, kRawBlocks<A>);
   args.slots = static_cast<int>(std::min<int64_t>({most, kMaxSlots, stages}));
   const int bytes = std::max(args.slots * stage, 2 * kRawWidth * kSumPitch * 4) + 1024;
   const auto kernel = RawGemmKernel<kForm, kFp8Mma, kInput, A>;
@@ -306,7 +328,7 @@ cudaError_t LaunchRaw(const TileGemm* gemms, int count, cudaStream_t stream) {
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(blocks * cluster), static_cast<unsigned>(gemm.max_tiles));
-  return LaunchDependent(kernel, grid, kRawThreads, bytes, stream, args, cluster);
+  return LaunchDependent(kernel, grid, kRawThreads<A>, bytes, stream, args, cluster);
 }
 
 template <WeightForm kForm, bool kFp8Mma, bool kSeveral>

@@ -69,8 +69,9 @@ struct RawRows {
 
 // NVFP4 activations that have a scale of their own: the largest magnitude of each of the tile's
 // columns, looked for by the warps that multiply, which would only wait for x.
+template <int kMultiplying>
 struct RawLargest {
-  uint32_t of_warp[kRawWidth][4];
+  uint32_t of_warp[kRawWidth][kMultiplying / 32];
 };
 
 // A chunk of the SwiGLU.
@@ -85,9 +86,9 @@ __device__ __forceinline__ uint4 Gated(const uint4& gate, const uint4& up, float
 
 constexpr int kRawFound = 2;  // named barrier: they are there
 
-template <Input kInput>
+template <Input kInput, int kMultiplying>
 __device__ __forceinline__ void FindLargest(const RawArgs& args, const Unit& unit,
-                                            RawLargest& largest) {
+                                            RawLargest<kMultiplying>& largest) {
   constexpr bool kGated = kInput == Input::kGated;
   constexpr int kAtOnce = kGated ? 2 : 8;  // chunks of a lane on their way
   WaitForPrevious();
@@ -96,11 +97,12 @@ __device__ __forceinline__ void FindLargest(const RawArgs& args, const Unit& uni
     const char* const row = rows.first + column * rows.stride;
     [[maybe_unused]] const char* const up = ups.first + column * ups.stride;
     uint32_t most = 0;  // of a pair
-    for (int64_t at = threadIdx.x * kChunk; at < args.inputs; at += kAtOnce * 128 * kChunk) {
+    for (int64_t at = threadIdx.x * kChunk; at < args.inputs;
+         at += kAtOnce * kMultiplying * kChunk) {
       uint4 words[kAtOnce], up_words[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const int64_t here = at + i * 128 * kChunk;
+        const int64_t here = at + i * kMultiplying * kChunk;
         words[i] = up_words[i] = make_uint4(0, 0, 0, 0);
         if (here >= args.inputs) continue;
         words[i] = LoadRaw(row + here * 2);
@@ -116,28 +118,34 @@ __device__ __forceinline__ void FindLargest(const RawArgs& args, const Unit& uni
     const uint32_t bits = __reduce_max_sync(0xFFFFFFFFu, LargerOf(most));
     if (threadIdx.x % 32 == 0) largest.of_warp[column][threadIdx.x / 32] = bits << 16;
   }
-  asm volatile("bar.arrive %0, %1;" ::"n"(kRawFound), "n"(128 + 32 * kRawWarps) : "memory");
+  asm volatile("bar.arrive %0, %1;" ::"n"(kRawFound), "n"(kMultiplying + 32 * kRawWarps)
+               : "memory");
 }
 
 // The NVFP4 scale of column `lane`, by the warps that lay out x.
+template <int kMultiplying>
 __device__ __forceinline__ float RawScale(const RawArgs& args, const Unit& unit, int lane,
-                                          const RawLargest& largest) {
+                                          const RawLargest<kMultiplying>& largest) {
   if (args.act_scale != nullptr) {
     const int64_t group = args.picks.expert == nullptr ? 0 : unit.tile.group;
     return StaticGlobalScale(__ldcg(args.act_scale + group));
   }
-  asm volatile("bar.sync %0, %1;" ::"n"(kRawFound), "n"(128 + 32 * kRawWarps) : "memory");
-  const uint4 bits = *reinterpret_cast<const uint4*>(largest.of_warp[lane % kRawWidth]);
-  return TokenGlobalScale(__uint_as_float(max(max(bits.x, bits.y), max(bits.z, bits.w))));
+  asm volatile("bar.sync %0, %1;" ::"n"(kRawFound), "n"(kMultiplying + 32 * kRawWarps) : "memory");
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < kMultiplying / 32; ++i) {
+    bits = max(bits, largest.of_warp[lane % kRawWidth][i]);
+  }
+  return TokenGlobalScale(__uint_as_float(bits));
 }
 
 // By the warps `warp` < kRawWarps; `x_scale`: in shared memory, of the tile's columns. Those who
 // read it wait for the first stage, on which the lanes that write it arrive.
-template <WeightForm kForm, bool kFp8Mma, Input kInput, typename A>
+template <WeightForm kForm, bool kFp8Mma, Input kInput, typename A, int kMultiplying>
 __device__ __forceinline__ void LayOutRaw(const A& args, Feed<kForm, kFp8Mma, false, A> feed,
                                           const Unit& unit, int warp, float* x_scale,
-                                          const RawLargest& largest) {
-  using Layout = Stage<kForm, kFp8Mma, false, A::kSlim>;
+                                          const RawLargest<kMultiplying>& largest) {
+  using Layout = Stage<kForm, kFp8Mma, false, A>;
   constexpr int kLanes = kRawLanes<kForm>, kAtOnce = kRawAtOnce<kForm>;
   constexpr int kAhead = kRawAhead<kForm, kFp8Mma, kInput>;
   constexpr int kTogether = kRawTogether<kForm, kFp8Mma, kInput>;
