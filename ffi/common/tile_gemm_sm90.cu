@@ -118,12 +118,8 @@ __global__ void __launch_bounds__(kRawThreads<A>, kRawBlocks<A>)
   __shared__ Meeting meeting;
   Unit unit = {{}, blockIdx.y, blockIdx.x >> args.cluster_log, 0};
   args.FindPart(unit);
-  // The kernel ahead is any, and may have written what is read here, weights and picks included.
-  if (!args.weights_first) WaitForPrevious();
   if (args.picks.expert != nullptr) {
-    const int expert = ExpertOf(args.picks, unit.index);
-    if (expert < 0) return;
-    unit.tile = {expert, static_cast<int32_t>(unit.index), kRawWidth, 1};
+    unit.tile = {0, static_cast<int32_t>(unit.index), kRawWidth, 1};
   } else {
     FindTile(args.OutputOf(unit), nullptr, nullptr, unit.index, unit.tile);
   }
@@ -139,6 +135,12 @@ __global__ void __launch_bounds__(kRawThreads<A>, kRawBlocks<A>)
     }
     if (args.cluster_log > 0) meeting.Init(args, unit);
     FenceBarrierInit();
+  }
+  // The kernel ahead is any, and may have written what is read here, weights and picks included.
+  if (!args.weights_first) WaitForPrevious();
+  if (args.picks.expert != nullptr) {
+    unit.tile.group = ExpertOf(args.picks, unit.index);
+    if (unit.tile.group < 0) return;
   }
   unit.meeting = &meeting;
   __syncthreads();
@@ -328,7 +330,10 @@ cudaError_t LaunchRaw(const TileGemm* gemms, int count, cudaStream_t stream) {
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(blocks * cluster), static_cast<unsigned>(gemm.max_tiles));
-  return LaunchDependent(kernel, grid, kRawThreads<A>, bytes, stream, args, cluster);
+  // What is gated comes from the kernel ahead. One that begins early to wait for it takes room from
+  // the routed experts, which run beside it and longer.
+  return LaunchKernel(kInput != Input::kGated, kernel, grid, kRawThreads<A>, bytes, stream, cluster,
+                      args);
 }
 
 template <WeightForm kForm, bool kFp8Mma, bool kSeveral>
