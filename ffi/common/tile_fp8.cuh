@@ -123,13 +123,77 @@ __device__ __forceinline__ float Promote(float (&sum)[kN / 2], const float (&par
   return scale.y;
 }
 
+// Whether the tensor cores are at one product while the one before is added up and the next one's
+// weights are decoded. More columns, or NVFP4's scales, leave no registers for that.
+template <WeightForm kForm, bool kMany, int kN>
+constexpr bool kInTurns = kForm == WeightForm::kMxfp4 && !kMany && kN == 8;
+
+template <WeightForm kForm, int kN, typename A>
+__device__ __forceinline__ void MultiplyInTurns(const A& args, Feed<kForm, true, false, A>& feed,
+                                                const uint2* tables, const Unit& unit) {
+  using Layout = Stage<kForm, true, false, A>;
+  constexpr int kBlocks = Layout::kBlocks, kProducts = kStageInputs<kForm> / 128 * kBlocks;
+  static_assert(kProducts % 2 == 0);  // of a stage: so it is known whose turn one is
+  const int row = LaneRow(), c = threadIdx.x % 4;
+  float sum[kBlocks][kN / 2] = {}, part[2][kN / 2];
+  Fp8Operand<kForm> operand[2];
+  const auto load = [&](const char* here, int i) {
+    const int at = i % kBlocks * Layout::kRows;
+    LoadOperand<kForm>(operand[i % 2], here + at * kRowBytes,
+                       here + Layout::kScaleAt + at * kScaleBytes, row, c, i / kBlocks, feed.stage,
+                       tables);
+  };
+  const auto multiply = [&](const char* here, int i) {
+    const uint32_t columns = SharedAddress(here) + Layout::kColumnsAt;
+    WgmmaFence();
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      Wgmma<kN, true>::Run(part[i % 2], operand[i % 2].a[step],
+                           CoreMatrices(columns + (4 * (i / kBlocks) + step) * 32 * kN, kN * 16),
+                           step > 0);
+    }
+    WgmmaCommit();
+  };
+  const auto add = [&](const char* here, int i) {
+    const float* const column_scales =
+        reinterpret_cast<const float*>(here + Layout::kColumnsAt + kStageInputs<kForm> * kN);
+    return Promote<kForm, kN>(sum[i % kBlocks], part[i % 2], operand[i % 2],
+                              column_scales + i / kBlocks * kN, c);
+  };
+  if (feed.stage < feed.stages) {
+    const char* here = feed.Here();
+    load(here, 0);
+    multiply(here, 0);
+    while (true) {
+#pragma unroll
+      for (int i = 1; i < kProducts; ++i) {
+        load(here, i);
+        WgmmaWait<0>();
+        multiply(here, i);
+        add(here, i - 1);
+      }
+      feed.Next();
+      if (feed.stage >= feed.stages) break;
+      const char* const before = here;
+      here = feed.Here();
+      load(here, 0);
+      WgmmaWait<0>();
+      multiply(here, 0);
+      feed.ReleaseBehind(1, add(before, kProducts - 1));
+    }
+    WgmmaWait<0>();
+    add(here, kProducts - 1);
+  }
+  Finish<false, Layout, kN>(args, feed, sum, 1.0f, unit);
+}
+
 // MMA blocks whose products are on their way together: both, while there are registers for them.
 template <int kN>
 constexpr int kAtOnce = kN <= 80 ? 2 : 1;
 
 template <WeightForm kForm, bool kMany, int kN, typename A>
-__device__ __forceinline__ void MultiplyFp8(const A& args, Feed<kForm, true, kMany, A>& feed,
-                                            const uint2* tables, const Unit& unit) {
+__device__ __forceinline__ void MultiplyAtOnce(const A& args, Feed<kForm, true, kMany, A>& feed,
+                                               const uint2* tables, const Unit& unit) {
   using Layout = Stage<kForm, true, kMany, A>;
   constexpr int kProducts = kStageInputs<kForm> / 128, kBlocks = Layout::kBlocks;
   constexpr int kTogether = kAtOnce<kN> < kBlocks ? kAtOnce<kN> : kBlocks;
@@ -204,6 +268,16 @@ __device__ __forceinline__ void MultiplyFp8(const A& args, Feed<kForm, true, kMa
     feed.Next();
   }
   Finish<kForm == WeightForm::kFp8, Layout, kN>(args, feed, sum, 1.0f, unit);
+}
+
+template <WeightForm kForm, bool kMany, int kN, typename A>
+__device__ __forceinline__ void MultiplyFp8(const A& args, Feed<kForm, true, kMany, A>& feed,
+                                            const uint2* tables, const Unit& unit) {
+  if constexpr (kInTurns<kForm, kMany, kN>) {
+    MultiplyInTurns<kForm, kN>(args, feed, tables, unit);
+  } else {
+    MultiplyAtOnce<kForm, kMany, kN>(args, feed, tables, unit);
+  }
 }
 
 }  // namespace tile

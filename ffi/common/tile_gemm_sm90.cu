@@ -179,17 +179,15 @@ __global__ void __launch_bounds__(kRawThreads<A>, kRawBlocks<A>)
 constexpr int kThirdBytes = 74 << 10;  // three thread blocks share an SM
 constexpr int kHalfBytes = 112 << 10;  // two do
 constexpr int kAllBytes = 224 << 10;   // one has it
-// As many as would leave a remainder behind two on each of 132 SMs. Clusters fit less well.
-constexpr int kThreeFrom = 265, kThreeFromOfClusters = 199, kThreeTo = 528;
+// More than two on each of 132 SMs. Clusters fit less well.
+constexpr int kThreeFrom = 265, kThreeFromOfClusters = 199;
 // Thread blocks that some of 132 SMs have one of and others two; slim ones are twice as many.
 constexpr int kSlimFrom = 132, kSlimTo = 198;
 constexpr int kSlimSlots = 4;  // of theirs: the linears beside them want some of the shared memory
 
 // Slots of `stage` bytes for a kernel of which up to `most` thread blocks share an SM.
 int SlotsOf(int stage, int64_t grid_blocks, int cluster, int most) {
-  const bool three = most >= 3 &&
-                     grid_blocks >= (cluster > 1 ? kThreeFromOfClusters : kThreeFrom) &&
-                     grid_blocks <= kThreeTo;
+  const bool three = most >= 3 && grid_blocks >= (cluster > 1 ? kThreeFromOfClusters : kThreeFrom);
   const int budget = three && 3 * stage + 1024 <= kThirdBytes ? kThirdBytes
                      : 3 * stage + 1024 <= kHalfBytes         ? kHalfBytes
                                                               : kAllBytes;
