@@ -29,14 +29,16 @@ __device__ __forceinline__ uint32_t BothHalves(uint32_t low) { return __byte_per
 
 // Eight E2M1 codes as four pairs of BF16 (codes i and i + 4), times 2^-126: sign and the three
 // magnitude bits land on BF16's sign and on the lowest exponent and highest mantissa bits, 0.5 as a
-// subnormal number.
+// subnormal number. A product by two powers of two puts a code at both places, and runs beside the
+// logical operations.
 __device__ __forceinline__ void DecodeE2m1(uint32_t word, uint32_t (&pairs)[4]) {
-  constexpr uint32_t kSign = 0x80008000u, kMagnitude = 0x01C001C0u;
-  pairs[0] = (word << 12 & kSign) | (word << 6 & kMagnitude);
-  pairs[1] = (word << 8 & kSign) | (word << 2 & kMagnitude);
-  const uint32_t last = word >> 6;  // shifts to the left run beside the logical operations
-  pairs[2] = (word << 4 & kSign) | (last << 4 & kMagnitude);
-  pairs[3] = (word & kSign) | (last & kMagnitude);
+  constexpr uint32_t kEven = 0x000F000Fu, kOdd = kEven << 4;  // codes 0 and 4, 1 and 5
+  constexpr uint32_t kBoth = 1u << 12 | 1u << 6, kPlaces = 0x81C081C0u;
+  const uint32_t last = word >> 8;
+  pairs[0] = (word & kEven) * kBoth & kPlaces;
+  pairs[1] = (word & kOdd) * (kBoth >> 4) & kPlaces;
+  pairs[2] = (last & kEven) * kBoth & kPlaces;
+  pairs[3] = (last & kOdd) * (kBoth >> 4) & kPlaces;
 }
 
 // 2^(byte - 127) * 2^126 as BF16 where that is a number (bytes to 128); larger scales take the rest
