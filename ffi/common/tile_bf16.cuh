@@ -102,7 +102,10 @@ __device__ __forceinline__ void Multiply(const A& args, Feed<kForm, false, kMany
   }
   if constexpr (kByWarps<kN>) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) acc[0][i] = 0.0f;
+    for (auto& sums : acc) {
+#pragma unroll
+      for (float& sum : sums) sum = 0.0f;
+    }
   }
   bool begun = false;
   while (feed.stage < feed.stages) {
@@ -131,6 +134,7 @@ __device__ __forceinline__ void Multiply(const A& args, Feed<kForm, false, kMany
       for (int block = 0; block < kBlocks; ++block) {
         // Undecoded words are the operand itself: they change when no product reads them any more.
         if constexpr (kGroups == 1) {
+          if constexpr (kBlocks == 1 && !kByWarps<kN>) WgmmaWait<0>();
           Load<kForm>(words[block], here + block * Layout::kRows * kRowBytes, row, c, 0);
         }
         // In turns, since products read the operand before.
