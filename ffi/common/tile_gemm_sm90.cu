@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads<kMany>, kThreadBlocks<kFp8Mma, kMany>
       InitBarrier(SharedAddress(barriers + i), 1);
       InitBarrier(SharedAddress(barriers + kMaxSlots + i), kMultiplying);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    FenceBarrierInit();
   }
   __syncthreads();
 
@@ -275,38 +275,14 @@ cudaError_t Launch(const TileGemm* gemms, int count, cudaStream_t stream) {
   return LaunchDependent(kernel, grid, kThreads<kMany>, bytes, stream, args, cluster);
 }
 
-template <WeightForm kForm, bool kFp8Mma, Input kInput = Input::kPlain, typename A = RawArgs>
-cudaError_t LaunchRaw(const TileGemm* gemms, int count, cudaStream_t stream) {
+template <WeightForm kForm, bool kFp8Mma, Input kInput, typename A>
+cudaError_t LaunchRawAs(const TileGemm* gemms, int count, cudaStream_t stream) {
   using Layout = Stage<kForm, kFp8Mma, false, A>;
   static_assert(sizeof(A) <= 4096);
-  if constexpr (kForm == WeightForm::kFp8 && kInput == Input::kPlain &&
-                std::is_same_v<A, RawArgs>) {
-    if (gemms[0].raw_scale != nullptr) {
-      return LaunchRaw<kForm, kFp8Mma, Input::kCodes>(gemms, count, stream);
-    }
-  }
-  constexpr bool kGates = kForm == WeightForm::kFp8 || (kForm == WeightForm::kNvfp4 && !kFp8Mma);
-  if constexpr (kGates && kInput == Input::kPlain && std::is_same_v<A, RawArgs>) {
-    if (gemms[0].raw_up != nullptr) {
-      return LaunchRaw<kForm, kFp8Mma, Input::kGated>(gemms, count, stream);
-    }
-  }
   const TileGemm& gemm = gemms[0];
-  const int64_t grid_blocks = GridBlocks(gemms, count);
-  const bool alone = !A::kSlim && grid_blocks <= MostAlone(TileGemmSplit(gemm));
-  if constexpr (kFourBits<kForm> && kInput == Input::kPlain && std::is_same_v<A, RawArgs>) {
-    if (gemm.picks.expert != nullptr && TileGemmSplit(gemm) == 1 && grid_blocks > kSlimFrom &&
-        grid_blocks <= kSlimTo) {
-      return LaunchRaw<kForm, kFp8Mma, kInput, SlimArgs>(gemms, count, stream);
-    }
-  }
-  if constexpr (kInput != Input::kGated && std::is_same_v<A, RawArgs>) {
-    if (alone) return LaunchRaw<kForm, kFp8Mma, kInput, AloneArgs>(gemms, count, stream);
-  }
   A args = {};
   int64_t blocks;
   if (!FillParts<kForm>(args, gemms, count, Layout::kRows, blocks)) return cudaErrorInvalidValue;
-  const int cluster = 1 << args.cluster_log;
   args.x = gemm.raw_x;
   args.x_scale = gemm.raw_scale;
   args.up = gemm.raw_up;
@@ -314,13 +290,16 @@ cudaError_t LaunchRaw(const TileGemm* gemms, int count, cudaStream_t stream) {
   args.act_scale = gemm.act_scale;
   args.picks = gemm.picks;
   args.weights_first = gemm.weights_first;
+  const int cluster = 1 << args.cluster_log;
   const int stage = Layout::Bytes(kRawWidth);
   // All that a thread block will read, if it has an SM to itself: then two cannot meet where the
   // kernel ahead still fills the other SMs, and little is left to wait for behind x.
+  const int64_t grid_blocks = blocks * cluster * gemm.max_tiles;
   const int64_t stages = (gemm.inputs / kStageInputs<kForm> + cluster - 1) / cluster;
   const int most = A::kSlim ? kSlimSlots
-                   : alone  ? (kAllBytes - 1024) / stage
-                            : SlotsOf(stage, grid_blocks, cluster, kRawBlocks<A>);
+                   : grid_blocks <= MostAlone(cluster)
+                       ? (kAllBytes - 1024) / stage
+                       : SlotsOf(stage, grid_blocks, cluster, kRawBlocks<A>);
   args.slots = static_cast<int>(std::min<int64_t>({most, kMaxSlots, stages}));
   const int bytes = std::max(args.slots * stage, 2 * kRawWidth * kSumPitch * 4) + 1024;
   const auto kernel = RawGemmKernel<kForm, kFp8Mma, kInput, A>;
@@ -332,6 +311,33 @@ cudaError_t LaunchRaw(const TileGemm* gemms, int count, cudaStream_t stream) {
   // the routed experts, which run beside it and longer.
   return LaunchKernel(kInput != Input::kGated, kernel, grid, kRawThreads<A>, bytes, stream, cluster,
                       args);
+}
+
+// By where x comes from, and by how many thread blocks there would be.
+template <WeightForm kForm, bool kFp8Mma>
+cudaError_t LaunchRaw(const TileGemm* gemms, int count, cudaStream_t stream) {
+  const TileGemm& gemm = gemms[0];
+  const int64_t grid_blocks = GridBlocks(gemms, count);
+  const bool alone = grid_blocks <= MostAlone(TileGemmSplit(gemm));
+  if constexpr (kForm == WeightForm::kFp8) {
+    if (gemm.raw_scale != nullptr) {
+      return alone ? LaunchRawAs<kForm, kFp8Mma, Input::kCodes, AloneArgs>(gemms, count, stream)
+                   : LaunchRawAs<kForm, kFp8Mma, Input::kCodes, RawArgs>(gemms, count, stream);
+    }
+  }
+  if constexpr (kForm == WeightForm::kFp8 || (kForm == WeightForm::kNvfp4 && !kFp8Mma)) {
+    if (gemm.raw_up != nullptr) {
+      return LaunchRawAs<kForm, kFp8Mma, Input::kGated, RawArgs>(gemms, count, stream);
+    }
+  }
+  if constexpr (kFourBits<kForm>) {
+    if (gemm.picks.expert != nullptr && TileGemmSplit(gemm) == 1 && grid_blocks > kSlimFrom &&
+        grid_blocks <= kSlimTo) {
+      return LaunchRawAs<kForm, kFp8Mma, Input::kPlain, SlimArgs>(gemms, count, stream);
+    }
+  }
+  return alone ? LaunchRawAs<kForm, kFp8Mma, Input::kPlain, AloneArgs>(gemms, count, stream)
+               : LaunchRawAs<kForm, kFp8Mma, Input::kPlain, RawArgs>(gemms, count, stream);
 }
 
 template <WeightForm kForm, bool kFp8Mma, bool kSeveral>
