@@ -10,7 +10,7 @@ namespace dsv4 {
 DSV4_HOST_DEVICE inline float ClampedSwiglu(float gate, float up, float limit) {
   const float g = gate > limit ? limit : gate;
   const float u = up > limit ? limit : up < -limit ? -limit : up;
-  return g * (1.0f / (1.0f + Exp(-g))) * u;
+  return g * Sigmoid(g) * u;
 }
 
 }  // namespace dsv4

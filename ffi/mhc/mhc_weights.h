@@ -13,25 +13,6 @@ constexpr int kMhcLaneChannels = kMhcTile / kMhcLanes;  // side by side
 constexpr int kMhcSquares = kMhcMixes;                  // where a tile's squares are
 constexpr int kMhcTileGroup = 32;                       // tiles summed by halves
 
-// 1 / x, rounded, of x from 2^-126 to 2^126; 0 gives Inf or NaN. On a GPU it is what a division
-// does there without its branch to all the rest, so that several run side by side.
-DSV4_HOST_DEVICE inline float RoundedReciprocal(float x) {
-#ifdef __CUDA_ARCH__
-  float estimate;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(estimate) : "f"(x));
-  return __fmaf_rn(estimate, __fmaf_rn(-x, estimate, 1.0f), estimate);
-#else
-  return 1.0f / x;
-#endif
-}
-
-// Of a logit that was scaled and shifted; 0 where it is no normal number. -Inf gives 0, NaN stays.
-DSV4_HOST_DEVICE inline float Sigmoid(float x) {
-  const float inverse = 1.0f + Exp(-x);
-  const float sigmoid = RoundedReciprocal(inverse);
-  return inverse <= 0x1p126f ? sigmoid : inverse != inverse ? inverse : 0.0f;
-}
-
 // What a mix turns into: pre, post, or a logit of comb. `mix` is the sum times the norm.
 DSV4_HOST_DEVICE inline float MhcWeight(int index, float mix, float scale, float base,
                                         float hc_eps) {
