@@ -87,19 +87,11 @@ __device__ __forceinline__ void Multiply(const A& args, Feed<kForm, false, kMany
   using Layout = Stage<kForm, false, kMany, A>;
   constexpr int kBlocks = Layout::kBlocks;
   constexpr int kGroups = kStageInputs<kForm> / kStepInputs / 4;
-  const int row = LaneRow(), c = threadIdx.x % 4;
+  const int row = LaneRow<Layout>(), c = threadIdx.x % 4;
   float acc[kBlocks][kN / 2];  // by a warpgroup: the first product of each sets it
   uint32_t a[2][4][4];
   Words<kForm> words[kBlocks];
-  const uint8_t* scale_rows[kBlocks];
-  uint32_t scale_bytes[kBlocks] = {};
-  if constexpr (kForm == WeightForm::kFp8) {
-#pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      scale_rows[block] = Fp8ScaleRow<Layout>(args, unit, block);
-      scale_bytes[block] = __ldg(scale_rows[block] + min(feed.stage, feed.stages - 1));
-    }
-  }
+  Fp8ScaleBytes<kForm, Layout> scale_bytes(args, feed, unit);
   if constexpr (kByWarps<kN>) {
 #pragma unroll
     for (auto& sums : acc) {
@@ -110,14 +102,10 @@ __device__ __forceinline__ void Multiply(const A& args, Feed<kForm, false, kMany
   bool begun = false;
   while (feed.stage < feed.stages) {
     uint32_t factor[kBlocks] = {}, rest[kBlocks] = {};
-    if constexpr (kForm == WeightForm::kFp8) {
-#pragma unroll
-      for (int block = 0; block < kBlocks; ++block) {
-        factor[block] = Fp8Factor(scale_bytes[block]);
-        rest[block] = Fp8Rest(scale_bytes[block]);
-        scale_bytes[block] = __ldg(scale_rows[block] + min(feed.stage + 1, feed.stages - 1));
-      }
-    }
+    scale_bytes.Take(feed, [&](int block, uint32_t byte) {
+      factor[block] = Fp8Factor(byte);
+      rest[block] = Fp8Rest(byte);
+    });
     const char* here = feed.Here();
     const uint32_t columns = SharedAddress(here) + Layout::kColumnsAt;
     const uint64_t matrices = CoreMatrices(columns, kN * 16);

@@ -4,6 +4,7 @@
 #include <cuda.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/barrier.cuh"
 #include "common/tile_gemm.h"
@@ -17,6 +18,7 @@ constexpr int kRowBytes = 128;   // of every row in a stage: two pieces
 constexpr int kScaleBytes = 16;  // of every row in a stage: the least the copy engine moves
 constexpr int kBlockRows = 64;   // rows of an MMA
 constexpr int kStepInputs = 16;
+constexpr int kSumPitch = kBlockRows + 4;  // floats of a column of sums: other banks for the next
 constexpr int kMaxSlots = 8;
 // Stages that a thread block that lays out x has on their way at a time, however many slots are
 // free. They keep the memory busy; behind more, whatever other kernels ask for would queue.
@@ -30,15 +32,20 @@ constexpr int kStageInputs = 2 * Weights<kForm>::kPieceInputs;
 // A tile is two halves of rows. Of few columns, where latency and the memory are what counts, a
 // half is an MMA block of 64 rows; one warpgroup has both, or two have one each. Of many (kMany) a
 // half is twice as long, and two warpgroups have a block of each half. One more warp fills the
-// stages. A slim tile has half as many rows as one of few columns, its halves in one MMA block:
-// where thread blocks are so few that some SMs would have twice as many as others.
+// stages. In a slim tile a warpgroup's one MMA block has rows of both halves: few rows, where
+// thread blocks are so few that some SMs would have twice as many as others; of many columns those
+// of three warpgroups, where decoding takes more than two warps of a scheduler can hide from each
+// other.
 template <WeightForm kForm, bool kFp8Mma, bool kMany, typename A>
 struct Stage {
   static constexpr bool kIsMany = kMany, kSlim = A::kSlim;
   static constexpr int kWarpgroups = A::kWarpgroups;
   static constexpr int kMultiplying = 128 * kWarpgroups;                   // threads
-  static constexpr int kBlocks = kMany ? 2 : kSlim ? 1 : 2 / kWarpgroups;  // of a warpgroup
-  static constexpr int kRows = kSlim ? kBlockRows / 2 : (kMany ? 2 : 1) * kBlockRows;  // of a half
+  static constexpr int kBlocks = kSlim ? 1 : kMany ? 2 : 2 / kWarpgroups;  // of a warpgroup
+  static constexpr int kRows = (kSlim   ? kWarpgroups
+                                : kMany ? 4
+                                        : 2) *
+                               (kBlockRows / 2);  // of a half
   static constexpr int kScaleAt = 2 * kRows * kRowBytes;
   static constexpr int kColumnsAt = kScaleAt + (kFourBits<kForm> ? 2 * kRows * kScaleBytes : 0);
   // x of a stage; E4M3 comes with a scale per column and 128 inputs.
@@ -48,6 +55,10 @@ struct Stage {
   }
   __host__ __device__ static constexpr int Bytes(int width) {
     return (kColumnsAt + ColumnBytes(width) + 1023) / 1024 * 1024;
+  }
+  // Sums of all rows, as they are when the stages are drained (Finish).
+  static constexpr int SumBytes(int width) {
+    return 2 * kRows / kBlockRows * width * kSumPitch * 4;
   }
 };
 
@@ -123,10 +134,15 @@ struct Args : Parts<kSeveral> {
   const int32_t* tile_count;
   bool new_tiles;
 
-  __device__ __forceinline__ float ScaleOf(const Unit& unit, const Scales& scales, int half,
-                                           int column) const {
-    return scales.Of(this->OutputOf(unit), half, unit.tile, column);
+  __device__ __forceinline__ ColumnFactors FactorsOf(const Unit& unit, int column) const {
+    return ColumnFactors(this->OutputOf(unit), unit.tile, column);
   }
+};
+
+// Of many columns and weights that are decoded: three warpgroups' worth of slim tiles.
+struct ManyArgs : Args<false> {
+  static constexpr bool kSlim = true;
+  static constexpr int kWarpgroups = 3;
 };
 
 // Of a kernel that lays out x itself (tile_raw.cuh): of few tokens.
@@ -142,10 +158,10 @@ struct RawArgs : Parts<true> {
   Picks picks;         // each a tile
   bool weights_first;  // they may be read before what the kernel ahead writes
 
-  __device__ __forceinline__ float ScaleOf(const Unit& unit, const Scales& scales, int half,
-                                           int column) const {
-    const float global = scales.global[half];
-    return unit.x_scale != nullptr ? __fmul_rn(global, unit.x_scale[column]) : global;
+  __device__ __forceinline__ ColumnFactors FactorsOf(const Unit& unit, int column) const {
+    ColumnFactors factors(this->OutputOf(unit), unit.tile, column);
+    if (unit.x_scale != nullptr) factors.scale = unit.x_scale[column];
+    return factors;
   }
 };
 
@@ -265,9 +281,14 @@ struct Feed {
   }
   // All of the weights alone, a stage when one that was on its way before it has landed.
   __device__ __forceinline__ void FillWeights() {
-    for (int before = -min(kOnTheirWay, args.slots); stage < stages; Next(), ++before) {
+    Feed older = *this;
+    const int on_their_way = min(kOnTheirWay, args.slots);
+    for (; stage < stages; Next()) {
       AwaitEmpty();
-      if (before >= 0) Wait(landed + 8 * (before % args.slots), before / args.slots & 1);
+      if (stage - first >= on_their_way) {
+        Wait(landed + 8 * older.slot, older.phase);
+        older.Next();
+      }
 #pragma unroll
       for (int what = 0; what < 3; ++what) Copy(stage, slot, static_cast<Filling>(what));
     }
@@ -305,9 +326,12 @@ struct Feed {
 // differ in the swizzle's high bit, so that they share no bank.
 __device__ __forceinline__ int RowOf(int g) { return g >> 1 | (g & 1) << 2; }
 
-// A lane's first row in a half; the other is 8 on.
+// A lane's first row of a stage; the other is 8 on.
+template <typename Layout>
 __device__ __forceinline__ int LaneRow() {
-  return threadIdx.x / 32 * 16 + RowOf(threadIdx.x % 32 / 4);
+  const int warp = threadIdx.x / 32, row = RowOf(threadIdx.x % 32 / 4);
+  if constexpr (!Layout::kSlim) return 16 * warp + row;
+  return warp % 4 / 2 * Layout::kRows + warp / 4 * (kBlockRows / 2) + warp % 2 * 16 + row;
 }
 
 __device__ __forceinline__ const uint4& PieceOf(const char* rows, int row, int piece, int c) {
@@ -326,7 +350,34 @@ __device__ __forceinline__ const uint8_t* Fp8ScaleRow(const A& args, const Unit&
   return args.Fp8ScaleOf(unit) + (at < last ? at : last) * args.scale_columns;
 }
 
-constexpr int kSumPitch = kBlockRows + 4;  // floats of a column of sums: other banks for the next
+// Of FP8 weights, one of a stage for each MMA block, read when the stage before begins.
+template <WeightForm kForm, typename Layout>
+struct Fp8ScaleBytes {
+  const uint8_t* rows[Layout::kBlocks];
+  uint32_t next[Layout::kBlocks] = {};
+
+  template <typename A, typename F>
+  __device__ __forceinline__ Fp8ScaleBytes(const A& args, const F& feed, const Unit& unit) {
+    if constexpr (kForm == WeightForm::kFp8) {
+#pragma unroll
+      for (int block = 0; block < Layout::kBlocks; ++block) {
+        rows[block] = Fp8ScaleRow<Layout>(args, unit, block);
+        next[block] = __ldg(rows[block] + min(feed.stage, feed.stages - 1));
+      }
+    }
+  }
+  // Calls use(block, byte).
+  template <typename F, typename Use>
+  __device__ __forceinline__ void Take(const F& feed, const Use& use) {
+    if constexpr (kForm == WeightForm::kFp8) {
+#pragma unroll
+      for (int block = 0; block < Layout::kBlocks; ++block) {
+        use(block, next[block]);
+        next[block] = __ldg(rows[block] + min(feed.stage + 1, feed.stages - 1));
+      }
+    }
+  }
+};
 
 // The warps that multiply.
 template <typename Layout>
@@ -388,7 +439,6 @@ struct Meeting {
     const int own = OwnColumns(unit.tile.count, ClusterRank(args));
     InitBarrier(SharedAddress(&may_send), (unit.tile.count + kOwnColumns - 1) / kOwnColumns);
     InitBarrier(SharedAddress(&received), 1);
-    FenceBarrierInit();
     if (own > 0) {
       const uint32_t bytes = 2 * kBlockRows * static_cast<uint32_t>(sizeof(float));
       ArriveExpecting(SharedAddress(&received), (own * bytes) << args.cluster_log);
@@ -481,75 +531,122 @@ __device__ __forceinline__ void Finish(const A& args, const F& feed,
   constexpr int kSide = kMany ? 1 : Layout::kWarpgroups;
   constexpr int kWarps = 4 * kSide;  // that share the columns
   const int side = warpgroup / kSide, of_side = threadIdx.x / 32 % kWarps;
-  const int64_t row = int64_t{unit.block} * kRows * (pair ? 1 : 2) + side * kBlockRows + 2 * lane;
-  const auto store = [&](float2(&value)[2], int column) {
+  // Rows of a half that they have, two of them a lane.
+  constexpr int kSideRows = A::kSlim ? kBlockRows / 2 : kBlockRows, kLanes = kSideRows / 2;
+  constexpr int kColumns = 32 / kLanes;
+  const int lane_row = lane % kLanes * 2, lane_column = lane / kLanes;
+  const int64_t row = int64_t{unit.block} * kRows * (pair ? 1 : 2) + side * kSideRows + lane_row;
+  const auto finish = [&](auto& values, const auto& factors) {
+    constexpr int kValues = std::extent_v<std::remove_reference_t<decltype(values)>>;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float scale = __fmul_rn(unit_scale, args.ScaleOf(unit, scales, half, column));
-      value[half].x = __fmul_rn(value[half].x, scale);
-      value[half].y = __fmul_rn(value[half].y, scale);
+    for (int i = 0; i < kValues; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float by = __fmul_rn(unit_scale, __fmul_rn(scales.global[half], factors[i].scale));
+        values[i][half].x = __fmul_rn(values[i][half].x, by);
+        values[i][half].y = __fmul_rn(values[i][half].y, by);
+      }
     }
+    if (!pair) return;
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      values[i][0] = Swiglu(values[i][0], values[i][1], out.limit, factors[i].weight);
+    }
+  };
+  const auto store = [&](const float2(&value)[2], int column) {
     const int64_t at = lines.first + column * lines.step + row;
-    if (pair) {
-      const float weight = out.column_weight[tile.first + column];
-      const float2 h = {Swiglu(value[0].x, value[1].x, out.limit, weight),
-                        Swiglu(value[0].y, value[1].y, out.limit, weight)};
-      StoreTwo(out, y, h, true, at, row);
-    } else {
-      StoreTwo(out, y, value[0], out.y_bf16, at, row);
-      StoreTwo(out, y, value[1], out.y_bf16, at + kRows, row + kRows);
-    }
+    StoreTwo(out, y, value[0], pair || out.y_bf16, at, row);
+    if (!pair) StoreTwo(out, y, value[1], out.y_bf16, at + kRows, row + kRows);
   };
   if constexpr (!A::kCopiesX && !A::kSlim) {
     if (cluster > 1) {
       Meeting& meeting = *unit.meeting;
       SendSums(args, feed, acc, unit, in_block, meeting);
       if (of_side >= OwnColumns(tile.count, rank)) return;
+      const int column = kOwnColumns * rank + of_side;
+      const ColumnFactors factors[1] = {args.FactorsOf(unit, column)};
       Wait(SharedAddress(&meeting.received), 0);
-      float2 value[2];
-      AddReceived(args, feed, of_side, value);
-      store(value, kOwnColumns * rank + of_side);
+      float2 values[1][2];
+      AddReceived(args, feed, of_side, values[0]);
+      finish(values, factors);
+      store(values[0], column);
       return;
     }
   }
+  // A warp's columns. Of each a lane has the factors: reading them where they are used would be a
+  // wait for every column.
+  const bool shared_columns = A::kCopiesX && cluster > 1;
+  const int first = shared_columns ? kWarps * rank + of_side : of_side;
+  const int step = shared_columns ? kWarps * cluster : kWarps;
+  ColumnFactors mine;
+  if (first + lane * step < tile.count) mine = args.FactorsOf(unit, first + lane * step);
   SyncMultiplying<Layout>();  // the stages are drained
-  float* const sums = reinterpret_cast<float*>(feed.shared) + side * 2 * kN * kSumPitch;
+  float* const sums =
+      reinterpret_cast<float*>(feed.shared) + side * (A::kSlim ? 1 : 2) * kN * kSumPitch;
 #pragma unroll
   for (int block = 0; block < Layout::kBlocks; ++block) {
-    const int half = Layout::kBlocks > 1 ? block : warpgroup;
+    const int half = Layout::kBlocks > 1 ? block : A::kSlim ? 0 : warpgroup;
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) {
       const int column = i / 4 * 8 + 2 * c + i % 2;
       sums[(half * kN + column) * kSumPitch + in_block + i % 4 / 2 * 8] = acc[block][i];
     }
   }
-  constexpr int kOtherHalf = A::kSlim ? kRows : kN * kSumPitch;
+  constexpr int kOtherHalf = A::kSlim ? kSideRows : kN * kSumPitch;
+  // The lane's column of those that a warp takes at a time.
+  const auto column_at = [&](int i) { return first + (i * kColumns + lane_column) * step; };
+  const auto sums_at = [&](int i) {
+    return sums + min(column_at(i), tile.count - 1) * kSumPitch + lane_row;
+  };
   if (A::kCopiesX && cluster > 1) {
     SyncCluster();
 #pragma unroll 2
-    for (int column = kWarps * rank + of_side; column < tile.count; column += kWarps * cluster) {
-      float2 value[2];
-      const float* const from = sums + column * kSumPitch + 2 * lane;
+    for (int i = 0; first + i * kColumns * step < tile.count; ++i) {
+      float2 values[1][2];
+      const float* const from = sums_at(i);
       if (cluster == 8) {
-        AddUp<8>(value, from, kOtherHalf);
+        AddUp<8>(values[0], from, kOtherHalf);
       } else if (cluster == 4) {
-        AddUp<4>(value, from, kOtherHalf);
+        AddUp<4>(values[0], from, kOtherHalf);
       } else {
-        AddUp<2>(value, from, kOtherHalf);
+        AddUp<2>(values[0], from, kOtherHalf);
       }
-      store(value, column);
+      const ColumnFactors factors[1] = {mine.From(i * kColumns + lane_column)};
+      finish(values, factors);
+      if (column_at(i) < tile.count) store(values[0], column_at(i));
     }
     ArriveAtCluster();  // its shared memory is read until here
     WaitForCluster();
   } else {
     SyncMultiplying<Layout>();
-    if (A::kSlim && 2 * lane >= kRows) return;
-#pragma unroll 2
-    for (int column = of_side; column < tile.count; column += kWarps) {
-      const float* const from = sums + column * kSumPitch + 2 * lane;
-      float2 value[2] = {*reinterpret_cast<const float2*>(from),
-                         *reinterpret_cast<const float2*>(from + kOtherHalf)};
-      store(value, column);
+    constexpr int kTogether = kMany ? 2 : 1;                                // side by side
+    const bool words = kMany && (pair || out.y_bf16) && out.rows % 2 == 0;  // rows lie as pairs
+    for (int i = 0; first + i * kColumns * step < tile.count; i += kTogether) {
+      float2 values[kTogether][2];
+      ColumnFactors factors[kTogether];
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        const float* const from = sums_at(i + j);
+        values[j][0] = *reinterpret_cast<const float2*>(from);
+        values[j][1] = *reinterpret_cast<const float2*>(from + kOtherHalf);
+        factors[j] = mine.From((i + j) * kColumns + lane_column);
+      }
+      finish(values, factors);
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        const int column = column_at(i + j);
+        if (column >= tile.count) continue;
+        if (words) {
+          __nv_bfloat162* const to =
+              static_cast<__nv_bfloat162*>(y) + (lines.first + column * lines.step + row) / 2;
+          if (row < out.rows) *to = __float22bfloat162_rn(values[j][0]);
+          if (!pair && row + kRows < out.rows) {
+            to[kRows / 2] = __float22bfloat162_rn(values[j][1]);
+          }
+        } else {
+          store(values[j], column);
+        }
+      }
     }
   }
 }

@@ -39,6 +39,12 @@ __device__ __forceinline__ uint2 Magnitudes(int down) {
 }
 constexpr int kTables = 24;  // beyond, everything is zero
 
+__device__ __forceinline__ uint32_t HalvesOfE4m3(uint32_t bytes) {
+  uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(bytes)));
+  return halves;
+}
+
 // Eight E2M1 codes by table: codes 0..3 and 4..7.
 __device__ __forceinline__ void LookUp(uint32_t word, uint32_t low, uint32_t high, uint32_t& first,
                                        uint32_t& second) {
@@ -54,11 +60,21 @@ __device__ __forceinline__ void LookUp(uint32_t word, uint32_t low, uint32_t hig
 // log2 + 7 of two E4M3 bytes that are powers of two; of zero, so little that its table is all
 // zeros.
 __device__ __forceinline__ void ExponentsOfE4m3(uint32_t bytes, int& first, int& second) {
-  uint32_t halves;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(bytes)));
+  const uint32_t halves = HalvesOfE4m3(bytes);
   const int low = static_cast<int>(halves >> 10 & 31u), high = static_cast<int>(halves >> 26 & 31u);
   first = low == 0 ? -kTables : low - 8;
   second = high == 0 ? -kTables : high - 8;
+}
+
+// MXFP4's scale of a row's 32 inputs, and the largest of the four lanes that have its 128.
+__device__ __forceinline__ uint32_t ScaleByte(const char* scales, int row, int c, int block,
+                                              int stage) {
+  return *reinterpret_cast<const uint8_t*>(scales + row * kScaleBytes + (stage & 1) * 8 +
+                                           4 * block + c);
+}
+__device__ __forceinline__ uint32_t LargestOfRow(uint32_t byte) {
+  const uint32_t top = max(byte, __shfl_xor_sync(0xFFFFFFFFu, byte, 1));
+  return max(top, __shfl_xor_sync(0xFFFFFFFFu, top, 2));
 }
 
 template <WeightForm kForm>
@@ -88,10 +104,8 @@ __device__ __forceinline__ void LoadOperand(Fp8Operand<kForm>& out, const char* 
       }
       out.scale[r] = top < -2 ? 0.0f : __uint_as_float(static_cast<uint32_t>(127 - 13 + top) << 23);
     } else {
-      const uint32_t byte =
-          *reinterpret_cast<const uint8_t*>(scale + (stage & 1) * 8 + 4 * block + c);
-      uint32_t top = max(byte, __shfl_xor_sync(0xFFFFFFFFu, byte, 1));
-      top = max(top, __shfl_xor_sync(0xFFFFFFFFu, top, 2));
+      const uint32_t byte = ScaleByte(scales, at, c, block, stage);
+      const uint32_t top = LargestOfRow(byte);
       const uint2 table = tables[min(top - byte, static_cast<uint32_t>(kTables - 1))];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -105,7 +119,7 @@ __device__ __forceinline__ void LoadOperand(Fp8Operand<kForm>& out, const char* 
 // sum += part * row scale * column scale; all rows have one scale with kFp8. Returns the last
 // column scale that it read.
 template <WeightForm kForm, int kN>
-__device__ __forceinline__ float Promote(float (&sum)[kN / 2], const float (&part)[kN / 2],
+__device__ __forceinline__ float Promote(float* sum, const float (&part)[kN / 2],
                                          const Fp8Operand<kForm>& operand,
                                          const float* column_scale, int c) {
   float2 scale;
@@ -134,7 +148,7 @@ __device__ __forceinline__ void MultiplyInTurns(const A& args, Feed<kForm, true,
   using Layout = Stage<kForm, true, false, A>;
   constexpr int kBlocks = Layout::kBlocks, kProducts = kStageInputs<kForm> / 128 * kBlocks;
   static_assert(kProducts % 2 == 0);  // of a stage: so it is known whose turn one is
-  const int row = LaneRow(), c = threadIdx.x % 4;
+  const int row = LaneRow<Layout>(), c = threadIdx.x % 4;
   float sum[kBlocks][kN / 2] = {}, part[2][kN / 2];
   Fp8Operand<kForm> operand[2];
   const auto load = [&](const char* here, int i) {
@@ -187,6 +201,122 @@ __device__ __forceinline__ void MultiplyInTurns(const A& args, Feed<kForm, true,
   Finish<false, Layout, kN>(args, feed, sum, 1.0f, unit);
 }
 
+// Of many columns, for whose sums the scale of every row is a multiplication each: MXFP4 weights as
+// they are, with their scale, where E5M2 has them and E4M3 would have them exactly relative to any
+// other (from 2^-14 to 1). A product with other scales is as above: the bits are the same.
+constexpr uint32_t kLargestByte = 127, kExactTables = 15;
+
+// Magnitudes(down) 2^-6, which are E5M2, too: the upper half of FP16.
+__device__ __forceinline__ uint2 MagnitudesE5m2(int down) {
+  const uint2 e4m3 = Magnitudes(down);
+  const uint32_t word[2] = {e4m3.x, e4m3.y};
+  uint32_t e5m2[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    uint32_t pair[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const uint32_t halves = HalvesOfE4m3(word[i] >> 16 * j);
+      asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(pair[j]) : "r"(halves), "r"(0x24002400u));  // 2^-6
+    }
+    e5m2[i] = __byte_perm(pair[0], pair[1], 0x7531);
+  }
+  return make_uint2(e5m2[0], e5m2[1]);
+}
+
+// Whether all of the warp's are as they are; else out.scale is the rows'.
+__device__ __forceinline__ bool LoadAsTheyAre(Fp8Operand<WeightForm::kMxfp4>& out, const char* rows,
+                                              const char* scales, int row, int c, int block,
+                                              int stage, const uint2* tables) {
+  uint32_t byte[2], down[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    byte[r] = ScaleByte(scales, row + 8 * r, c, block, stage);
+    down[r] = kLargestByte - byte[r];
+  }
+  const bool as_they_are = __all_sync(0xFFFFFFFFu, max(down[0], down[1]) < kExactTables);
+  if (!as_they_are) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const uint32_t top = LargestOfRow(byte[r]);
+      down[r] = min(top - byte[r], static_cast<uint32_t>(kTables - 1));
+      out.scale[r] = DecodeUe8m0(top);
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const uint4 w = PieceOf(rows, row + 8 * r, block, c);
+    const uint32_t words[4] = {w.x, w.y, w.z, w.w};
+    const uint2 table = tables[down[r]];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) LookUp(words[i], table.x, table.y, out.a[i][r], out.a[i][2 + r]);
+  }
+  return as_they_are;
+}
+
+// Promote of rows whose scale is in the weights.
+template <int kN>
+__device__ __forceinline__ float PromoteColumns(float* sum, const float (&part)[kN / 2],
+                                                const float* column_scale, int c) {
+  float2 scale;
+#pragma unroll
+  for (int j = 0; j < kN / 8; ++j) {
+    scale = *reinterpret_cast<const float2*>(column_scale + 8 * j + 2 * c);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int i = 4 * j + 2 * r;
+      sum[i] = __fmaf_rn(part[i], scale.x, sum[i]);
+      sum[i + 1] = __fmaf_rn(part[i + 1], scale.y, sum[i + 1]);
+    }
+  }
+  return scale.y;
+}
+
+template <int kN, typename A>
+__device__ __forceinline__ void MultiplyAsTheyAre(const A& args,
+                                                  Feed<WeightForm::kMxfp4, true, true, A>& feed,
+                                                  const uint2* tables, const Unit& unit) {
+  constexpr WeightForm kForm = WeightForm::kMxfp4;
+  using Layout = Stage<kForm, true, true, A>;
+  static_assert(Layout::kBlocks == 1);
+  constexpr int kTurns = kN > 112 ? 2 : 1, kPartN = kN / kTurns;  // as registers allow
+  const int row = LaneRow<Layout>(), c = threadIdx.x % 4;
+  float sum[1][kN / 2] = {};
+  while (feed.stage < feed.stages) {
+    const char* const here = feed.Here();
+    const char* const x = here + Layout::kColumnsAt;
+    const uint64_t matrices = CoreMatrices(SharedAddress(x), kN * 16);
+    const float* const column_scales = reinterpret_cast<const float*>(x + kStageInputs<kForm> * kN);
+    float last = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kStageInputs<kForm> / 128; ++k) {
+      Fp8Operand<kForm> operand;
+      const bool as_they_are =
+          LoadAsTheyAre(operand, here, here + Layout::kScaleAt, row, c, k, feed.stage, tables);
+#pragma unroll
+      for (int turn = 0; turn < kTurns; ++turn) {
+        float part[kPartN / 2];
+        WgmmaFence();
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+          WgmmaE5m2<kPartN>::Run(part, operand.a[step],
+                                 Further(matrices, (4 * k + step) * 32 * kN + turn * kPartN * 16),
+                                 step > 0);
+        }
+        WgmmaCommit();
+        WgmmaWait<0>();
+        float* const to = sum[0] + turn * kPartN / 2;
+        const float* const scales = column_scales + k * kN + turn * kPartN;
+        last = as_they_are ? PromoteColumns<kPartN>(to, part, scales, c)
+                           : Promote<kForm, kPartN>(to, part, operand, scales, c);
+      }
+    }
+    feed.ReleaseBehind(last);
+    feed.Next();
+  }
+  Finish<false, Layout, kN>(args, feed, sum, 1.0f, unit);
+}
+
 // MMA blocks whose products are on their way together: both, while there are registers for them.
 template <int kN>
 constexpr int kAtOnce = kN <= 80 ? 2 : 1;
@@ -198,26 +328,12 @@ __device__ __forceinline__ void MultiplyAtOnce(const A& args, Feed<kForm, true, 
   constexpr int kProducts = kStageInputs<kForm> / 128, kBlocks = Layout::kBlocks;
   constexpr int kTogether = kAtOnce<kN> < kBlocks ? kAtOnce<kN> : kBlocks;
   static_assert(!A::kSlim || kForm != WeightForm::kFp8);
-  const int row = LaneRow(), c = threadIdx.x % 4;
+  const int row = LaneRow<Layout>(), c = threadIdx.x % 4;
   float sum[kBlocks][kN / 2] = {};
-  const uint8_t* scale_rows[kBlocks];
-  uint32_t scale_bytes[kBlocks] = {};
-  if constexpr (kForm == WeightForm::kFp8) {
-#pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      scale_rows[block] = Fp8ScaleRow<Layout>(args, unit, block);
-      scale_bytes[block] = __ldg(scale_rows[block] + min(feed.stage, feed.stages - 1));
-    }
-  }
+  Fp8ScaleBytes<kForm, Layout> scale_bytes(args, feed, unit);
   while (feed.stage < feed.stages) {
     float fp8_scale[kBlocks] = {};
-    if constexpr (kForm == WeightForm::kFp8) {
-#pragma unroll
-      for (int block = 0; block < kBlocks; ++block) {
-        fp8_scale[block] = DecodeUe8m0(scale_bytes[block]);
-        scale_bytes[block] = __ldg(scale_rows[block] + min(feed.stage + 1, feed.stages - 1));
-      }
-    }
+    scale_bytes.Take(feed, [&](int block, uint32_t byte) { fp8_scale[block] = DecodeUe8m0(byte); });
     const char* here = feed.Here();
     const char* const x = here + Layout::kColumnsAt;
     const uint32_t columns = SharedAddress(x);
@@ -273,7 +389,9 @@ __device__ __forceinline__ void MultiplyAtOnce(const A& args, Feed<kForm, true, 
 template <WeightForm kForm, bool kMany, int kN, typename A>
 __device__ __forceinline__ void MultiplyFp8(const A& args, Feed<kForm, true, kMany, A>& feed,
                                             const uint2* tables, const Unit& unit) {
-  if constexpr (kInTurns<kForm, kMany, kN>) {
+  if constexpr (kMany && A::kSlim) {
+    MultiplyAsTheyAre<kN>(args, feed, tables, unit);
+  } else if constexpr (kInTurns<kForm, kMany, kN>) {
     MultiplyInTurns<kForm, kN>(args, feed, tables, unit);
   } else {
     MultiplyAtOnce<kForm, kMany, kN>(args, feed, tables, unit);

@@ -104,10 +104,11 @@ __global__ void __launch_bounds__(32 * kWarps) AnyGemmKernel(const __grid_consta
     if (pair) Products<kForm>(args, 1, tile, weight_row, first, sums[1]);
     if (threadIdx.x % 32 != 0) continue;
     for (int i = first; i < first + kColumns && i < tile.count; ++i) {
-      float value = __fmul_rn(sums[0][i - first], scales.Of(args.out, 0, tile, i));
+      const ColumnFactors factors(args.out, tile, i);
+      float value = __fmul_rn(sums[0][i - first], __fmul_rn(scales.global[0], factors.scale));
       if (pair) {
-        const float up = __fmul_rn(sums[1][i - first], scales.Of(args.out, 1, tile, i));
-        value = Swiglu(value, up, args.out.limit, args.out.column_weight[tile.first + i]);
+        const float up = __fmul_rn(sums[1][i - first], __fmul_rn(scales.global[1], factors.scale));
+        value = Swiglu(value, up, args.out.limit, factors.weight);
       }
       StoreTwo(one, one.y, {value, value}, args.out.y_bf16, lines.first + i * lines.step + row,
                row);

@@ -2,7 +2,7 @@
 //
 // Weights are the rows of the MMA (M), tokens its columns (N), so that a few tokens waste nothing.
 // A warp keeps a ring of stages full: 128 bytes of every row by the tensor copy engine, scales, and
-// the tile's x, already laid out, or of few tokens as other warps lay it out. One or two warpgroups
+// the tile's x, already laid out, or of few tokens as other warps lay it out. One to three warpgroups
 // decode weights in registers, some while the tensor cores work on others; E4M3 ones times E4M3 are
 // read where they lie. Where weights have few rows, a cluster of thread blocks shares their inputs,
 // and adds its sums in the end. Sums are in order of the inputs whatever the tile's width, so that
@@ -24,18 +24,23 @@ namespace {
 
 using namespace tile;
 
-template <bool kMany>
-constexpr int kThreads = kMany ? 3 * 128 : 2 * 128 + 32;
+template <bool kMany, typename A>
+constexpr int kThreads = kMany ? (A::kWarpgroups + 1) * 128 : 2 * 128 + 32;
+// Of many, registers of a thread that multiplies and of those that hand theirs over.
+template <typename A>
+constexpr int kMultiplyingRegisters = A::kWarpgroups > 2 ? 160 : 232;
+template <typename A>
+constexpr int kCopyingRegisters = A::kWarpgroups > 2 ? 24 : 40;
 // Of an SM: as many as have registers.
 template <bool kFp8Mma, bool kMany>
 constexpr int kThreadBlocks = kMany     ? 1
                               : kFp8Mma ? 3
                                         : 2;
 
-template <WeightForm kForm, bool kFp8Mma, bool kMany, bool kSeveral>
-__global__ void __launch_bounds__(kThreads<kMany>, kThreadBlocks<kFp8Mma, kMany>)
-    TileGemmKernel(const __grid_constant__ Args<kSeveral> args) {
-  constexpr int kMultiplying = Stage<kForm, kFp8Mma, kMany, Args<kSeveral>>::kMultiplying;
+template <WeightForm kForm, bool kFp8Mma, bool kMany, typename A>
+__global__ void __launch_bounds__(kThreads<kMany, A>, kThreadBlocks<kFp8Mma, kMany>)
+    TileGemmKernel(const __grid_constant__ A args) {
+  constexpr int kMultiplying = Stage<kForm, kFp8Mma, kMany, A>::kMultiplying;
   extern __shared__ char raw[];
   __shared__ uint64_t barriers[2 * kMaxSlots];  // full, then empty
   __shared__ uint2 tables[kTables];
@@ -45,7 +50,9 @@ __global__ void __launch_bounds__(kThreads<kMany>, kThreadBlocks<kFp8Mma, kMany>
   if (args.tiles != nullptr && args.new_tiles) WaitForPrevious();
   if (!FindTile(args.OutputOf(unit), args.tiles, args.tile_count, unit.index, unit.tile)) return;
   char* const shared = raw + (1024 - (SharedAddress(raw) & 1023)) % 1024;  // the swizzle's pattern
-  if (kFp8Mma && threadIdx.x < kTables) tables[threadIdx.x] = Magnitudes(threadIdx.x);
+  if (kFp8Mma && threadIdx.x < kTables) {
+    tables[threadIdx.x] = kMany && A::kSlim ? MagnitudesE5m2(threadIdx.x) : Magnitudes(threadIdx.x);
+  }
   if (threadIdx.x == 0) {
     for (int i = 0; i < kMaxSlots; ++i) {
       InitBarrier(SharedAddress(barriers + i), 1);
@@ -55,15 +62,18 @@ __global__ void __launch_bounds__(kThreads<kMany>, kThreadBlocks<kFp8Mma, kMany>
   }
   __syncthreads();
 
-  Feed<kForm, kFp8Mma, kMany, Args<kSeveral>> feed(args, unit, shared, SharedAddress(barriers));
+  Feed<kForm, kFp8Mma, kMany, A> feed(args, unit, shared, SharedAddress(barriers));
   // Of many, the copying warp is one of a warpgroup that hands its registers to the others.
   if (threadIdx.x >= kMultiplying) {
-    if constexpr (kMany) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if constexpr (kMany) {
+      asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCopyingRegisters<A>));
+    }
     if (threadIdx.x == kMultiplying) feed.FillAll();
     return;
   }
-  if constexpr (kMany) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-  if constexpr (!kMany) {
+  if constexpr (kMany) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMultiplyingRegisters<A>));
+  } else {
     // Let the next begin only when the table of tiles is done: it may read it at once.
     WaitForPrevious();
   }
@@ -245,12 +255,12 @@ bool FillParts(Parts<kSeveral>& args, const TileGemm* gemms, int count, int rows
                                     gemm.groups * gemm.rows, gemm.inputs, rows);
 }
 
-template <WeightForm kForm, bool kFp8Mma, bool kMany, bool kSeveral>
+template <WeightForm kForm, bool kFp8Mma, bool kMany, typename A>
 cudaError_t Launch(const TileGemm* gemms, int count, cudaStream_t stream) {
-  using Layout = Stage<kForm, kFp8Mma, kMany, Args<kSeveral>>;
-  static_assert(sizeof(Args<kSeveral>) <= 4096);
+  using Layout = Stage<kForm, kFp8Mma, kMany, A>;
+  static_assert(sizeof(A) <= 4096);
   const TileGemm& gemm = gemms[0];
-  Args<kSeveral> args = {};
+  A args = {};
   int64_t blocks;
   if (!FillParts<kForm>(args, gemms, count, Layout::kRows, blocks)) return cudaErrorInvalidValue;
   args.x = gemm.x;
@@ -265,14 +275,13 @@ cudaError_t Launch(const TileGemm* gemms, int count, cudaStream_t stream) {
   const bool alone = kMany || grid_blocks <= MostAlone(cluster);
   args.slots = alone ? std::min(kMaxSlots, (kAllBytes - 1024) / stage)
                      : SlotsOf(stage, grid_blocks, cluster, kThreadBlocks<kFp8Mma, kMany>);
-  const int sums = (kMany ? 2 : 1) * 2 * gemm.width * kSumPitch * 4;
-  const int bytes = std::max(args.slots * stage, sums) + 1024;
-  const auto kernel = TileGemmKernel<kForm, kFp8Mma, kMany, kSeveral>;
+  const int bytes = std::max(args.slots * stage, Layout::SumBytes(gemm.width)) + 1024;
+  const auto kernel = TileGemmKernel<kForm, kFp8Mma, kMany, A>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(blocks * cluster), static_cast<unsigned>(gemm.max_tiles));
-  return LaunchDependent(kernel, grid, kThreads<kMany>, bytes, stream, args, cluster);
+  return LaunchDependent(kernel, grid, kThreads<kMany, A>, bytes, stream, args, cluster);
 }
 
 template <WeightForm kForm, bool kFp8Mma, Input kInput, typename A>
@@ -301,7 +310,7 @@ cudaError_t LaunchRawAs(const TileGemm* gemms, int count, cudaStream_t stream) {
                        ? (kAllBytes - 1024) / stage
                        : SlotsOf(stage, grid_blocks, cluster, kRawBlocks<A>);
   args.slots = static_cast<int>(std::min<int64_t>({most, kMaxSlots, stages}));
-  const int bytes = std::max(args.slots * stage, 2 * kRawWidth * kSumPitch * 4) + 1024;
+  const int bytes = std::max(args.slots * stage, Layout::SumBytes(kRawWidth)) + 1024;
   const auto kernel = RawGemmKernel<kForm, kFp8Mma, kInput, A>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
@@ -342,8 +351,10 @@ cudaError_t LaunchRaw(const TileGemm* gemms, int count, cudaStream_t stream) {
 
 template <WeightForm kForm, bool kFp8Mma, bool kSeveral>
 cudaError_t LaunchWidth(const TileGemm* gemms, int count, cudaStream_t stream) {
-  return gemms[0].width <= kFewWidth ? Launch<kForm, kFp8Mma, false, kSeveral>(gemms, count, stream)
-                                     : Launch<kForm, kFp8Mma, true, kSeveral>(gemms, count, stream);
+  using Many = std::conditional_t<kForm == WeightForm::kMxfp4 && kFp8Mma, ManyArgs, Args<kSeveral>>;
+  return gemms[0].width <= kFewWidth
+             ? Launch<kForm, kFp8Mma, false, Args<kSeveral>>(gemms, count, stream)
+             : Launch<kForm, kFp8Mma, true, Many>(gemms, count, stream);
 }
 
 // Experts are 4 bits and one product, linears of 4 bits never several with E4M3 on both sides.

@@ -66,11 +66,23 @@ struct Scales {
       }
     }
   }
+};
 
-  __device__ __forceinline__ float Of(const Output& out, int half, const Tile& tile,
-                                      int column) const {
-    if (out.column_scale == nullptr) return global[half];
-    return __fmul_rn(global[half], out.column_scale[tile.first + column]);
+// What a column of a tile is multiplied by: its scale, and behind a SwiGLU its weight.
+struct ColumnFactors {
+  float scale = 1.0f, weight = 1.0f;
+
+  ColumnFactors() = default;
+  __device__ __forceinline__ ColumnFactors(const Output& out, const Tile& tile, int column) {
+    if (out.column_scale != nullptr) scale = out.column_scale[tile.first + column];
+    if (out.store == Store::kSwiglu) weight = out.column_weight[tile.first + column];
+  }
+  // Those that a lane has.
+  __device__ __forceinline__ ColumnFactors From(int lane) const {
+    ColumnFactors factors;
+    factors.scale = __shfl_sync(0xFFFFFFFFu, scale, lane);
+    factors.weight = __shfl_sync(0xFFFFFFFFu, weight, lane);
+    return factors;
   }
 };
 
@@ -80,6 +92,13 @@ __device__ __forceinline__ float RoundBf16(float x) {
 
 __device__ __forceinline__ float Swiglu(float gate, float up, float limit, float weight) {
   return __fmul_rn(weight, ClampedSwiglu(RoundBf16(gate), RoundBf16(up), limit));
+}
+
+__device__ __forceinline__ float2 Swiglu(float2 gate, float2 up, float limit, float weight) {
+  const float2 g = __bfloat1622float2(__floats2bfloat162_rn(gate.x, gate.y));
+  const float2 u = __bfloat1622float2(__floats2bfloat162_rn(up.x, up.y));
+  return {__fmul_rn(weight, ClampedSwiglu(g.x, u.x, limit)),
+          __fmul_rn(weight, ClampedSwiglu(g.y, u.y, limit))};
 }
 
 // Two rows of a column from an even `row` on, as far as there are.

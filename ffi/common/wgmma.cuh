@@ -69,6 +69,9 @@ __device__ __forceinline__ uint64_t Further(uint64_t matrices, uint32_t bytes) {
 // columns. a comes in registers, or as b does.
 template <int kN, bool kFp8>
 struct Wgmma;
+// The same of a in E5M2 and b in E4M3.
+template <int kN>
+struct WgmmaE5m2;
 
 // Of `sums` = columns / 2 registers; then their number, and the five that follow it.
 #define DSV4_WGMMA(columns, sums, n1, n2, n3, n4, n5)                                           \
@@ -80,6 +83,10 @@ struct Wgmma;
   template <>                                                                                   \
   struct Wgmma<columns, true> {                                                                 \
     DSV4_WGMMA_RUN(sums, "m64n" #columns "k32.f32.e4m3.e4m3 ", "", "", n1, n2, n3, n4, n5)      \
+  };                                                                                            \
+  template <>                                                                                   \
+  struct WgmmaE5m2<columns> {                                                                   \
+    DSV4_WGMMA_RUN(sums, "m64n" #columns "k32.f32.e5m2.e4m3 ", "", "", n1, n2, n3, n4, n5)      \
   };
 #define DSV4_WGMMA_RUN(sums, shape, in_registers, in_memory, n1, n2, n3, n4, n5)                   \
   __device__ __forceinline__ static void Run(float (&d)[sums], const uint32_t (&a)[4], uint64_t b, \
