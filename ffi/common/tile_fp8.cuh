@@ -1,7 +1,8 @@
 // Products with E4M3 on both sides: per 128 inputs one of its own, whose scales (the weights', a
 // column's) go in when it is added in FP32, since the tensor cores keep 14 bits of an E4M3 sum.
 // 4-bit weights become E4M3 with their scale (NVFP4's: powers of two) relative to the largest of
-// the row's 128 inputs: exactly, as long as it is within 2^-14 of it; below, rounded.
+// the row's 128 inputs: exactly, as long as it is within 2^-14 of it; below, rounded. MXFP4 ones of
+// many columns: E5M2, of the same values.
 #pragma once
 
 #include "common/tile_feed.cuh"
@@ -116,9 +117,9 @@ __device__ __forceinline__ void LoadOperand(Fp8Operand<kForm>& out, const char* 
   }
 }
 
-// sum += part * row scale * column scale; all rows have one scale with kFp8. Returns the last
-// column scale that it read.
-template <WeightForm kForm, int kN>
+// sum += part * row scale (if kOfRow) * column scale; all rows have one scale with kFp8. Returns
+// the last column scale that it read.
+template <WeightForm kForm, int kN, bool kOfRow = true>
 __device__ __forceinline__ float Promote(float* sum, const float (&part)[kN / 2],
                                          const Fp8Operand<kForm>& operand,
                                          const float* column_scale, int c) {
@@ -130,8 +131,8 @@ __device__ __forceinline__ float Promote(float* sum, const float (&part)[kN / 2]
     for (int r = 0; r < 2; ++r) {
       const float row = operand.scale[kForm == WeightForm::kFp8 ? 0 : r];
       const int i = 4 * j + 2 * r;
-      sum[i] = __fmaf_rn(part[i], __fmul_rn(scale.x, row), sum[i]);
-      sum[i + 1] = __fmaf_rn(part[i + 1], __fmul_rn(scale.y, row), sum[i + 1]);
+      sum[i] = __fmaf_rn(part[i], kOfRow ? __fmul_rn(scale.x, row) : scale.x, sum[i]);
+      sum[i + 1] = __fmaf_rn(part[i + 1], kOfRow ? __fmul_rn(scale.y, row) : scale.y, sum[i + 1]);
     }
   }
   return scale.y;
@@ -201,9 +202,10 @@ __device__ __forceinline__ void MultiplyInTurns(const A& args, Feed<kForm, true,
   Finish<false, Layout, kN>(args, feed, sum, 1.0f, unit);
 }
 
-// Of many columns, for whose sums the scale of every row is a multiplication each: MXFP4 weights as
-// they are, with their scale, where E5M2 has them and E4M3 would have them exactly relative to any
-// other (from 2^-14 to 1). A product with other scales is as above: the bits are the same.
+// Of many columns, a row's scale would be one more multiplication for each element of a sum. MXFP4
+// weights are E5M2 instead, with their scale in them, where all scales that a warp has of 128
+// inputs are from 2^-14 to 1: E4M3 relative to the largest of them is exact then, too, so that the
+// bits are those of few columns. A product with other scales is as above.
 constexpr uint32_t kLargestByte = 127, kExactTables = 15;
 
 // Magnitudes(down) 2^-6, which are E5M2, too: the upper half of FP16.
@@ -254,24 +256,6 @@ __device__ __forceinline__ bool LoadAsTheyAre(Fp8Operand<WeightForm::kMxfp4>& ou
   return as_they_are;
 }
 
-// Promote of rows whose scale is in the weights.
-template <int kN>
-__device__ __forceinline__ float PromoteColumns(float* sum, const float (&part)[kN / 2],
-                                                const float* column_scale, int c) {
-  float2 scale;
-#pragma unroll
-  for (int j = 0; j < kN / 8; ++j) {
-    scale = *reinterpret_cast<const float2*>(column_scale + 8 * j + 2 * c);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int i = 4 * j + 2 * r;
-      sum[i] = __fmaf_rn(part[i], scale.x, sum[i]);
-      sum[i + 1] = __fmaf_rn(part[i + 1], scale.y, sum[i + 1]);
-    }
-  }
-  return scale.y;
-}
-
 template <int kN, typename A>
 __device__ __forceinline__ void MultiplyAsTheyAre(const A& args,
                                                   Feed<WeightForm::kMxfp4, true, true, A>& feed,
@@ -307,7 +291,7 @@ __device__ __forceinline__ void MultiplyAsTheyAre(const A& args,
         WgmmaWait<0>();
         float* const to = sum[0] + turn * kPartN / 2;
         const float* const scales = column_scales + k * kN + turn * kPartN;
-        last = as_they_are ? PromoteColumns<kPartN>(to, part, scales, c)
+        last = as_they_are ? Promote<kForm, kPartN, false>(to, part, operand, scales, c)
                            : Promote<kForm, kPartN>(to, part, operand, scales, c);
       }
     }

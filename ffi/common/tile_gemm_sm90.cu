@@ -2,11 +2,11 @@
 //
 // Weights are the rows of the MMA (M), tokens its columns (N), so that a few tokens waste nothing.
 // A warp keeps a ring of stages full: 128 bytes of every row by the tensor copy engine, scales, and
-// the tile's x, already laid out, or of few tokens as other warps lay it out. One to three warpgroups
-// decode weights in registers, some while the tensor cores work on others; E4M3 ones times E4M3 are
-// read where they lie. Where weights have few rows, a cluster of thread blocks shares their inputs,
-// and adds its sums in the end. Sums are in order of the inputs whatever the tile's width, so that
-// a column is the same bits in any tile.
+// the tile's x, already laid out, or of few tokens as other warps lay it out. One to three
+// warpgroups decode weights in registers, some while the tensor cores work on others; E4M3 ones
+// times E4M3 are read where they lie. Where weights have few rows, a cluster of thread blocks
+// shares their inputs, and adds its sums in the end. Sums are in order of the inputs whatever the
+// tile's width, so that a column is the same bits in any tile.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
