@@ -689,6 +689,7 @@ cudaError_t MoeCuda(const MoeParams& params, cudaStream_t stream) {
       one->tiles = nullptr;
       one->picks = args.picks;
       one->act = params.act;
+      one->column_scale = nullptr;  // nothing fills it: the kernel has its own
       one->column_weight = params.expert_weight;
     }
     gemm.act_scale = params.up_act_scale;
