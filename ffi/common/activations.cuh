@@ -181,10 +181,7 @@ __device__ __forceinline__ void DecodeFp8(const Fp8Chunk& chunk, float (&v)[kChu
 #pragma unroll
   for (int i = 0; i < kChunk; i += 2) {
     const uint32_t word = i < 4 ? chunk.codes.x : chunk.codes.y;
-    uint32_t halves;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;"
-        : "=r"(halves)
-        : "h"(static_cast<uint16_t>(i % 4 == 0 ? word : word >> 16)));
+    const uint32_t halves = HalvesOfE4m3(i % 4 == 0 ? word : word >> 16);
     const float2 pair = __half22float2(reinterpret_cast<const __half2&>(halves));
     v[i] = __fmul_rn(pair.x, chunk.scale);
     v[i + 1] = __fmul_rn(pair.y, chunk.scale);

@@ -1,5 +1,5 @@
-// exp and log1p in FP32 from sums, products and quotients alone, so that CPU and GPU agree on
-// every bit where nothing is contracted.
+// exp, sigmoid and log1p in FP32 from sums, products and quotients alone, so that CPU and GPU agree
+// on every bit where nothing is contracted.
 #pragma once
 
 #include <cstdint>

@@ -42,8 +42,8 @@ struct Stage {
   static constexpr int kWarpgroups = A::kWarpgroups;
   static constexpr int kMultiplying = 128 * kWarpgroups;                   // threads
   static constexpr int kBlocks = kSlim ? 1 : kMany ? 2 : 2 / kWarpgroups;  // of a warpgroup
-  static constexpr int kHalfBlocks = kSlim ? kWarpgroups : kMany ? 4 : 2;
-  static constexpr int kRows = kHalfBlocks * kBlockRows / 2;  // of a half
+  // Rows of a half of the tile: half of an MMA block a warpgroup, two blocks, or one.
+  static constexpr int kRows = (kSlim ? kWarpgroups : kMany ? 4 : 2) * (kBlockRows / 2);
   static constexpr int kScaleAt = 2 * kRows * kRowBytes;
   static constexpr int kColumnsAt = kScaleAt + (kFourBits<kForm> ? 2 * kRows * kScaleBytes : 0);
   // x of a stage; E4M3 comes with a scale per column and 128 inputs.

@@ -40,12 +40,6 @@ __device__ __forceinline__ uint2 Magnitudes(int down) {
 }
 constexpr int kTables = 24;  // beyond, everything is zero
 
-__device__ __forceinline__ uint32_t HalvesOfE4m3(uint32_t bytes) {
-  uint32_t halves;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(bytes)));
-  return halves;
-}
-
 // Eight E2M1 codes by table: codes 0..3 and 4..7.
 __device__ __forceinline__ void LookUp(uint32_t word, uint32_t low, uint32_t high, uint32_t& first,
                                        uint32_t& second) {
@@ -78,6 +72,22 @@ __device__ __forceinline__ uint32_t LargestOfRow(uint32_t byte) {
   return max(top, __shfl_xor_sync(0xFFFFFFFFu, top, 2));
 }
 
+// Which table a scale takes relative to that.
+__device__ __forceinline__ uint32_t TableBelow(uint32_t top, uint32_t byte) {
+  return min(top - byte, static_cast<uint32_t>(kTables - 1));
+}
+
+// Words `first` to `last` of row g (+ 8 if `r`) by a table.
+template <WeightForm kForm>
+__device__ __forceinline__ void LookUpWords(Fp8Operand<kForm>& out, int r, uint4 w, int first,
+                                            int last, uint2 table) {
+  const uint32_t words[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+  for (int i = first; i <= last; ++i) {
+    LookUp(words[i], table.x, table.y, out.a[i][r], out.a[i][2 + r]);
+  }
+}
+
 template <WeightForm kForm>
 __device__ __forceinline__ void LoadOperand(Fp8Operand<kForm>& out, const char* rows,
                                             const char* scales, int row, int c, int block,
@@ -86,7 +96,6 @@ __device__ __forceinline__ void LoadOperand(Fp8Operand<kForm>& out, const char* 
   for (int r = 0; r < 2; ++r) {
     const int at = row + 8 * r;
     const uint4 w = PieceOf(rows, at, block, c);
-    const uint32_t words[4] = {w.x, w.y, w.z, w.w};
     const char* scale = scales + at * kScaleBytes;
     if constexpr (kForm == WeightForm::kNvfp4) {  // two scales, each a power of two
       const uint32_t bytes = *reinterpret_cast<const uint16_t*>(scale + 8 * block + 2 * c);
@@ -98,20 +107,13 @@ __device__ __forceinline__ void LoadOperand(Fp8Operand<kForm>& out, const char* 
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint2 table = tables[min(top - exponents[half], kTables - 1)];
-#pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          LookUp(words[i], table.x, table.y, out.a[i][r], out.a[i][2 + r]);
-        }
+        LookUpWords(out, r, w, 2 * half, 2 * half + 1, table);
       }
       out.scale[r] = top < -2 ? 0.0f : __uint_as_float(static_cast<uint32_t>(127 - 13 + top) << 23);
     } else {
       const uint32_t byte = ScaleByte(scales, at, c, block, stage);
       const uint32_t top = LargestOfRow(byte);
-      const uint2 table = tables[min(top - byte, static_cast<uint32_t>(kTables - 1))];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        LookUp(words[i], table.x, table.y, out.a[i][r], out.a[i][2 + r]);
-      }
+      LookUpWords(out, r, w, 0, 3, tables[TableBelow(top, byte)]);
       out.scale[r] = __fmul_rn(DecodeUe8m0(top), 0x1p-6f);
     }
   }
@@ -241,17 +243,14 @@ __device__ __forceinline__ bool LoadAsTheyAre(Fp8Operand<WeightForm::kMxfp4>& ou
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const uint32_t top = LargestOfRow(byte[r]);
-      down[r] = min(top - byte[r], static_cast<uint32_t>(kTables - 1));
+      down[r] = TableBelow(top, byte[r]);
       out.scale[r] = DecodeUe8m0(top);
     }
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const uint4 w = PieceOf(rows, row + 8 * r, block, c);
-    const uint32_t words[4] = {w.x, w.y, w.z, w.w};
-    const uint2 table = tables[down[r]];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) LookUp(words[i], table.x, table.y, out.a[i][r], out.a[i][2 + r]);
+    LookUpWords(out, r, w, 0, 3, tables[down[r]]);
   }
   return as_they_are;
 }

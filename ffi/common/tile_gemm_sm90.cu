@@ -1,4 +1,4 @@
-// A thread block multiplies 128 (or 256) rows of weights by one tile of columns.
+// A thread block multiplies 64 to 256 rows of weights by one tile of columns.
 //
 // Weights are the rows of the MMA (M), tokens its columns (N), so that a few tokens waste nothing.
 // A warp keeps a ring of stages full: 128 bytes of every row by the tensor copy engine, scales, and

@@ -52,11 +52,16 @@ __device__ __forceinline__ uint32_t Ue8m0Rest(uint32_t byte) {  // 2^(byte - 128
   return byte > 128 ? (byte - 1) << 7 : 0x3F80u;
 }
 
+// Two E4M3 codes as FP16.
+__device__ __forceinline__ uint32_t HalvesOfE4m3(uint32_t bytes) {
+  uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(bytes)));
+  return halves;
+}
+
 // s * 2^117 as a BF16 pair of an E4M3 byte; NaN stays NaN.
 __device__ __forceinline__ uint32_t E4m3Factor(uint32_t byte) {
-  uint32_t halves;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(byte)));
-  const float scale = __half2float(__ushort_as_half(static_cast<uint16_t>(halves)));
+  const float scale = __half2float(__ushort_as_half(static_cast<uint16_t>(HalvesOfE4m3(byte))));
   return __byte_perm(__float_as_uint(__fmul_rn(scale, 0x1p117f)), 0, 0x3232);
 }
 
