@@ -22,6 +22,7 @@ from jax.extend import core
 
 from dsv4_jax import library
 from dsv4_jax.ops.moe import late_operands
+from dsv4_jax.quant.bits import stored_bytes
 
 __all__ = ["fused"]
 
@@ -30,6 +31,8 @@ _VIEWS: Final = frozenset({"reshape", "squeeze"})
 # An estimate is enough to tell which of two chains of calls is the longer one.
 _CALL_US: Final = 5.0
 _BYTES_A_US: Final = 3e6
+_OTHER_LANE_US: Final = 2.0
+"""A call begins later behind one of the other lane: it cannot begin before that one has ended."""
 _MOST_BYTES: Final = 64 << 20
 """Of a call that counts: experts are not read whole."""
 
@@ -184,8 +187,7 @@ class _Collector:
             if buffer in self._writer:
                 (call.late if n in late else call.waits).add(self._writer[buffer])
             else:
-                size = int(np.prod(view.shape, dtype=np.int64)) * np.dtype(view.dtype).itemsize
-                call.us += min(size, _MOST_BYTES) / _BYTES_A_US
+                call.us += min(stored_bytes(view.shape, view.dtype), _MOST_BYTES) / _BYTES_A_US
             if n in in_place:
                 call.waits |= self._readers.get(buffer, set())
             self._readers.setdefault(buffer, set()).add(this)
@@ -316,11 +318,14 @@ def _late(eqn: core.JaxprEqn) -> frozenset[int]:
 
 
 def _assign_lanes(calls: Sequence[_Call]) -> None:
-    """Each call where it begins first; the first lane in doubt."""
+    """Each call where it begins first, behind a call that it waits for; the first lane in doubt."""
     free, end = [0.0, 0.0], list[float]()
     for call in calls:
-        ready = max((end[i] for i in call.waits), default=0.0)
-        begins = [max(ready, at) for at in free]
+        begins = list(free)
+        for lane in (0, 1):
+            for i in call.waits:
+                away = calls[i].lane != lane
+                begins[lane] = max(begins[lane], end[i] + (_OTHER_LANE_US if away else 0.0))
         call.lane = 1 if begins[1] < begins[0] else 0
         end.append(begins[call.lane] + call.us)
         free[call.lane] = end[-1]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from dsv4_jax.config import LayerKind, ModelConfig
 from dsv4_jax.precision import ACT_SCALES, LINEAR_FORMATS, Precision, weight_format
+from dsv4_jax.quant.bits import stored_bytes
 from dsv4_jax.typing import E2M1, E4M3, UE8M0
 
 __all__ = [
@@ -310,10 +311,7 @@ def expected_tree(
 
 def tree_bytes(tree: Mapping[str, Any]) -> int:
     """Bytes that the tree occupies on a device; a ``float4_e2m1fn`` counts one half."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        total += leaf.size // 2 if leaf.dtype == E2M1 else leaf.size * leaf.dtype.itemsize
-    return total
+    return sum(stored_bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree))
 
 
 _TOP: Final = {

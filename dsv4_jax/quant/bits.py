@@ -4,7 +4,10 @@ XLA's own casts to FP8 and FP4 do not saturate alike and its FP4 casts are slow 
 4-bit value goes through integers here; packing is two codes a byte, element 0 in the low nibble.
 """
 
+import math
+
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
@@ -32,6 +35,7 @@ __all__ = [
     "pack_e2m1",
     "pow2_ceil_exponent",
     "round_bf16",
+    "stored_bytes",
     "ue8m0_from_exponent",
 ]
 
@@ -160,6 +164,12 @@ def decode_e2m1_bytes(packed: Array) -> Float32[Array, "*shape"]:
     doubled = jnp.where(exponent == 0, magnitude, (2 + (magnitude & 1)) << (exponent - 1))
     value = doubled.astype(jnp.float32) * 0.5
     return jnp.where(code >= 8, -value, value)
+
+
+def stored_bytes(shape: tuple[int, ...], dtype: DTypeLike) -> int:
+    """Bytes of an array on a device: two E2M1 codes take one, whatever ``nbytes`` says."""
+    size = math.prod(shape)
+    return size // 2 if dtype == E2M1 else size * np.dtype(dtype).itemsize
 
 
 def byte_view(x: Array) -> Array:
