@@ -53,12 +53,29 @@ DSV4_HOST_DEVICE inline float RoundedReciprocal(float x) {
 #endif
 }
 
-// 1 / (1 + e^-x); 0 where it is no normal number. -Inf gives 0, NaN stays.
-DSV4_HOST_DEVICE inline float Sigmoid(float x) {
-  const float inverse = 1.0f + Exp(-x);
-  const float sigmoid = RoundedReciprocal(inverse);
-  return inverse <= 0x1p126f ? sigmoid : inverse != inverse ? inverse : 0.0f;
+// x, or the bound that it is beyond; some number for NaN.
+DSV4_HOST_DEVICE inline float Bounded(float x, float low, float high) {
+#ifdef __CUDA_ARCH__
+  return fmaxf(fminf(x, high), low);
+#else
+  return x > low ? x < high ? x : high : low;
+#endif
 }
+
+// 1 / (1 + e^-x); 0 where it is no normal number. -Inf gives 0, NaN some number. Exp in as few
+// instructions as its bits take where the result depends on it.
+DSV4_HOST_DEVICE inline float SigmoidOfNumber(float x) {
+  const float minus = Bounded(-x, -87.0f, 88.0f);
+  const float shifted = minus * kLog2E + kExpRound;
+  const float n = shifted - kExpRound;
+  const float r = (minus - n * kLn2High) - n * kLn2Low;
+  const float inverse = 1.0f + FloatFromBits(FloatBits(ExpOfRest(r)) + (FloatBits(shifted) << 23));
+  const float sigmoid = RoundedReciprocal(inverse);
+  return inverse <= 0x1p126f ? sigmoid : 0.0f;
+}
+
+// NaN stays NaN.
+DSV4_HOST_DEVICE inline float Sigmoid(float x) { return x != x ? x : SigmoidOfNumber(x); }
 
 // log(1 + x) for 0 <= x <= 1, within 2 ulp: twice the inverse tanh of x / (2 + x).
 DSV4_HOST_DEVICE inline float Log1pUnit(float x) {

@@ -10,7 +10,7 @@ namespace dsv4 {
 DSV4_HOST_DEVICE inline float ClampedSwiglu(float gate, float up, float limit) {
   const float g = gate > limit ? limit : gate;
   const float u = up > limit ? limit : up < -limit ? -limit : up;
-  return g * Sigmoid(g) * u;
+  return g * SigmoidOfNumber(g) * u;
 }
 
 }  // namespace dsv4

@@ -288,6 +288,10 @@ TEST(SwigluAgainstDouble) {
   EXPECT_EQ(std::isnan(ClampedSwiglu(kNan, 1, 10)), true);
   EXPECT_EQ(std::isnan(ClampedSwiglu(1, kNan, 10)), true);
   EXPECT_EQ(ClampedSwiglu(-200, 1, 10), 0.0f);
+  // A sigmoid that is no normal number is 0.
+  EXPECT_EQ(ClampedSwiglu(-87.5f, 1, 10), 0.0f);
+  EXPECT_EQ(ClampedSwiglu(-87.25f, 1, 10) < 0.0f, true);
+  EXPECT_EQ(std::isnan(ClampedSwiglu(-kInf, 1, 10)), true);
 }
 
 TEST(AnyFormat) {
