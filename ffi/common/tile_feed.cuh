@@ -33,9 +33,8 @@ constexpr int kStageInputs = 2 * Weights<kForm>::kPieceInputs;
 // half is an MMA block of 64 rows; one warpgroup has both, or two have one each. Of many (kMany) a
 // half is twice as long, and two warpgroups have a block of each half. One more warp fills the
 // stages. In a slim tile a warpgroup's one MMA block has rows of both halves: few rows, where
-// thread blocks are so few that some SMs would have twice as many as others; of many columns those
-// of three warpgroups, where decoding takes more than two warps of a scheduler can hide from each
-// other.
+// thread blocks are so few that some SMs would have twice as many as others; of many columns see
+// tile_many.cuh.
 template <WeightForm kForm, bool kFp8Mma, bool kMany, typename A>
 struct Stage {
   static constexpr bool kIsMany = kMany, kSlim = A::kSlim;
@@ -137,10 +136,13 @@ struct Args : Parts<kSeveral> {
   }
 };
 
-// Of many columns and weights that are decoded: three warpgroups' worth of slim tiles.
+// Of many columns and weights that are decoded (tile_many.cuh): three warpgroups' worth of slim
+// tiles, which a thread block takes one after another.
 struct ManyArgs : Args<false> {
   static constexpr bool kSlim = true;
   static constexpr int kWarpgroups = 3;
+
+  unsigned row_blocks, max_tiles;
 };
 
 // Of a kernel that lays out x itself (tile_raw.cuh): of few tokens.
@@ -270,13 +272,19 @@ struct Feed {
     for (int i = 0; i < args.slots && first + i < stages; ++i) {
       Copy(first + i, i, Filling::kColumns);
     }
+    FillRest(args.slots);
+  }
+  // Those behind some that are on their way.
+  __device__ __forceinline__ void FillRest(int filled) {
     for (; stage < stages; Next()) {
-      if (stage < first + args.slots) continue;
+      if (stage < first + filled) continue;
       AwaitEmpty();
 #pragma unroll
       for (int what = 0; what < 4; ++what) Copy(stage, slot, static_cast<Filling>(what));
     }
   }
+  // Of the next tile.
+  __device__ __forceinline__ void Restart() { stage = first; }
   // All of the weights alone, a stage when one that was on its way before it has landed.
   __device__ __forceinline__ void FillWeights() {
     Feed older = *this;
@@ -329,7 +337,7 @@ template <typename Layout>
 __device__ __forceinline__ int LaneRow() {
   const int warp = threadIdx.x / 32, row = RowOf(threadIdx.x % 32 / 4);
   if constexpr (!Layout::kSlim) return 16 * warp + row;
-  return warp % 4 / 2 * Layout::kRows + warp / 4 * (kBlockRows / 2) + warp % 2 * 16 + row;
+  return warp / 2 * Layout::kRows + warp % 2 * 16 + row;
 }
 
 __device__ __forceinline__ const uint4& PieceOf(const char* rows, int row, int piece, int c) {
@@ -548,7 +556,8 @@ __device__ __forceinline__ void Finish(const A& args, const F& feed,
     if (!pair) return;
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
-      values[i][0] = Swiglu(values[i][0], values[i][1], out.limit, factors[i].weight);
+      const float weight = factors[i].weight;
+      values[i][0] = Swiglu(values[i][0], values[i][1], out.limit, make_float2(weight, weight));
     }
   };
   const auto store = [&](const float2(&value)[2], int column) {

@@ -204,102 +204,6 @@ __device__ __forceinline__ void MultiplyInTurns(const A& args, Feed<kForm, true,
   Finish<false, Layout, kN>(args, feed, sum, 1.0f, unit);
 }
 
-// Of many columns, a row's scale would be one more multiplication for each element of a sum. MXFP4
-// weights are E5M2 instead, with their scale in them, where all scales that a warp has of 128
-// inputs are from 2^-14 to 1: E4M3 relative to the largest of them is exact then, too, so that the
-// bits are those of few columns. A product with other scales is as above.
-constexpr uint32_t kLargestByte = 127, kExactTables = 15;
-
-// Magnitudes(down) 2^-6, which are E5M2, too: the upper half of FP16.
-__device__ __forceinline__ uint2 MagnitudesE5m2(int down) {
-  const uint2 e4m3 = Magnitudes(down);
-  const uint32_t word[2] = {e4m3.x, e4m3.y};
-  uint32_t e5m2[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    uint32_t pair[2];
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const uint32_t halves = HalvesOfE4m3(word[i] >> 16 * j);
-      asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(pair[j]) : "r"(halves), "r"(0x24002400u));  // 2^-6
-    }
-    e5m2[i] = __byte_perm(pair[0], pair[1], 0x7531);
-  }
-  return make_uint2(e5m2[0], e5m2[1]);
-}
-
-// Whether all of the warp's are as they are; else out.scale is the rows'.
-__device__ __forceinline__ bool LoadAsTheyAre(Fp8Operand<WeightForm::kMxfp4>& out, const char* rows,
-                                              const char* scales, int row, int c, int block,
-                                              int stage, const uint2* tables) {
-  uint32_t byte[2], down[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    byte[r] = ScaleByte(scales, row + 8 * r, c, block, stage);
-    down[r] = kLargestByte - byte[r];
-  }
-  const bool as_they_are = __all_sync(0xFFFFFFFFu, max(down[0], down[1]) < kExactTables);
-  if (!as_they_are) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const uint32_t top = LargestOfRow(byte[r]);
-      down[r] = TableBelow(top, byte[r]);
-      out.scale[r] = DecodeUe8m0(top);
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const uint4 w = PieceOf(rows, row + 8 * r, block, c);
-    LookUpWords(out, r, w, 0, 3, tables[down[r]]);
-  }
-  return as_they_are;
-}
-
-template <int kN, typename A>
-__device__ __forceinline__ void MultiplyAsTheyAre(const A& args,
-                                                  Feed<WeightForm::kMxfp4, true, true, A>& feed,
-                                                  const uint2* tables, const Unit& unit) {
-  constexpr WeightForm kForm = WeightForm::kMxfp4;
-  using Layout = Stage<kForm, true, true, A>;
-  static_assert(Layout::kBlocks == 1);
-  constexpr int kTurns = kN > 112 ? 2 : 1, kPartN = kN / kTurns;  // as registers allow
-  const int row = LaneRow<Layout>(), c = threadIdx.x % 4;
-  float sum[1][kN / 2] = {};
-  while (feed.stage < feed.stages) {
-    const char* const here = feed.Here();
-    const char* const x = here + Layout::kColumnsAt;
-    const uint64_t matrices = CoreMatrices(SharedAddress(x), kN * 16);
-    const float* const column_scales = reinterpret_cast<const float*>(x + kStageInputs<kForm> * kN);
-    float last = 0.0f;
-#pragma unroll
-    for (int k = 0; k < kStageInputs<kForm> / 128; ++k) {
-      Fp8Operand<kForm> operand;
-      const bool as_they_are =
-          LoadAsTheyAre(operand, here, here + Layout::kScaleAt, row, c, k, feed.stage, tables);
-#pragma unroll
-      for (int turn = 0; turn < kTurns; ++turn) {
-        float part[kPartN / 2];
-        WgmmaFence();
-#pragma unroll
-        for (int step = 0; step < 4; ++step) {
-          WgmmaE5m2<kPartN>::Run(part, operand.a[step],
-                                 Further(matrices, (4 * k + step) * 32 * kN + turn * kPartN * 16),
-                                 step > 0);
-        }
-        WgmmaCommit();
-        WgmmaWait<0>();
-        float* const to = sum[0] + turn * kPartN / 2;
-        const float* const scales = column_scales + k * kN + turn * kPartN;
-        last = as_they_are ? Promote<kForm, kPartN, false>(to, part, operand, scales, c)
-                           : Promote<kForm, kPartN>(to, part, operand, scales, c);
-      }
-    }
-    feed.ReleaseBehind(last);
-    feed.Next();
-  }
-  Finish<false, Layout, kN>(args, feed, sum, 1.0f, unit);
-}
-
 // MMA blocks whose products are on their way together: both, while there are registers for them.
 template <int kN>
 constexpr int kAtOnce = kN <= 80 ? 2 : 1;
@@ -372,9 +276,7 @@ __device__ __forceinline__ void MultiplyAtOnce(const A& args, Feed<kForm, true, 
 template <WeightForm kForm, bool kMany, int kN, typename A>
 __device__ __forceinline__ void MultiplyFp8(const A& args, Feed<kForm, true, kMany, A>& feed,
                                             const uint2* tables, const Unit& unit) {
-  if constexpr (kMany && A::kSlim) {
-    MultiplyAsTheyAre<kN>(args, feed, tables, unit);
-  } else if constexpr (kInTurns<kForm, kMany, kN>) {
+  if constexpr (kInTurns<kForm, kMany, kN>) {
     MultiplyInTurns<kForm, kN>(args, feed, tables, unit);
   } else {
     MultiplyAtOnce<kForm, kMany, kN>(args, feed, tables, unit);

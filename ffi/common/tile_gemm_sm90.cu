@@ -17,6 +17,7 @@
 #include "common/tile_bf16.cuh"
 #include "common/tile_fp8.cuh"
 #include "common/tile_gemm.h"
+#include "common/tile_many.cuh"
 #include "common/tile_raw.cuh"
 
 namespace dsv4 {
@@ -24,21 +25,32 @@ namespace {
 
 using namespace tile;
 
-template <bool kMany, typename A>
-constexpr int kThreads = kMany ? (A::kWarpgroups + 1) * 128 : 2 * 128 + 32;
-// Of many, registers of a thread that multiplies and of those that hand theirs over.
-template <typename A>
-constexpr int kMultiplyingRegisters = A::kWarpgroups > 2 ? 160 : 232;
-template <typename A>
-constexpr int kCopyingRegisters = A::kWarpgroups > 2 ? 24 : 40;
+template <bool kMany>
+constexpr int kThreads = kMany ? 3 * 128 : 2 * 128 + 32;
 // Of an SM: as many as have registers.
 template <bool kFp8Mma, bool kMany>
 constexpr int kThreadBlocks = kMany     ? 1
                               : kFp8Mma ? 3
                                         : 2;
 
+// Calls multiply(columns) of a tile of many.
+template <typename F>
+__device__ __forceinline__ void WithColumns(int width, const F& multiply) {
+  if (width <= 64) {
+    multiply(std::integral_constant<int, 64>());
+  } else if (width <= 80) {
+    multiply(std::integral_constant<int, 80>());
+  } else if (width <= 96) {
+    multiply(std::integral_constant<int, 96>());
+  } else if (width <= 112) {
+    multiply(std::integral_constant<int, 112>());
+  } else {
+    multiply(std::integral_constant<int, 128>());
+  }
+}
+
 template <WeightForm kForm, bool kFp8Mma, bool kMany, typename A>
-__global__ void __launch_bounds__(kThreads<kMany, A>, kThreadBlocks<kFp8Mma, kMany>)
+__global__ void __launch_bounds__(kThreads<kMany>, kThreadBlocks<kFp8Mma, kMany>)
     TileGemmKernel(const __grid_constant__ A args) {
   constexpr int kMultiplying = Stage<kForm, kFp8Mma, kMany, A>::kMultiplying;
   extern __shared__ char raw[];
@@ -50,9 +62,7 @@ __global__ void __launch_bounds__(kThreads<kMany, A>, kThreadBlocks<kFp8Mma, kMa
   if (args.tiles != nullptr && args.new_tiles) WaitForPrevious();
   if (!FindTile(args.OutputOf(unit), args.tiles, args.tile_count, unit.index, unit.tile)) return;
   char* const shared = raw + (1024 - (SharedAddress(raw) & 1023)) % 1024;  // the swizzle's pattern
-  if (kFp8Mma && threadIdx.x < kTables) {
-    tables[threadIdx.x] = kMany && A::kSlim ? MagnitudesE5m2(threadIdx.x) : Magnitudes(threadIdx.x);
-  }
+  if (kFp8Mma && threadIdx.x < kTables) tables[threadIdx.x] = Magnitudes(threadIdx.x);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kMaxSlots; ++i) {
       InitBarrier(SharedAddress(barriers + i), 1);
@@ -66,13 +76,13 @@ __global__ void __launch_bounds__(kThreads<kMany, A>, kThreadBlocks<kFp8Mma, kMa
   // Of many, the copying warp is one of a warpgroup that hands its registers to the others.
   if (threadIdx.x >= kMultiplying) {
     if constexpr (kMany) {
-      asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCopyingRegisters<A>));
+      asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     }
     if (threadIdx.x == kMultiplying) feed.FillAll();
     return;
   }
   if constexpr (kMany) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMultiplyingRegisters<A>));
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
   } else {
     // Let the next begin only when the table of tiles is done: it may read it at once.
     WaitForPrevious();
@@ -88,17 +98,7 @@ __global__ void __launch_bounds__(kThreads<kMany, A>, kThreadBlocks<kFp8Mma, kMa
   };
   const int width = unit.tile.width;
   if constexpr (kMany) {
-    if (width <= 64) {
-      multiply(std::integral_constant<int, 64>());
-    } else if (width <= 80) {
-      multiply(std::integral_constant<int, 80>());
-    } else if (width <= 96) {
-      multiply(std::integral_constant<int, 96>());
-    } else if (width <= 112) {
-      multiply(std::integral_constant<int, 112>());
-    } else {
-      multiply(std::integral_constant<int, 128>());
-    }
+    WithColumns(width, multiply);
   } else {
     if (width <= 8) {
       multiply(std::integral_constant<int, 8>());
@@ -108,6 +108,55 @@ __global__ void __launch_bounds__(kThreads<kMany, A>, kThreadBlocks<kFp8Mma, kMa
       multiply(std::integral_constant<int, 32>());
     }
   }
+}
+
+// The same of many tiles a thread block (tile_many.cuh).
+constexpr int kManyThreads = 128 * ManyArgs::kWarpgroups + 128;
+
+__global__ void __launch_bounds__(kManyThreads, 1)
+    ManyGemmKernel(const __grid_constant__ ManyArgs args) {
+  constexpr int kMultiplying = ManyLayout::kMultiplying;
+  extern __shared__ char raw[];
+  __shared__ uint64_t barriers[2 * kMaxSlots];  // full, then empty
+  __shared__ uint2 tables[kTables];
+  char* const shared = raw + (1024 - (SharedAddress(raw) & 1023)) % 1024;  // the swizzle's pattern
+  if (threadIdx.x < kTables) tables[threadIdx.x] = MagnitudesE5m2(threadIdx.x);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kMaxSlots; ++i) {
+      InitBarrier(SharedAddress(barriers + i), 1);
+      InitBarrier(SharedAddress(barriers + kMaxSlots + i), kMultiplying);
+    }
+    FenceBarrierInit();
+  }
+  if (args.tiles != nullptr && args.new_tiles) WaitForPrevious();  // see TileGemmKernel
+  __syncthreads();
+
+  Unit unit = {};
+  ManyUnits units;
+  ManyFeed feed(args, unit, shared, SharedAddress(barriers));
+  if (threadIdx.x >= kMultiplying) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    if (threadIdx.x != kMultiplying) return;
+    if (!units.Next(args, unit)) return;
+    feed.FillAll();
+    while (units.Next(args, unit)) {
+      feed.Restart();
+      feed.FillRest(0);
+    }
+    return;
+  }
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
+  LetNextBegin();
+  uint2* const places = reinterpret_cast<uint2*>(shared + args.slots * feed.stage_bytes) +
+                        threadIdx.x / 32 * (32 * kManyPlaces) + threadIdx.x % 32;
+  const auto multiply = [&](auto columns) {
+    constexpr int kN = decltype(columns)::value;
+    float sum[kN / 2] = {};
+    MultiplyMany<kN>(feed, tables, sum);
+    WaitForPrevious();  // long past: factors of columns come from there
+    StoreMany<kN>(args, unit, sum, places);
+  };
+  for (; units.Next(args, unit); feed.Restart()) WithColumns(unit.tile.width, multiply);
 }
 
 // The same for few tokens whose x three more warps lay out.
@@ -281,7 +330,31 @@ cudaError_t Launch(const TileGemm* gemms, int count, cudaStream_t stream) {
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(blocks * cluster), static_cast<unsigned>(gemm.max_tiles));
-  return LaunchDependent(kernel, grid, kThreads<kMany, A>, bytes, stream, args, cluster);
+  return LaunchDependent(kernel, grid, kThreads<kMany>, bytes, stream, args, cluster);
+}
+
+cudaError_t LaunchMany(const TileGemm& gemm, cudaStream_t stream) {
+  ManyArgs args = {};
+  int64_t blocks;
+  if (!FillParts<WeightForm::kMxfp4>(args, &gemm, 1, ManyLayout::kRows, blocks)) {
+    return cudaErrorInvalidValue;
+  }
+  args.x = gemm.x;
+  args.tiles = gemm.tiles;
+  args.tile_count = gemm.tile_count;
+  args.new_tiles = gemm.new_tiles;
+  args.row_blocks = static_cast<unsigned>(blocks);
+  args.max_tiles = static_cast<unsigned>(gemm.max_tiles);
+  const int64_t units = blocks * gemm.max_tiles;
+  if (units > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const int stage = ManyLayout::Bytes(gemm.width);
+  args.slots = std::min(kMaxSlots, (kAllBytes - 1024 - kManyPlaceBytes) / stage);
+  const int bytes = args.slots * stage + kManyPlaceBytes + 1024;
+  const cudaError_t error =
+      cudaFuncSetAttribute(ManyGemmKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  const auto grid = static_cast<unsigned>(std::min<int64_t>(units, Multiprocessors()));
+  return LaunchDependent(ManyGemmKernel, dim3(grid), kManyThreads, bytes, stream, args);
 }
 
 template <WeightForm kForm, bool kFp8Mma, Input kInput, typename A>
@@ -351,10 +424,15 @@ cudaError_t LaunchRaw(const TileGemm* gemms, int count, cudaStream_t stream) {
 
 template <WeightForm kForm, bool kFp8Mma, bool kSeveral>
 cudaError_t LaunchWidth(const TileGemm* gemms, int count, cudaStream_t stream) {
-  using Many = std::conditional_t<kForm == WeightForm::kMxfp4 && kFp8Mma, ManyArgs, Args<kSeveral>>;
-  return gemms[0].width <= kFewWidth
-             ? Launch<kForm, kFp8Mma, false, Args<kSeveral>>(gemms, count, stream)
-             : Launch<kForm, kFp8Mma, true, Many>(gemms, count, stream);
+  if (gemms[0].width <= kFewWidth) {
+    return Launch<kForm, kFp8Mma, false, Args<kSeveral>>(gemms, count, stream);
+  }
+  if constexpr (kForm == WeightForm::kMxfp4 && kFp8Mma) {
+    const TileGemm& gemm = gemms[0];
+    const bool unscaled = gemm.global_scale[0] == nullptr && gemm.column_scale == nullptr;
+    if (unscaled && TileGemmSplit(gemm) == 1) return LaunchMany(gemm, stream);
+  }
+  return Launch<kForm, kFp8Mma, true, Args<kSeveral>>(gemms, count, stream);
 }
 
 // Experts are 4 bits and one product, linears of 4 bits never several with E4M3 on both sides.

@@ -467,6 +467,8 @@ LAYERS = {
     "flash-width": (6, 2048, 4096, 3),
     "many-tokens": (5, 512, 1024, 3),
 }
+MANY_TILES = {"many-tiles": (48, 512, 1024, 3)}
+"""More blocks of rows than a GPU holds at once."""
 EXPERT_FORMS = ["mxfp4_w4a8", "mxfp4_w4a16", "nvfp4_w4a4", "nvfp4_w4a8", "nvfp4_w4a16"]
 LIMIT = 10.0
 
@@ -475,7 +477,7 @@ class Experts:
     """A stack on the device and the op on it; `nvfp4_w4a8` has scales that are powers of two."""
 
     def __init__(self, form: str, layer: str) -> None:
-        e, inter, d, self.k = LAYERS[layer]
+        e, inter, d, self.k = (LAYERS | MANY_TILES)[layer]
         self.form, self.experts, self.d = form, e, d
         storage, pow2 = weight_format(form), form == "nvfp4_w4a8"
         shapes = {"w1": (e, inter, d), "w2": (e, d, inter), "w3": (e, inter, d)}
@@ -555,6 +557,19 @@ def test_scales_far_apart_of_many_tokens() -> None:
     for few in (1, 30, 100):
         alone = run(x[:few], idx[:few], weight[:few], regime="prefill")
         assert_same_bits(alone, got[:few], f"rows of {few} tokens")
+
+
+def test_tiles_of_experts_that_thread_blocks_take_in_turn() -> None:
+    """1,500 tokens: a hundred at a time have the same bits, the first ones are what they should."""
+    run = Experts("mxfp4_w4a8", "many-tiles")
+    x, idx, weight = run.inputs(1500, seed=6)
+    got = run(x, idx, weight)
+    first = np.s_[:40]
+    products.assert_experts(got[first], run.exact(x[first], idx[first], weight[first]), run.form)
+    for start in range(0, 1500, 100):
+        part = np.s_[start : start + 100]
+        alone = run(x[part], idx[part], weight[part], regime="prefill")
+        assert_same_bits(alone, got[part], f"tokens from {start}")
 
 
 @pytest.mark.parametrize("regime", REGIMES)
