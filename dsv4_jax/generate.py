@@ -158,6 +158,7 @@ def prefill(
         raise ValueError(f"prefill: chunk_size must be >= 1, got {chunk_size}")
     t = ids.shape[1]
     counts = np.full(b, t, np.int64) if num_tokens is None else np.asarray(num_tokens)
+    cache.lengths.copy_to_host_async()  # they come while the host does what follows
     if counts.shape != (b,) or counts.dtype.kind not in "iu":
         raise ValueError(
             f"prefill: num_tokens must be int [{b}], got {counts.dtype} {list(counts.shape)}"
@@ -168,10 +169,10 @@ def prefill(
     real = np.arange(t)[None, :] < counts[:, None]
     if real.any():
         _check_ids("prefill", ids[real], model.config.vocab_size)
-    _check_room("prefill", np.asarray(cache.lengths, np.int64), counts, cache.max_len)
-
     ids = np.where(real, ids, 0).astype(np.int32)
     logits = jax.device_put(np.zeros((b, model.config.vocab_size), np.float32))
+    _check_room("prefill", np.asarray(cache.lengths, np.int64), counts, cache.max_len)
+
     total = int(counts.max(initial=0))
     for start in range(0, total, chunk_size):
         rest = total - start
