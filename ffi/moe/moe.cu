@@ -60,14 +60,33 @@ struct Args {
 __device__ __forceinline__ int Width(const Args& args, int count) {
   return max(TileWidth(count), args.min_width);
 }
-__device__ __forceinline__ int Tiles(const Args& args, int count) {
-  return (count + args.max_width - 1) / args.max_width;
-}
-__device__ __forceinline__ int Slots(const Args& args, int count) {
-  if (count == 0) return 0;
-  const int full = (count - 1) / args.max_width * args.max_width;
-  return full + Width(args, count - full);
-}
+
+// An expert's run: tiles of about as many pairs each, since a narrow one takes nearly as long as a
+// wide one. All but the last are full.
+struct Run {
+  int count, tiles, width, last_width;
+
+  __device__ __forceinline__ Run(const Args& args, int pairs)
+      : count(pairs),
+        tiles((pairs + args.max_width - 1) / args.max_width),
+        width(0),
+        last_width(0) {
+    if (count == 0) return;
+    width = Width(args, (count + tiles - 1) / tiles);
+    last_width = Width(args, count - Full());
+  }
+  __device__ __forceinline__ int Full() const { return (tiles - 1) * width; }
+  __device__ __forceinline__ int Slots() const { return count == 0 ? 0 : Full() + last_width; }
+  // Of the tile that the run's pair `rank` is in, if the run begins with slot `base`.
+  __device__ __forceinline__ SlotPlace PlaceOf(int base, int rank) const {
+    const int tile = rank / width;
+    return {base + tile * width, tile < tiles - 1 ? width : last_width};
+  }
+  __device__ __forceinline__ Tile TileOf(int expert, int base, int tile) const {
+    const bool last = tile == tiles - 1;
+    return {expert, base + tile * width, last ? last_width : width, last ? count - Full() : width};
+  }
+};
 
 // Both 4-bit forms take x in the same order.
 constexpr WeightForm kLineForm = WeightForm::kNvfp4;
@@ -234,7 +253,8 @@ __global__ void __launch_bounds__(kThreads, 4) SortFewKernel(const __grid_consta
   const uint32_t largest = OwnScales(params) ? BlockMagnitude(row, params.d) : 0;
   __syncthreads();
   for (int e = thread; e < experts; e += kThreads) {
-    run[e] = make_int2(Slots(args, count[e]), Tiles(args, count[e]));
+    const Run of_expert(args, count[e]);
+    run[e] = make_int2(of_expert.Slots(), of_expert.tiles);
   }
   __syncthreads();
   // Slots and tiles of the experts before `expert`.
@@ -279,16 +299,12 @@ __global__ void __launch_bounds__(kThreads, 4) SortFewKernel(const __grid_consta
           }
         }
         rank = __reduce_add_sync(0xFFFFFFFFu, rank);
-        const int mine = count[expert], tiles = run[expert].y, tile = rank / args.max_width;
-        const int full = (tiles - 1) * args.max_width, last_width = Width(args, mine - full);
+        const Run mine(args, count[expert]);
         slot = base.x + rank;
-        place = {base.x + tile * args.max_width, tile < tiles - 1 ? args.max_width : last_width};
+        place = mine.PlaceOf(base.x, rank);
         if (first_part && rank == 0) {
-          for (int i = lane; i < tiles; i += 32) {
-            const bool last = i == tiles - 1;
-            work.tiles[base.y + i] = {expert, base.x + i * args.max_width,
-                                      last ? last_width : args.max_width,
-                                      last ? mine - full : args.max_width};
+          for (int i = lane; i < mine.tiles; i += 32) {
+            work.tiles[base.y + i] = mine.TileOf(expert, base.x, i);
           }
         }
       }
@@ -352,7 +368,8 @@ __global__ void __launch_bounds__(kRankThreads) RankKernel(const __grid_constant
     int slots = 0, tiles = 0;
     for (int first = 0; first < experts; first += 32) {
       const int e = first + lane, c = e < experts ? total[e] : 0;
-      const int own_slots = Slots(args, c), own_tiles = Tiles(args, c);
+      const Run own(args, c);
+      const int own_slots = own.Slots(), own_tiles = own.tiles;
       int slot_sum = own_slots, tile_sum = own_tiles;
       for (int d = 1; d < 32; d *= 2) {
         const int a = __shfl_up_sync(0xFFFFFFFFu, slot_sum, d);
@@ -377,27 +394,21 @@ __global__ void __launch_bounds__(kRankThreads) RankKernel(const __grid_constant
   __syncthreads();
   constexpr int kWarps = kRankThreads / 32;
   for (int e = block * kWarps + warp; e < experts; e += blocks * kWarps) {
-    const int c = total[e], tiles = Tiles(args, c);
-    if (c == 0) continue;
-    const int full = (tiles - 1) * args.max_width, last_width = Width(args, c - full);
-    for (int i = lane; i < tiles; i += 32) {
-      const bool last = i == tiles - 1;
-      work.tiles[tile_base[e] + i] = {e, slot_base[e] + i * args.max_width,
-                                      last ? last_width : args.max_width,
-                                      last ? c - full : args.max_width};
+    const Run own(args, total[e]);
+    for (int i = lane; i < own.tiles; i += 32) {
+      work.tiles[tile_base[e] + i] = own.TileOf(e, slot_base[e], i);
     }
-    for (int i = c + lane; i < full + last_width; i += 32) work.places[slot_base[e] + i] = {0, 0};
+    for (int i = own.count + lane; i < own.Slots(); i += 32) {
+      work.places[slot_base[e] + i] = {0, 0};
+    }
   }
   for (int pair = begin + thread; pair < end; pair += kRankThreads) {
     const int e = ExpertOf(args.picks, pair);
     int slot = -1;
     if (e >= 0) {
       const int at = atomicAdd(&rank[e], 1);
-      const int tile = at / args.max_width, full = (total[e] - 1) / args.max_width;
-      const int last_width = Width(args, total[e] - full * args.max_width);
       slot = slot_base[e] + at;
-      work.places[slot] = {slot_base[e] + tile * args.max_width,
-                           tile < full ? args.max_width : last_width};
+      work.places[slot] = Run(args, total[e]).PlaceOf(slot_base[e], at);
       work.slot_pair[slot] = pair;
     }
     work.pair_slot[pair] = slot;
