@@ -556,8 +556,7 @@ __device__ __forceinline__ void Finish(const A& args, const F& feed,
     if (!pair) return;
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
-      const float weight = factors[i].weight;
-      values[i][0] = Swiglu(values[i][0], values[i][1], out.limit, make_float2(weight, weight));
+      values[i][0] = Swiglu(values[i][0], values[i][1], out.limit, factors[i].weight);
     }
   };
   const auto store = [&](const float2(&value)[2], int column) {

@@ -35,8 +35,7 @@ __device__ __forceinline__ int ManyRow() { return static_cast<int>(threadIdx.x) 
 // A row's scale would be one more multiplication for each element of a sum. Weights are E5M2
 // instead, with their scale in them, where all scales that a warp has of 128 inputs are from 2^-14
 // to 1: E4M3 relative to the largest of them is exact then, too, so that the bits are those of few
-// columns. A product with other scales is as in
-// tile_fp8.cuh.
+// columns. A product with other scales is as in tile_fp8.cuh.
 constexpr uint32_t kLargestByte = 127, kExactTables = 15;
 
 // Magnitudes(down) 2^-6, which are E5M2, too: the upper half of FP16.

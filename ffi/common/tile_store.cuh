@@ -94,11 +94,11 @@ __device__ __forceinline__ float Swiglu(float gate, float up, float limit, float
   return __fmul_rn(weight, ClampedSwiglu(RoundBf16(gate), RoundBf16(up), limit));
 }
 
-__device__ __forceinline__ float2 Swiglu(float2 gate, float2 up, float limit, float2 weight) {
+__device__ __forceinline__ float2 Swiglu(float2 gate, float2 up, float limit, float weight) {
   const float2 g = __bfloat1622float2(__floats2bfloat162_rn(gate.x, gate.y));
   const float2 u = __bfloat1622float2(__floats2bfloat162_rn(up.x, up.y));
-  return {__fmul_rn(weight.x, ClampedSwiglu(g.x, u.x, limit)),
-          __fmul_rn(weight.y, ClampedSwiglu(g.y, u.y, limit))};
+  return {__fmul_rn(weight, ClampedSwiglu(g.x, u.x, limit)),
+          __fmul_rn(weight, ClampedSwiglu(g.y, u.y, limit))};
 }
 
 // Two rows of a column from an even `row` on, as far as there are.
