@@ -156,9 +156,9 @@ def prefill(
         chunk_size = default_chunk(b)
     if chunk_size < 1:
         raise ValueError(f"prefill: chunk_size must be >= 1, got {chunk_size}")
+    cache.lengths.copy_to_host_async()  # they come while the host does what follows
     t = ids.shape[1]
     counts = np.full(b, t, np.int64) if num_tokens is None else np.asarray(num_tokens)
-    cache.lengths.copy_to_host_async()  # they come while the host does what follows
     if counts.shape != (b,) or counts.dtype.kind not in "iu":
         raise ValueError(
             f"prefill: num_tokens must be int [{b}], got {counts.dtype} {list(counts.shape)}"

@@ -25,17 +25,24 @@ DSV4_HOST_DEVICE inline float ExpOfRest(float r) {
   return (p * (r * r) + r) + 1.0f;
 }
 
+// e^x as e^rest and n, which is in the last bits of `shifted`.
+struct PartsOfExp {
+  float shifted, of_rest;
+
+  DSV4_HOST_DEVICE explicit PartsOfExp(float x) : shifted(x * kLog2E + kExpRound) {
+    const float n = shifted - kExpRound;
+    of_rest = ExpOfRest((x - n * kLn2High) - n * kLn2Low);
+  }
+};
+
 // Within 1 ulp. Results below 2^-126 are 0; NaN stays NaN.
 DSV4_HOST_DEVICE inline float Exp(float x) {
-  const float shifted = x * kLog2E + kExpRound;
-  const float n = shifted - kExpRound;
-  const float r = (x - n * kLn2High) - n * kLn2Low;
-  const float y = ExpOfRest(r);
+  const PartsOfExp parts(x);
   // 2^n as a product of two, for n = 128.
-  const uint32_t exponent = FloatBits(shifted) - FloatBits(kExpRound);
+  const uint32_t exponent = FloatBits(parts.shifted) - FloatBits(kExpRound);
   const uint32_t half = static_cast<uint32_t>(static_cast<int32_t>(exponent) >> 1);
-  const float scaled =
-      y * FloatFromBits((half + 127u) << 23) * FloatFromBits((exponent - half + 127u) << 23);
+  const float scaled = parts.of_rest * FloatFromBits((half + 127u) << 23) *
+                       FloatFromBits((exponent - half + 127u) << 23);
   // Selections: a branch would keep several of these from running side by side.
   const float bounded = x > 88.72283f ? FloatFromBits(0x7F800000u) : scaled;
   return x < -87.33654f ? 0.0f : bounded;
@@ -65,11 +72,9 @@ DSV4_HOST_DEVICE inline float Bounded(float x, float low, float high) {
 // 1 / (1 + e^-x); 0 where it is no normal number. -Inf gives 0, NaN some number. Exp in as few
 // instructions as its bits take where the result depends on it.
 DSV4_HOST_DEVICE inline float SigmoidOfNumber(float x) {
-  const float minus = Bounded(-x, -87.0f, 88.0f);
-  const float shifted = minus * kLog2E + kExpRound;
-  const float n = shifted - kExpRound;
-  const float r = (minus - n * kLn2High) - n * kLn2Low;
-  const float inverse = 1.0f + FloatFromBits(FloatBits(ExpOfRest(r)) + (FloatBits(shifted) << 23));
+  const PartsOfExp parts(Bounded(-x, -87.0f, 88.0f));
+  const float inverse =
+      1.0f + FloatFromBits(FloatBits(parts.of_rest) + (FloatBits(parts.shifted) << 23));
   const float sigmoid = RoundedReciprocal(inverse);
   return inverse <= 0x1p126f ? sigmoid : 0.0f;
 }

@@ -181,11 +181,8 @@ __device__ __forceinline__ int FirstOfRows() {
 
 // Two columns of a row, BF16.
 __device__ __forceinline__ uint32_t SwigluOf(uint2 halves, float limit, float2 weight) {
-  const auto one = [&](uint32_t gate, uint32_t up, float by) {
-    return __fmul_rn(by, ClampedSwiglu(__uint_as_float(gate), __uint_as_float(up), limit));
-  };
-  return PackBf16(one(halves.x << 16, halves.y << 16, weight.x),
-                  one(halves.x & 0xFFFF0000u, halves.y & 0xFFFF0000u, weight.y));
+  return PackBf16(__fmul_rn(weight.x, ClampedSwiglu(Low(halves.x), Low(halves.y), limit)),
+                  __fmul_rn(weight.y, ClampedSwiglu(High(halves.x), High(halves.y), limit)));
 }
 
 // Eight columns at a time, in a loop: code for all of them would not stay in the instruction cache.
