@@ -181,8 +181,8 @@ __device__ __forceinline__ int FirstOfRows() {
 
 // Two columns of a row, BF16.
 __device__ __forceinline__ uint32_t SwigluOf(uint2 halves, float limit, float2 weight) {
-  return PackBf16(__fmul_rn(weight.x, ClampedSwiglu(Low(halves.x), Low(halves.y), limit)),
-                  __fmul_rn(weight.y, ClampedSwiglu(High(halves.x), High(halves.y), limit)));
+  return PackBf16(__fmul_rn(weight.x, ExpertSwiglu(Low(halves.x), Low(halves.y), limit)),
+                  __fmul_rn(weight.y, ExpertSwiglu(High(halves.x), High(halves.y), limit)));
 }
 
 // Eight columns at a time, in a loop: code for all of them would not stay in the instruction cache.

@@ -90,15 +90,26 @@ __device__ __forceinline__ float RoundBf16(float x) {
   return __bfloat162float(__float2bfloat16_rn(x));
 }
 
+// ClampedSwiglu in the GPU's own powers of two and reciprocals: where its gate matters within 2^-20
+// of it, of which BF16, which becomes of it, keeps 2^-9. A fifth of the instructions.
+__device__ __forceinline__ float ExpertSwiglu(float gate, float up, float limit) {
+  const float g = gate > limit ? limit : gate;
+  const float u = up > limit ? limit : up < -limit ? -limit : up;
+  float power, sigmoid;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(__fmul_rn(g, -kLog2E)));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(sigmoid) : "f"(__fadd_rn(1.0f, power)));
+  return __fmul_rn(__fmul_rn(g, sigmoid), u);
+}
+
 __device__ __forceinline__ float Swiglu(float gate, float up, float limit, float weight) {
-  return __fmul_rn(weight, ClampedSwiglu(RoundBf16(gate), RoundBf16(up), limit));
+  return __fmul_rn(weight, ExpertSwiglu(RoundBf16(gate), RoundBf16(up), limit));
 }
 
 __device__ __forceinline__ float2 Swiglu(float2 gate, float2 up, float limit, float weight) {
   const float2 g = __bfloat1622float2(__floats2bfloat162_rn(gate.x, gate.y));
   const float2 u = __bfloat1622float2(__floats2bfloat162_rn(up.x, up.y));
-  return {__fmul_rn(weight, ClampedSwiglu(g.x, u.x, limit)),
-          __fmul_rn(weight, ClampedSwiglu(g.y, u.y, limit))};
+  return {__fmul_rn(weight, ExpertSwiglu(g.x, u.x, limit)),
+          __fmul_rn(weight, ExpertSwiglu(g.y, u.y, limit))};
 }
 
 // Two rows of a column from an even `row` on, as far as there are.
