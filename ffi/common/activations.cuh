@@ -338,8 +338,9 @@ template <WeightForm kForm>
 __device__ __forceinline__ void StoreFp8Line(const Fp8Line& line, uint8_t* stage, int in, int width,
                                              int column, int lane) {
   if (lane % 16 == 0) {
-    reinterpret_cast<float*>(stage + kFp8Stage<kForm> * width)[in / 128 * width + column] =
-        line.scale;
+    float* const scales = reinterpret_cast<float*>(stage + kFp8Stage<kForm> * width);
+    const int place = kForm == WeightForm::kFp8 ? column : ScalePlace(width, column);
+    scales[in / 128 * width + place] = line.scale;
   }
   if constexpr (kForm == WeightForm::kFp8) {
     *reinterpret_cast<uint2*>(stage + (in / 16 * width + column) * 16 + in % 16) =

@@ -119,25 +119,40 @@ __device__ __forceinline__ void LoadOperand(Fp8Operand<kForm>& out, const char* 
   }
 }
 
+// Scales of the lane's columns of sixteen from 16 i on: 2 c, 2 c + 1, 2 c + 8 and 2 c + 9, as far
+// as there are so many. kFours: as ScalePlace has them.
+template <int kN, bool kFours>
+__device__ __forceinline__ float4 ScalesOf(const float* column_scale, int i, int c) {
+  const float* const at = column_scale + 16 * i;
+  const bool all = 16 * i + 8 < kN;
+  if (kFours && all) return *reinterpret_cast<const float4*>(at + 4 * c);
+  const float2 first = *reinterpret_cast<const float2*>(at + 2 * c);
+  float2 second = first;
+  if (all) second = *reinterpret_cast<const float2*>(at + 8 + 2 * c);
+  return make_float4(first.x, first.y, second.x, second.y);
+}
+
 // sum += part * row scale (if kOfRow) * column scale; all rows have one scale with kFp8. Returns
 // the last column scale that it read.
-template <WeightForm kForm, int kN, bool kOfRow = true>
+template <WeightForm kForm, int kN, bool kFours, bool kOfRow = true>
 __device__ __forceinline__ float Promote(float* sum, const float (&part)[kN / 2],
-                                         const Fp8Operand<kForm>& operand,
-                                         const float* column_scale, int c) {
-  float2 scale;
+                                         const float* row_scale, const float* column_scale, int c) {
+  float last = 0.0f;
 #pragma unroll
-  for (int j = 0; j < kN / 8; ++j) {
-    scale = *reinterpret_cast<const float2*>(column_scale + 8 * j + 2 * c);
+  for (int i = 0; i < (kN + 15) / 16; ++i) {
+    const float4 four = ScalesOf<kN, kFours>(column_scale, i, c);
+    const float of_column[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float row = operand.scale[kForm == WeightForm::kFp8 ? 0 : r];
-      const int i = 4 * j + 2 * r;
-      sum[i] = __fmaf_rn(part[i], kOfRow ? __fmul_rn(scale.x, row) : scale.x, sum[i]);
-      sum[i + 1] = __fmaf_rn(part[i + 1], kOfRow ? __fmul_rn(scale.y, row) : scale.y, sum[i + 1]);
+    for (int j = 8 * i; j < 8 * i + 8 && j < kN / 2; ++j) {
+      last = of_column[j / 4 % 2 * 2 + j % 2];
+      float by = last;
+      if constexpr (kOfRow) {
+        by = __fmul_rn(last, row_scale[kForm == WeightForm::kFp8 ? 0 : j / 2 % 2]);
+      }
+      sum[j] = __fmaf_rn(part[j], by, sum[j]);
     }
   }
-  return scale.y;
+  return last;
 }
 
 // Whether the tensor cores are at one product while the one before is added up and the next one's
@@ -174,8 +189,8 @@ __device__ __forceinline__ void MultiplyInTurns(const A& args, Feed<kForm, true,
   const auto add = [&](const char* here, int i) {
     const float* const column_scales =
         reinterpret_cast<const float*>(here + Layout::kColumnsAt + kStageInputs<kForm> * kN);
-    return Promote<kForm, kN>(sum[i % kBlocks], part[i % 2], operand[i % 2],
-                              column_scales + i / kBlocks * kN, c);
+    return Promote<kForm, kN, false>(sum[i % kBlocks], part[i % 2], operand[i % 2].scale,
+                                     column_scales + i / kBlocks * kN, c);
   };
   if (feed.stage < feed.stages) {
     const char* here = feed.Here();
@@ -214,6 +229,7 @@ __device__ __forceinline__ void MultiplyAtOnce(const A& args, Feed<kForm, true, 
   using Layout = Stage<kForm, true, kMany, A>;
   constexpr int kProducts = kStageInputs<kForm> / 128, kBlocks = Layout::kBlocks;
   constexpr int kTogether = kAtOnce<kN> < kBlocks ? kAtOnce<kN> : kBlocks;
+  constexpr bool kFours = kFourBits<kForm> && kN >= kManyColumns;
   static_assert(!A::kSlim || kForm != WeightForm::kFp8);
   const int row = LaneRow<Layout>(), c = threadIdx.x % 4;
   float sum[kBlocks][kN / 2] = {};
@@ -263,7 +279,8 @@ __device__ __forceinline__ void MultiplyAtOnce(const A& args, Feed<kForm, true, 
         WgmmaWait<0>();
 #pragma unroll
         for (int i = 0; i < kTogether; ++i) {
-          last = Promote<kForm, kN>(sum[first + i], part[i], operand[i], column_scales + k * kN, c);
+          last = Promote<kForm, kN, kFours>(sum[first + i], part[i], operand[i].scale,
+                                            column_scales + k * kN, c);
         }
       }
     }

@@ -309,6 +309,11 @@ bool HopperTakes(const TileGemm& gemm) {
 #endif
 }
 
+bool ManyGemmTakes(const TileGemm& gemm) {
+  return gemm.form == WeightForm::kMxfp4 && gemm.fp8_mma && gemm.global_scale[0] == nullptr &&
+         gemm.column_scale == nullptr && TileGemmSplit(gemm) == 1;
+}
+
 cudaError_t RunTileGemms(const TileGemm* gemms, int count, cudaStream_t stream) {
 #ifdef DSV4_SM90
   if (HopperTakes(gemms[0])) return TileGemmSm90(gemms, count, stream);

@@ -15,7 +15,7 @@ struct alignas(16) Tile {
   int32_t group;  // which [rows, inputs] of the weights
   int32_t
       first;  // first column, counted over all tiles; x of the tile begins at first columns' size
-  int32_t width;  // columns laid out: 8, 16, 32, 64, 80, 96, 112 or 128
+  int32_t width;  // columns laid out: 8, 16, 32, 64, 80, 96, 112 or 128, or as ManyWidth has them
   int32_t count;  // columns that mean something
 };
 
@@ -48,6 +48,12 @@ __device__ __forceinline__ int ExpertOf(const Picks& picks, uint32_t pick) {
   return ours ? static_cast<int>(expert) : -1;
 }
 #endif
+
+// Of a product that ManyGemmTakes: finer where tiles of a prefill are.
+inline __host__ __device__ int ManyWidth(int count) {
+  const int eights = (count + 7) / 8 * 8;
+  return eights == 88 || eights == 104 ? eights : TileWidth(count);
+}
 
 // How x comes.
 enum class Input : int32_t {
@@ -115,6 +121,9 @@ cudaError_t RawGemmSm90(const TileGemm* gemms, int count, cudaStream_t stream);
 
 // Whether the Hopper kernel is there, for this device, and takes the product.
 bool HopperTakes(const TileGemm& gemm);
+
+// Of more than kFewWidth columns, by the Hopper kernel: whether tiles may have a ManyWidth.
+bool ManyGemmTakes(const TileGemm& gemm);
 
 // Bytes of a column of x.
 inline __host__ __device__ int64_t ColumnBytes(bool fp8_mma, int64_t padded_inputs) {

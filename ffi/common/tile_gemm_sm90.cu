@@ -113,14 +113,29 @@ __global__ void __launch_bounds__(kThreads<kMany>, kThreadBlocks<kFp8Mma, kMany>
 // The same of many tiles a thread block (tile_many.cuh).
 constexpr int kManyThreads = 128 * ManyArgs::kWarpgroups + 128;
 
+// The same of a ManyWidth.
+template <typename F>
+__device__ __forceinline__ void WithManyColumns(int width, const F& multiply) {
+  if (width == 88) {
+    multiply(std::integral_constant<int, 88>());
+  } else if (width == 104) {
+    multiply(std::integral_constant<int, 104>());
+  } else {
+    WithColumns(width, multiply);
+  }
+}
+
 __global__ void __launch_bounds__(kManyThreads, 1)
     ManyGemmKernel(const __grid_constant__ ManyArgs args) {
   constexpr int kMultiplying = ManyLayout::kMultiplying;
   extern __shared__ char raw[];
   __shared__ uint64_t barriers[2 * kMaxSlots];  // full, then empty
-  __shared__ uint2 tables[kTables];
-  char* const shared = raw + (1024 - (SharedAddress(raw) & 1023)) % 1024;  // the swizzle's pattern
-  if (threadIdx.x < kTables) tables[threadIdx.x] = MagnitudesE5m2(threadIdx.x);
+  __shared__ uint2 table_of[kManyTables];
+  // The swizzle's pattern. Addresses with a zero that the compiler does not know are not looked up
+  // anew for every stage.
+  char* const shared = raw + (1024 - (SharedAddress(raw) & 1023)) % 1024 + args.nothing;
+  const uint2* const tables = table_of + args.nothing;
+  if (threadIdx.x < kManyTables) table_of[threadIdx.x] = ManyTable(threadIdx.x);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kMaxSlots; ++i) {
       InitBarrier(SharedAddress(barriers + i), 1);
@@ -133,7 +148,7 @@ __global__ void __launch_bounds__(kManyThreads, 1)
 
   Unit unit = {};
   ManyUnits units;
-  ManyFeed feed(args, unit, shared, SharedAddress(barriers));
+  ManyFeed feed(args, unit, shared, SharedAddress(barriers) + args.nothing);
   if (threadIdx.x >= kMultiplying) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     if (threadIdx.x != kMultiplying) return;
@@ -147,16 +162,20 @@ __global__ void __launch_bounds__(kManyThreads, 1)
   }
   asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
   LetNextBegin();
-  uint2* const places = reinterpret_cast<uint2*>(shared + args.slots * feed.stage_bytes) +
-                        threadIdx.x / 32 * (32 * kManyPlaces) + threadIdx.x % 32;
+  ManyPlaces& places =
+      reinterpret_cast<ManyPlaces*>(shared + args.slots * feed.stage_bytes)[threadIdx.x / 32];
+  const ManyLane lane;
   const auto multiply = [&](auto columns) {
     constexpr int kN = decltype(columns)::value;
     float sum[kN / 2] = {};
-    MultiplyMany<kN>(feed, tables, sum);
-    WaitForPrevious();  // long past: factors of columns come from there
+    MultiplyMany<kN>(feed, tables, lane, sum);
     StoreMany<kN>(args, unit, sum, places);
   };
-  for (; units.Next(args, unit); feed.Restart()) WithColumns(unit.tile.width, multiply);
+  WaitForPrevious();  // for weights of columns
+  for (; units.Next(args, unit); feed.Restart()) {
+    FetchWeights(args.OutputOf(unit), unit.tile, places);
+    WithManyColumns(unit.tile.width, multiply);
+  }
 }
 
 // The same for few tokens whose x three more warps lay out.
@@ -428,9 +447,7 @@ cudaError_t LaunchWidth(const TileGemm* gemms, int count, cudaStream_t stream) {
     return Launch<kForm, kFp8Mma, false, Args<kSeveral>>(gemms, count, stream);
   }
   if constexpr (kForm == WeightForm::kMxfp4 && kFp8Mma) {
-    const TileGemm& gemm = gemms[0];
-    const bool unscaled = gemm.global_scale[0] == nullptr && gemm.column_scale == nullptr;
-    if (unscaled && TileGemmSplit(gemm) == 1) return LaunchMany(gemm, stream);
+    if (ManyGemmTakes(gemms[0])) return LaunchMany(gemms[0], stream);
   }
   return Launch<kForm, kFp8Mma, true, Args<kSeveral>>(gemms, count, stream);
 }

@@ -33,9 +33,9 @@ struct ManyUnits {
 __device__ __forceinline__ int ManyRow() { return static_cast<int>(threadIdx.x) / 32 * 8; }
 
 // A row's scale would be one more multiplication for each element of a sum. Weights are E5M2
-// instead, with their scale in them, where all scales that a warp has of 128 inputs are from 2^-14
-// to 1: E4M3 relative to the largest of them is exact then, too, so that the bits are those of few
-// columns. A product with other scales is as in tile_fp8.cuh.
+// instead, with their scale in them, where all scales that a warpgroup has of a stage are from
+// 2^-14 to 1: E4M3 relative to the largest of 128 inputs is exact then, too, so that the bits are
+// those of few columns. A stage with other scales is as in tile_fp8.cuh.
 constexpr uint32_t kLargestByte = 127, kExactTables = 15;
 
 // Magnitudes(down) 2^-6, which are E5M2, too: the upper half of FP16.
@@ -56,110 +56,122 @@ __device__ __forceinline__ uint2 MagnitudesE5m2(int down) {
   return make_uint2(e5m2[0], e5m2[1]);
 }
 
-// Whether all of the warp's are as they are; else out.scale is the rows'.
-__device__ __forceinline__ bool LoadAsTheyAre(Fp8Operand<WeightForm::kMxfp4>& out, const char* rows,
-                                              const char* scales, int row, int c, int block,
-                                              int stage, const uint2* tables) {
-  uint32_t byte[2], down[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    byte[r] = ScaleByte(scales, row + ManyLayout::kRows * r, c, block, stage);
-    down[r] = kLargestByte - byte[r];
-  }
-  const bool as_they_are = __all_sync(0xFFFFFFFFu, max(down[0], down[1]) < kExactTables);
-  if (!as_they_are) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const uint32_t top = LargestOfRow(byte[r]);
-      down[r] = TableBelow(top, byte[r]);
-      out.scale[r] = DecodeUe8m0(top);
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const uint4 w = PieceOf(rows, row + ManyLayout::kRows * r, block, c);
-    LookUpWords(out, r, w, 0, 3, tables[down[r]]);
-  }
-  return as_they_are;
+// Those of a scale's byte.
+constexpr int kManyTables = kLargestByte + 1;
+__device__ __forceinline__ uint2 ManyTable(uint32_t byte) {
+  return MagnitudesE5m2(static_cast<int>(min(kLargestByte - byte, uint32_t{kTables - 1})));
 }
 
-// Scales of a lane's columns.
-template <int kN>
-struct ManyScales {
-  float2 of[kN / 8];
+// Keeps the compiler from computing x anew where it is used.
+__device__ __forceinline__ int Kept(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
-  __device__ __forceinline__ explicit ManyScales(const float* scales) {
-#pragma unroll
-    for (int j = 0; j < kN / 8; ++j) {
-      of[j] = *reinterpret_cast<const float2*>(scales + 8 * j + threadIdx.x % 4 * 2);
-    }
+// Where in a stage a lane finds its part.
+struct ManyLane {
+  int weights;  // of its first row, for the first product; for the second the other 64 bytes
+  int scales;   // of its first row
+  int c;        // of its columns, among the four lanes of a row
+
+  __device__ __forceinline__ ManyLane() {
+    const int row = ManyRow() + RowOf(threadIdx.x % 32 / 4), c = threadIdx.x % 4;
+    weights = Kept(row * kRowBytes + ((c ^ (row & 7)) << 4));
+    scales = Kept(ManyLayout::kScaleAt + row * kScaleBytes + c);
+    this->c = Kept(c);
   }
 };
 
-// Promote with scales that are here.
-template <int kN, bool kOfRow>
-__device__ __forceinline__ void AddMany(float* sum, const float (&part)[kN / 2],
-                                        const Fp8Operand<WeightForm::kMxfp4>& operand,
-                                        const ManyScales<kN>& scales) {
+// Scales of a lane's two rows for the two products of a stage.
+struct ManyBytes {
+  uint32_t of[2][2];  // [product, row]
+
+  __device__ __forceinline__ explicit ManyBytes(const char* scales) {
 #pragma unroll
-  for (int i = 0; i < kN / 2; ++i) {
-    const float scale = i % 2 ? scales.of[i / 4].y : scales.of[i / 4].x;
-    const float by = kOfRow ? __fmul_rn(scale, operand.scale[i / 2 % 2]) : scale;
-    sum[i] = __fmaf_rn(part[i], by, sum[i]);
+    for (int k = 0; k < 2; ++k) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const char* const at = scales + r * (ManyLayout::kRows * kScaleBytes) + 4 * k;
+        of[k][r] = *reinterpret_cast<const uint8_t*>(at);
+      }
+    }
   }
-}
+  // Whether all of the warpgroup's can be in the weights: its warps multiply together.
+  __device__ __forceinline__ bool Exact() const {
+    const uint32_t most = max(max(kLargestByte - of[0][0], kLargestByte - of[0][1]),
+                              max(kLargestByte - of[1][0], kLargestByte - of[1][1]));
+    uint32_t all;
+    asm volatile(
+        "{\n.reg .pred mine, all;\nsetp.lt.u32 mine, %1, %2;\n"
+        "bar.red.and.pred all, %3, 128, mine;\nselp.u32 %0, 1, 0, all;\n}"
+        : "=r"(all)
+        : "r"(most), "n"(kExactTables), "r"(1 + threadIdx.x / 128)
+        : "memory");
+    return all != 0;
+  }
+};
+
+// Columns that are multiplied at a time, as registers allow, and those that are left.
+template <int kN>
+constexpr int kManyAtOnce = kN > 112 ? 64 : kN;
 
 template <int kN>
 __device__ __forceinline__ void MultiplyMany(ManyFeed& feed, const uint2* tables,
-                                             float (&sum)[kN / 2]) {
+                                             const ManyLane& lane, float (&sum)[kN / 2]) {
   constexpr WeightForm kForm = WeightForm::kMxfp4;
-  // As registers allow, columns in how many turns, and their scales before the product, which else
-  // would end with a wait for them.
-  constexpr int kTurns = kN > 112 ? 2 : 1, kPartN = kN / kTurns;
-  constexpr bool kAhead = kPartN <= 80;
-  const int row = ManyRow() + RowOf(threadIdx.x % 32 / 4), c = threadIdx.x % 4;
+  static_assert(kStageInputs<kForm> == 256);
   while (feed.stage < feed.stages) {
     const char* const here = feed.Here();
+    const ManyBytes bytes(here + lane.scales + (feed.stage & 1) * 8);
+    const bool exact = bytes.Exact();
     const char* const x = here + ManyLayout::kColumnsAt;
     const uint64_t matrices = CoreMatrices(SharedAddress(x), kN * 16);
-    const float* const column_scales = reinterpret_cast<const float*>(x + kStageInputs<kForm> * kN);
+    const auto first_matrix = static_cast<uint32_t>(Kept(static_cast<int>(matrices)));
+    const auto column_scales = reinterpret_cast<const float*>(x + kStageInputs<kForm> * kN);
     float last = 0.0f;
+    const auto multiply = [&](auto exactly) {
+      constexpr bool kOfRow = !decltype(exactly)::value;
 #pragma unroll
-    for (int k = 0; k < kStageInputs<kForm> / 128; ++k) {
-      Fp8Operand<kForm> operand;
-      const bool as_they_are =
-          LoadAsTheyAre(operand, here, here + ManyLayout::kScaleAt, row, c, k, feed.stage, tables);
+      for (int k = 0; k < 2; ++k) {
+        Fp8Operand<kForm> operand;
 #pragma unroll
-      for (int turn = 0; turn < kTurns; ++turn) {
-        const float* const of_turn = column_scales + k * kN + turn * kPartN;
-        float* const to = sum + turn * (kPartN / 2);
-        float part[kPartN / 2];
-        const auto multiply = [&] {
+        for (int r = 0; r < 2; ++r) {
+          uint32_t byte = bytes.of[k][r];
+          if constexpr (kOfRow) {
+            const uint32_t top = LargestOfRow(byte);
+            operand.scale[r] = DecodeUe8m0(top);
+            byte = kLargestByte - TableBelow(top, byte);
+          }
+          const char* const weights =
+              here + (lane.weights ^ 64 * k) + r * (ManyLayout::kRows * kRowBytes);
+          LookUpWords(operand, r, *reinterpret_cast<const uint4*>(weights), 0, 3, tables[byte]);
+        }
+        const auto part_of = [&](auto from, auto columns) {
+          constexpr int kFirst = decltype(from)::value, kPartN = decltype(columns)::value;
+          float part[kPartN / 2];
           WgmmaFence();
 #pragma unroll
           for (int step = 0; step < 4; ++step) {
+            const uint32_t at = ((4 * k + step) * 32 * kN + kFirst * 16) >> 4;
             WgmmaE5m2<kPartN>::Run(part, operand.a[step],
-                                   Further(matrices, (4 * k + step) * 32 * kN + turn * kPartN * 16),
-                                   step > 0);
+                                   matrices >> 32 << 32 | (first_matrix + at), step > 0);
           }
           WgmmaCommit();
           WgmmaWait<0>();
+          last = Promote<kForm, kPartN, true, kOfRow>(sum + kFirst / 2, part, operand.scale,
+                                                      column_scales + k * kN + kFirst, lane.c);
         };
-        if constexpr (kAhead) {
-          const ManyScales<kPartN> scales(of_turn);
-          multiply();
-          if (as_they_are) {
-            AddMany<kPartN, false>(to, part, operand, scales);
-          } else {
-            AddMany<kPartN, true>(to, part, operand, scales);
-          }
-          last = scales.of[kPartN / 8 - 1].y;
-        } else {
-          multiply();
-          last = as_they_are ? Promote<kForm, kPartN, false>(to, part, operand, of_turn, c)
-                             : Promote<kForm, kPartN>(to, part, operand, of_turn, c);
+        constexpr int kPart = kManyAtOnce<kN>;
+        part_of(std::integral_constant<int, 0>(), std::integral_constant<int, kPart>());
+        if constexpr (kPart < kN) {
+          part_of(std::integral_constant<int, kPart>(), std::integral_constant<int, kN - kPart>());
         }
       }
+    };
+    if (exact) {
+      multiply(std::true_type());
+    } else {
+      multiply(std::false_type());
     }
     feed.ReleaseBehind(last);
     feed.Next();
@@ -186,9 +198,32 @@ __device__ __forceinline__ uint32_t SwigluOf(uint2 halves, float limit, float2 w
 }
 
 // Eight columns at a time, in a loop: code for all of them would not stay in the instruction cache.
-// So BF16 sums go through a lane's places in shared memory, 32 apart, some columns' at once.
-constexpr int kManyPlaces = 12;  // of a lane
-constexpr int kManyPlaceBytes = ManyLayout::kMultiplying * kManyPlaces * 8;
+// So BF16 sums go through a warp's places in shared memory, some columns' at once.
+constexpr int kManyPlaces = 12;
+struct ManyPlaces {  // of a warp
+  uint2 sums[kManyPlaces][32];
+  float weights[kMaxTileWidth];  // of its tile's columns
+};
+constexpr int kManyPlaceBytes = ManyLayout::kMultiplying / 32 * sizeof(ManyPlaces);
+
+// Weights of a pair's columns, on their way while the tile is multiplied; zeros beyond the last.
+__device__ __forceinline__ void FetchWeights(const Output& out, const Tile& tile,
+                                             ManyPlaces& places) {
+  if (out.store != Store::kSwiglu) return;
+#pragma unroll
+  for (int i = 0; i < kMaxTileWidth; i += 32) {
+    const int column = i + threadIdx.x % 32;
+    const bool there = column < tile.count;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(
+                     SharedAddress(places.weights + column)),
+                 "l"(out.column_weight + tile.first + (there ? column : 0)), "r"(there ? 4 : 0)
+                 : "memory");
+  }
+}
+__device__ __forceinline__ void AwaitWeights() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  __syncwarp();
+}
 
 // As they are: FP32, or rows that are no pairs.
 template <int kN>
@@ -212,9 +247,9 @@ __device__ __forceinline__ void StoreElements(const Output& out, const Tile& til
 
 template <int kN>
 __device__ __forceinline__ void StoreMany(const ManyArgs& args, const Unit& unit,
-                                          const float (&sum)[kN / 2], uint2* places) {
+                                          const float (&sum)[kN / 2], ManyPlaces& places) {
   constexpr int kColumns = kN / 8, kAtOnce = kColumns > kManyPlaces ? 8 : kColumns;
-  const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+  const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   const Tile& tile = unit.tile;
   const Output& out = args.OutputOf(unit);
   const Lines lines(out, tile, unit.index);
@@ -226,6 +261,7 @@ __device__ __forceinline__ void StoreMany(const ManyArgs& args, const Unit& unit
   }
   const int64_t here = row + FirstOfRows();
   char* to = static_cast<char*>(args.YOf(unit)) + 2 * (lines.first + g * lines.step + here);
+  AwaitWeights();
   const bool stores[2] = {here < out.rows, !pair && here + ManyLayout::kRows < out.rows};
 #pragma unroll
   for (int first = 0; first < kColumns; first += kAtOnce) {
@@ -233,18 +269,15 @@ __device__ __forceinline__ void StoreMany(const ManyArgs& args, const Unit& unit
 #pragma unroll
     for (int i = 0; i < most; ++i) {
       const float* const four = sum + 4 * (first + i);
-      places[i * 32] = make_uint2(PackBf16(four[0], four[1]), PackBf16(four[2], four[3]));
+      places.sums[i][lane] = make_uint2(PackBf16(four[0], four[1]), PackBf16(four[2], four[3]));
     }
     const int left = (tile.count - 8 * first + 7) / 8;
 #pragma unroll 2
     for (int i = 0; i < min(most, left); ++i) {
-      uint2 halves = places[i * 32];
+      uint2 halves = places.sums[i][lane];
       const int column = 8 * (first + i);
       if (pair) {
-        float2 weight = make_float2(0.0f, 0.0f);
-        const float* const weights = out.column_weight + tile.first + column + 2 * c;
-        if (column + 2 * c < tile.count) weight.x = weights[0];
-        if (column + 2 * c + 1 < tile.count) weight.y = weights[1];
+        const auto weight = *reinterpret_cast<const float2*>(places.weights + column + 2 * c);
         halves.x = SwigluOf(halves, out.limit, weight);
       }
       const bool there = column + g < tile.count;

@@ -184,4 +184,12 @@ __device__ __forceinline__ void DecodeFp8Rows(uint32_t (&a)[4][4], const uint4 (
   }
 }
 
+// Where a column's scale is among those of its tile, of 4-bit weights times E4M3: of many columns,
+// the four of each sixteen that a lane has lie side by side.
+constexpr int kManyColumns = 64;
+__device__ __forceinline__ int ScalePlace(int width, int column) {
+  if (width < kManyColumns || (column | 15) >= width) return column;
+  return (column & ~15) | (column >> 1 & 3) << 2 | (column >> 3 & 1) << 1 | (column & 1);
+}
+
 }  // namespace dsv4

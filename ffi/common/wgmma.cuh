@@ -44,8 +44,10 @@ __device__ __forceinline__ uint64_t Further(uint64_t matrices, uint32_t bytes) {
   ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, " \
   "%31"
 #define DSV4_SUMS_40 DSV4_SUMS_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
-#define DSV4_SUMS_48 DSV4_SUMS_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
-#define DSV4_SUMS_56 DSV4_SUMS_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define DSV4_SUMS_44 DSV4_SUMS_40 ", %40, %41, %42, %43"
+#define DSV4_SUMS_48 DSV4_SUMS_44 ", %44, %45, %46, %47"
+#define DSV4_SUMS_52 DSV4_SUMS_48 ", %48, %49, %50, %51"
+#define DSV4_SUMS_56 DSV4_SUMS_52 ", %52, %53, %54, %55"
 #define DSV4_SUMS_64 DSV4_SUMS_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
 #define DSV4_SUMS_128                                                              \
   DSV4_SUMS_64                                                                     \
@@ -60,7 +62,9 @@ __device__ __forceinline__ uint64_t Further(uint64_t matrices, uint32_t bytes) {
 #define DSV4_OF_16(d, i) DSV4_OF_8(d, i), DSV4_OF_8(d, i + 8)
 #define DSV4_OF_32(d, i) DSV4_OF_16(d, i), DSV4_OF_16(d, i + 16)
 #define DSV4_OF_40(d, i) DSV4_OF_32(d, i), DSV4_OF_8(d, i + 32)
+#define DSV4_OF_44(d, i) DSV4_OF_40(d, i), DSV4_OF_4(d, i + 40)
 #define DSV4_OF_48(d, i) DSV4_OF_32(d, i), DSV4_OF_16(d, i + 32)
+#define DSV4_OF_52(d, i) DSV4_OF_48(d, i), DSV4_OF_4(d, i + 48)
 #define DSV4_OF_56(d, i) DSV4_OF_48(d, i), DSV4_OF_8(d, i + 48)
 #define DSV4_OF_64(d, i) DSV4_OF_32(d, i), DSV4_OF_32(d, i + 32)
 #define DSV4_OF_128(d, i) DSV4_OF_64(d, i), DSV4_OF_64(d, i + 64)
@@ -111,7 +115,9 @@ DSV4_WGMMA(16, 8, 9, 10, 11, 12, 13)
 DSV4_WGMMA(32, 16, 17, 18, 19, 20, 21)
 DSV4_WGMMA(64, 32, 33, 34, 35, 36, 37)
 DSV4_WGMMA(80, 40, 41, 42, 43, 44, 45)
+DSV4_WGMMA(88, 44, 45, 46, 47, 48, 49)
 DSV4_WGMMA(96, 48, 49, 50, 51, 52, 53)
+DSV4_WGMMA(104, 52, 53, 54, 55, 56, 57)
 DSV4_WGMMA(112, 56, 57, 58, 59, 60, 61)
 DSV4_WGMMA(128, 64, 65, 66, 67, 68, 69)
 DSV4_WGMMA(256, 128, 129, 130, 131, 132, 133)

@@ -52,13 +52,14 @@ struct Args {
   Work work;
   int64_t padded_d, padded_inter;
   int min_width, max_width;
-  bool fp8_mma[2];  // of the two products
-  bool raw;         // a pair is a slot, without tables
+  bool many_widths;  // tiles have a ManyWidth
+  bool fp8_mma[2];   // of the two products
+  bool raw;          // a pair is a slot, without tables
   Picks picks;
 };
 
 __device__ __forceinline__ int Width(const Args& args, int count) {
-  return max(TileWidth(count), args.min_width);
+  return max(args.many_widths ? ManyWidth(count) : TileWidth(count), args.min_width);
 }
 
 // An expert's run: tiles of about as many pairs each, since a narrow one takes nearly as long as a
@@ -676,6 +677,7 @@ cudaError_t MoeCuda(const MoeParams& params, cudaStream_t stream) {
                    (params.form == WeightForm::kMxfp4 || params.power_of_two);
   gemm.fp8_mma = args.fp8_mma[0] = fp8 && HopperTakes(gemm);
   down.fp8_mma = args.fp8_mma[1] = fp8 && HopperTakes(down);
+  args.many_widths = !few && ManyGemmTakes(gemm) && ManyGemmTakes(down);
 
   const auto combine = [&] {
     const cudaError_t error = AwaitLate(stream);  // for the shared expert's

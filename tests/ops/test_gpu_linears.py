@@ -563,6 +563,9 @@ def test_tiles_of_experts_that_thread_blocks_take_in_turn() -> None:
     """1,500 tokens: a hundred at a time have the same bits, the first ones are what they should."""
     run = Experts("mxfp4_w4a8", "many-tiles")
     x, idx, weight = run.inputs(1500, seed=6)
+    picks = np.bincount(idx.ravel())
+    for width in (80, 88, 96, 104, 112):  # of tiles
+        assert ((picks > width - 8) & (picks <= width)).any(), width
     got = run(x, idx, weight)
     first = np.s_[:40]
     products.assert_experts(got[first], run.exact(x[first], idx[first], weight[first]), run.form)
