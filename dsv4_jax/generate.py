@@ -54,7 +54,10 @@ _CALL_TOKENS = 4096
 
 
 class Model(Protocol):
-    """What generation needs of a model; hashable, as a static argument of ``jax.jit``."""
+    """What generation needs of a model; hashable, as a static argument of ``jax.jit``.
+
+    With ``logits="last"`` its ``apply`` gives zeros to a row that takes no tokens.
+    """
 
     @property
     def config(self) -> Any: ...
@@ -68,18 +71,21 @@ and would be captured anew with every cache."""
 
 
 def _chunk(
-    model: Model, params: Params, tokens: Array, cache: Cache, num_tokens: Array, last: Array
+    model: Model, params: Params, tokens: Array, cache: Cache, num_tokens: Array
 ) -> tuple[Array, Cache]:
-    """One call of a prefill: logits of each row's last real token, or ``last`` of rows without."""
-    logits, cache = model.apply(
-        {"params": params}, tokens, cache, num_tokens=num_tokens, logits="last"
-    )
-    return jnp.where((num_tokens > 0)[:, None], logits, last), cache
+    """One call of a prefill: logits of each row's last real token, zeros of rows without."""
+    return model.apply({"params": params}, tokens, cache, num_tokens=num_tokens, logits="last")
 
 
-_jit = functools.partial(jax.jit, static_argnames="model", donate_argnames=("cache", "last"))
+_jit = functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
 prefill_chunk = _jit(_chunk)
 _long_prefill_chunk = _jit(_chunk, compiler_options={"xla_gpu_enable_command_buffer": ""})
+
+
+@functools.partial(jax.jit, donate_argnames="last")
+def _latest(logits: Array, num_tokens: Array, last: Array) -> Array:
+    """Logits of a further call, or ``last`` of rows without tokens in it."""
+    return jnp.where((num_tokens > 0)[:, None], logits, last)
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
@@ -117,6 +123,22 @@ def default_chunk(rows: int) -> int:
         return _CPU_CHUNK
     each = max(_CPU_CHUNK, _CALL_TOKENS // max(rows, 1))
     return 1 << (each.bit_length() - 1)
+
+
+def _parts(
+    ids: np.ndarray, counts: np.ndarray, chunk_size: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of every call of a prefill: its tokens, and how many of them each row takes."""
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
+    total = int(counts.max(initial=0))
+    for start in range(0, total, chunk_size):
+        rest = total - start
+        width = min(chunk_size, max(_SMALLEST_BUCKET, 1 << (rest - 1).bit_length()))
+        chunk = np.zeros((ids.shape[0], width), np.int32)
+        part = ids[:, start : start + width]
+        chunk[:, : part.shape[1]] = part
+        parts.append((chunk, np.clip(counts - start, 0, width).astype(np.int32)))
+    return parts
 
 
 def prefill(
@@ -169,23 +191,19 @@ def prefill(
     real = np.arange(t)[None, :] < counts[:, None]
     if real.any():
         _check_ids("prefill", ids[real], model.config.vocab_size)
-    ids = np.where(real, ids, 0).astype(np.int32)
-    logits = jax.device_put(np.zeros((b, model.config.vocab_size), np.float32))
+    parts = _parts(np.where(real, ids, 0), counts, chunk_size)
     _check_room("prefill", np.asarray(cache.lengths, np.int64), counts, cache.max_len)
 
-    total = int(counts.max(initial=0))
-    for start in range(0, total, chunk_size):
-        rest = total - start
-        width = min(chunk_size, max(_SMALLEST_BUCKET, 1 << (rest - 1).bit_length()))
-        chunk = np.zeros((b, width), np.int32)
-        part = ids[:, start : start + width]
-        chunk[:, : part.shape[1]] = part
-        here = np.clip(counts - start, 0, width).astype(np.int32)
+    last: Array | None = None
+    for chunk, here in parts:
         long = jax.default_backend() != "cpu" and chunk.size >= _LONG_CALL_TOKENS
         logits, cache = (_long_prefill_chunk if long else prefill_chunk)(
-            model=model, params=params, tokens=chunk, cache=cache, num_tokens=here, last=logits
+            model=model, params=params, tokens=chunk, cache=cache, num_tokens=here
         )
-    return logits, cache
+        last = logits if last is None else _latest(logits, here, last)
+    if last is None:
+        return jax.device_put(np.zeros((b, model.config.vocab_size), np.float32)), cache
+    return last, cache
 
 
 def decode_step(

@@ -167,19 +167,18 @@ def profiled_prefill(model: Any, params: Params, rows: int, tokens: int) -> list
     Raises:
         ValueError: the profile holds no launches of a GPU, or none that belongs to a layer.
     """
-    vocab = model.config.vocab_size
+    rng = np.random.default_rng(0)
     fixed: dict[str, Any] = {
         "params": params,
-        "tokens": np.random.default_rng(0).integers(0, vocab, (rows, tokens), np.int32),
+        "tokens": rng.integers(0, model.config.vocab_size, (rows, tokens), np.int32),
         "num_tokens": np.full(rows, tokens, np.int32),
     }
 
-    def fresh() -> dict[str, Any]:
-        cache = model.init_cache(batch_size=rows, max_len=tokens)
-        return {"cache": cache, "last": jax.device_put(np.zeros((rows, vocab), np.float32))}
+    def fresh() -> Any:
+        return model.init_cache(batch_size=rows, max_len=tokens)
 
-    compiled = prefill_chunk.lower(model=model, **fixed, **fresh()).compile(WITHOUT_GRAPHS)
+    compiled = prefill_chunk.lower(model=model, cache=fresh(), **fixed).compile(WITHOUT_GRAPHS)
     for _ in range(WARM_CALLS):
-        jax.block_until_ready(compiled(**fixed, **fresh()))
-    given = jax.block_until_ready(fresh())
-    return _launches(model, compiled, lambda: jax.block_until_ready(compiled(**fixed, **given)))
+        jax.block_until_ready(compiled(cache=fresh(), **fixed))
+    cache = jax.block_until_ready(fresh())
+    return _launches(model, compiled, lambda: jax.block_until_ready(compiled(cache=cache, **fixed)))

@@ -1,5 +1,6 @@
 """Prefill, decode step and generation over the fake model; the real one has its own tests."""
 
+import importlib
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from dsv4_jax.generate import (
 )
 from tests.support.fake_model import VOCAB, FakeModel, fake_params
 
+MODULE = importlib.import_module("dsv4_jax.generate")  # `dsv4_jax.generate` is the function
 PROMPTS = [[5, 6, 7], [9], list(range(10, 40)), [3] * 11]
 SAMPLED: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 12, "stop_token_ids": ()}
 
@@ -62,6 +64,29 @@ def test_prefill_shapes_are_few() -> None:
     for length in range(1, 300, 7):
         _prefill(model, [[2] * length])
     assert {shape[1] for shape in model.traces} <= {8, 16, 32, 64, 128, 256}
+
+
+def test_prefill_sends_nothing_before_its_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device idles until then."""
+    model: Any = FakeModel()
+    params, cache = fake_params(), model.init_cache(batch_size=2, max_len=512)
+
+    def chunk(**_: Any) -> Any:
+        raise InterruptedError
+
+    monkeypatch.setattr(MODULE, "prefill_chunk", chunk)
+    with jax.transfer_guard_host_to_device("disallow_explicit"), pytest.raises(InterruptedError):
+        prefill(model, params, [[1, 2, 3], [4, 5, 6]], cache)
+
+
+def test_prefill_of_nothing() -> None:
+    model: Any = FakeModel()
+    _, cache = _prefill(model, [[5, 6], []])
+    for tokens, counts in ((np.zeros((2, 0), np.int32), None), ([[1, 2], [3, 4]], [0, 0])):
+        logits, cache = prefill(model, fake_params(), tokens, cache, num_tokens=counts)
+        assert logits.shape == (2, VOCAB)
+        assert not logits.any()
+        assert cache.lengths.tolist() == [2, 0]
 
 
 def test_prefill_takes_any_kind_of_array() -> None:

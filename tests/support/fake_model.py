@@ -68,7 +68,7 @@ class FakeModel:
         num_tokens: jax.Array,
         logits: str,
     ) -> tuple[jax.Array, FakeCache]:
-        """Appends tokens; logits of padding mean nothing."""
+        """Appends tokens; logits of padding mean nothing, those of a row without are zeros."""
         self.traces.append(tokens.shape)  # runs once per compilation
 
         def append(state: tuple[jax.Array, ...], column: tuple[jax.Array, jax.Array]):
@@ -91,6 +91,7 @@ class FakeModel:
             scores = jnp.swapaxes(self._scores(steps[0], steps[1], steps[3], scale), 0, 1)
         else:
             scores = self._scores(history, lengths, at, scale)
+            scores = jnp.where((num_tokens > 0)[:, None], scores, 0)
         return scores, FakeCache(history, lengths, overflow, cache.max_len)
 
     def _scores(self, history: Any, lengths: Any, at: Any, scale: Any) -> jax.Array:

@@ -59,7 +59,7 @@ class ScriptedModel(FakeModel):
         num_tokens: jax.Array,
         logits: str,
     ) -> tuple[jax.Array, Any]:
-        """Appends tokens of every row."""
+        """Appends tokens of every row, and there are some of each."""
         self.traces.append(tokens.shape)
         at = jnp.arange(cache.max_len)[None, :] - cache.lengths[:, None]
         new = jnp.take_along_axis(tokens, jnp.clip(at, 0, tokens.shape[1] - 1), axis=1)
