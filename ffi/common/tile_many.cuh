@@ -111,7 +111,7 @@ struct ManyBytes {
   }
 };
 
-// Columns that are multiplied at a time, as registers allow, and those that are left.
+// Columns of the first product of 128 inputs, as registers allow; the others are a second one's.
 template <int kN>
 constexpr int kManyAtOnce = kN > 112 ? 64 : kN;
 

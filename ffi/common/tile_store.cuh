@@ -90,8 +90,8 @@ __device__ __forceinline__ float RoundBf16(float x) {
   return __bfloat162float(__float2bfloat16_rn(x));
 }
 
-// ClampedSwiglu in the GPU's own powers of two and reciprocals: where its gate matters within 2^-20
-// of it, of which BF16, which becomes of it, keeps 2^-9. A fifth of the instructions.
+// ClampedSwiglu by the GPU's own powers of two and reciprocals, a fifth of the instructions: within
+// 2^-20 of it for gates from -16 on, 2^-18 below. What it makes becomes BF16, which keeps 2^-9.
 __device__ __forceinline__ float ExpertSwiglu(float gate, float up, float limit) {
   const float g = gate > limit ? limit : gate;
   const float u = up > limit ? limit : up < -limit ? -limit : up;
