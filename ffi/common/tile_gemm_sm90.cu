@@ -49,6 +49,18 @@ __device__ __forceinline__ void WithColumns(int width, const F& multiply) {
   }
 }
 
+// The same of a ManyWidth.
+template <typename F>
+__device__ __forceinline__ void WithManyColumns(int width, const F& multiply) {
+  if (width == 88) {
+    multiply(std::integral_constant<int, 88>());
+  } else if (width == 104) {
+    multiply(std::integral_constant<int, 104>());
+  } else {
+    WithColumns(width, multiply);
+  }
+}
+
 template <WeightForm kForm, bool kFp8Mma, bool kMany, typename A>
 __global__ void __launch_bounds__(kThreads<kMany>, kThreadBlocks<kFp8Mma, kMany>)
     TileGemmKernel(const __grid_constant__ A args) {
@@ -112,18 +124,6 @@ __global__ void __launch_bounds__(kThreads<kMany>, kThreadBlocks<kFp8Mma, kMany>
 
 // The same of many tiles a thread block (tile_many.cuh).
 constexpr int kManyThreads = 128 * ManyArgs::kWarpgroups + 128;
-
-// The same of a ManyWidth.
-template <typename F>
-__device__ __forceinline__ void WithManyColumns(int width, const F& multiply) {
-  if (width == 88) {
-    multiply(std::integral_constant<int, 88>());
-  } else if (width == 104) {
-    multiply(std::integral_constant<int, 104>());
-  } else {
-    WithColumns(width, multiply);
-  }
-}
 
 __global__ void __launch_bounds__(kManyThreads, 1)
     ManyGemmKernel(const __grid_constant__ ManyArgs args) {

@@ -68,6 +68,11 @@ __device__ __forceinline__ int Kept(int x) {
   return x;
 }
 
+// Of matrices the half that is not known beforehand.
+__device__ __forceinline__ uint64_t Kept(uint64_t matrices) {
+  return matrices >> 32 << 32 | static_cast<uint32_t>(Kept(static_cast<int>(matrices)));
+}
+
 // Where in a stage a lane finds its part.
 struct ManyLane {
   int weights;  // of its first row, for the first product; for the second the other 64 bytes
@@ -125,8 +130,7 @@ __device__ __forceinline__ void MultiplyMany(ManyFeed& feed, const uint2* tables
     const ManyBytes bytes(here + lane.scales + (feed.stage & 1) * 8);
     const bool exact = bytes.Exact();
     const char* const x = here + ManyLayout::kColumnsAt;
-    const uint64_t matrices = CoreMatrices(SharedAddress(x), kN * 16);
-    const auto first_matrix = static_cast<uint32_t>(Kept(static_cast<int>(matrices)));
+    const uint64_t matrices = Kept(CoreMatrices(SharedAddress(x), kN * 16));
     const auto column_scales = reinterpret_cast<const float*>(x + kStageInputs<kForm> * kN);
     float last = 0.0f;
     const auto multiply = [&](auto exactly) {
@@ -152,9 +156,9 @@ __device__ __forceinline__ void MultiplyMany(ManyFeed& feed, const uint2* tables
           WgmmaFence();
 #pragma unroll
           for (int step = 0; step < 4; ++step) {
-            const uint32_t at = ((4 * k + step) * 32 * kN + kFirst * 16) >> 4;
             WgmmaE5m2<kPartN>::Run(part, operand.a[step],
-                                   matrices >> 32 << 32 | (first_matrix + at), step > 0);
+                                   Further(matrices, (4 * k + step) * 32 * kN + kFirst * 16),
+                                   step > 0);
           }
           WgmmaCommit();
           WgmmaWait<0>();
